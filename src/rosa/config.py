@@ -1,0 +1,165 @@
+"""`RosaConfig`: every setting of a ROSA adapter, saved beside its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from peft import PeftConfig
+
+from rosa.registration import ROSA
+from rosa.subspace import DIRECTIONS, SPLITS, TRIPLETS
+
+
+@dataclass
+class RosaConfig(PeftConfig):
+    """Configuration of a ROSA adapter (`RosaModel`); fields are named as in PEFT's `LoraConfig`.
+
+    Args:
+        r: Rank of the trained subspace of each weight. Capped at min(in, out) of a layer.
+        alpha: The product of the factors is scaled by ``alpha / r``; None means r, a scale of 1.
+        directions: Where a subspace comes from: ``"svd"`` takes singular triplets of the weight,
+            ``"orthonormal"`` random orthonormal directions (far cheaper to draw).
+        triplets: Which triplets ``directions="svd"`` takes: a ``"random"`` subset, uniform
+            without replacement, the ``"top"`` or the ``"bottom"`` ones.
+        split: How the scale is split between the factors: all on ``"B"`` (the paper), ``"even"``,
+            or all on ``"A"``. The size of a factor acts as the other's learning rate.
+        seed: Seed of the draws. They depend on nothing else that draws random numbers.
+        rosa_dropout: Dropout on the input of the trained factors. Unlike LoRA's, they hold a part
+            of the pretrained weight, which is dropped with it: 0 unless you have reason.
+        target_modules: Names of the modules to adapt, a regex, or ``"all-linear"``; None takes
+            PEFT's choice for the architecture.
+        exclude_modules: Names of modules, or a regex, to leave alone.
+        bias: Which biases to train: ``"none"``, ``"all"`` or ``"rosa_only"``.
+        modules_to_save: Further modules to train in full and to save with the adapter.
+        layers_to_transform: Indices of the layers to adapt.
+        layers_pattern: Name of the list of layers that those indices are of.
+        rank_pattern: Ranks that differ from `r`, by layer name or regex.
+        alpha_pattern: Alphas that differ from `alpha`, by layer name or regex.
+        init_weights: True (default) starts at the pretrained model's outputs. False leaves the
+            start out of the offset, so that the outputs change at once: for tests.
+        base_fingerprint: Written when the adapter is saved: which base weights it belongs to.
+
+    Raises:
+        ValueError: a field's value is not allowed.
+        TypeError: `r`, `alpha` or `seed` is not a number of the right kind.
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank of the trained subspace of each weight."})
+    alpha: float | None = field(
+        default=None,
+        metadata={"help": "The factors' product is scaled by alpha / r; None means r (scale 1)."},
+    )
+    directions: str = field(
+        default="svd",
+        metadata={"help": f"Where a subspace comes from: one of {', '.join(DIRECTIONS)}."},
+    )
+    triplets: str = field(
+        default="random",
+        metadata={"help": f"Which singular triplets svd takes: one of {', '.join(TRIPLETS)}."},
+    )
+    split: str = field(
+        default="B",
+        metadata={"help": f"Which factor gets the scale: one of {', '.join(SPLITS)}."},
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the draws of subspaces."})
+    rosa_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "Dropout on the input of the factors. They hold a part of the pretrained "
+            "weight, which is dropped with it: keep 0 unless you have reason."
+        },
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names of the modules to adapt, a regex, or 'all-linear'; "
+            "None takes PEFT's choice for the architecture."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names of modules, or a regex, to leave alone."}
+    )
+    bias: Literal["none", "all", "rosa_only"] = field(
+        default="none", metadata={"help": "Which biases to train: none, all or rosa_only."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Further modules to train in full and to save, such as a new head."},
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to adapt."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Name of the list of layers that layers_to_transform indexes."},
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict,
+        metadata={"help": "Ranks that differ from r, by layer name or regex."},
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict,
+        metadata={"help": "Alphas that differ from alpha, by layer name or regex."},
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={"help": "True starts at the pretrained model's outputs; False is for tests."},
+    )
+    base_fingerprint: dict | None = field(
+        default=None,
+        metadata={"help": "Written on saving: which base weights the adapter belongs to."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = ROSA
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                "layers_to_transform needs target_modules to be a list of names, got the string "
+                f"{self.target_modules!r}: name the layers in the regex instead"
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern is only used with layers_to_transform: give both")
+
+        check_rank("r", self.r)
+        for name, rank in (self.rank_pattern or {}).items():
+            check_rank(f"rank_pattern[{name!r}]", rank)
+        if self.alpha is not None:
+            _check_alpha("alpha", self.alpha)
+        for name, alpha in (self.alpha_pattern or {}).items():
+            _check_alpha(f"alpha_pattern[{name!r}]", alpha)
+        _check_choice("directions", self.directions, DIRECTIONS)
+        _check_choice("triplets", self.triplets, TRIPLETS)
+        _check_choice("split", self.split, SPLITS)
+        _check_choice("bias", self.bias, ("none", "all", "rosa_only"))
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"seed must be an integer, got {self.seed!r}")
+        if not 0 <= self.rosa_dropout < 1:
+            raise ValueError(
+                f"rosa_dropout must be at least 0 and below 1, got {self.rosa_dropout}"
+            )
+
+
+def check_rank(name: str, rank: object) -> None:
+    """Raise TypeError or ValueError unless `rank` is a positive integer, naming it `name`."""
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise TypeError(f"{name} must be a positive integer, got {rank!r}")
+    if rank <= 0:
+        raise ValueError(f"{name} must be a positive integer, got {rank}")
+
+
+def _check_alpha(name: str, alpha: object) -> None:
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise TypeError(f"{name} must be a positive number, got {alpha!r}")
+    if not 0 < alpha < float("inf"):
+        raise ValueError(f"{name} must be a positive number, got {alpha}")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")

@@ -1,0 +1,501 @@
+"""The adapted layer: a linear layer whose weight is trained in a random subspace.
+
+The weight in memory is ``W_0 + sum of offsets O`` of the adapters in use, and the forward pass adds
+``s B A``; see `RosaLayer` for the invariant that every order of calls keeps.
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from torch.autograd import _unsafe_preserve_version_counter  # type: ignore[attr-defined]
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from rosa import subspace
+from rosa.config import RosaConfig
+from rosa.subspace import LowRank
+
+_HALF = (torch.float16, torch.bfloat16)
+SUPPORTED_DTYPES = (*_HALF, torch.float32, torch.float64)
+
+
+@dataclass
+class _Offset:
+    """What one adapter has done to the weight beyond its current factors."""
+
+    terms: LowRank  # the offset O
+    draws: int = 0  # subspaces drawn so far: the whole random state
+    in_weight: LowRank | None = None  # what of this adapter stands in the weight in memory
+    merged: bool = False  # whether that is the whole change O + s B A, not just O
+
+
+class OffsetDict(nn.Module):
+    """The offsets of a layer by adapter name: in its state dict, but neither parameter nor buffer.
+
+    They are needed only when the weight is touched. So they stay in main memory when the model is
+    moved, keep their precision when it is cast, and are not broadcast by data-parallel wrappers.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries: dict[str, _Offset] = {}
+
+    def __getitem__(self, adapter: str) -> _Offset:
+        return self.entries[adapter]
+
+    def __setitem__(self, adapter: str, entry: _Offset) -> None:
+        self.entries[adapter] = entry
+
+    def __delitem__(self, adapter: str) -> None:
+        del self.entries[adapter]
+
+    def __contains__(self, adapter: object) -> bool:
+        return adapter in self.entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def keys(self) -> list[str]:
+        """The names of the adapters."""
+        return list(self.entries)
+
+    def extra_repr(self) -> str:
+        """The adapters and the rank of their offsets."""
+        return ", ".join(f"{name}: rank {e.terms.rank}" for name, e in self.entries.items())
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        for adapter, entry in self.entries.items():
+            key = f"{prefix}{adapter}."
+            destination[f"{key}A"] = entry.terms.A
+            destination[f"{key}B"] = entry.terms.B
+            destination[f"{key}draws"] = torch.tensor(entry.draws)
+            # Only of use beside the base weight, to know what of the adapter is in it.
+            mark = 0 if entry.in_weight is None else 2 if entry.merged else 1
+            destination[f"{key}in_weight"] = torch.tensor(mark)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        for adapter, entry in self.entries.items():
+            key = f"{prefix}{adapter}."
+            names = [f"{key}{name}" for name in ("A", "B", "draws")]
+            absent = [name for name in names if name not in state_dict]
+            missing_keys.extend(absent)
+            if absent:
+                continue
+            a, b, draws = (state_dict[name].detach().cpu() for name in names)
+            like = entry.terms
+            if a.shape[1] != like.A.shape[1] or b.shape[0] != like.B.shape[0]:
+                error_msgs.append(
+                    f"{key}: the offset in the file is for a weight of shape "
+                    f"({b.shape[0]}, {a.shape[1]}), the layer's is "
+                    f"({like.B.shape[0]}, {like.A.shape[1]})"
+                )
+                continue
+            entry.terms = LowRank(b.to(like.B.dtype).clone(), a.to(like.A.dtype).clone())
+            entry.draws = int(draws)
+
+
+class RosaLayer(BaseTunerLayer):
+    """The state of one adapted weight, and every change of it.
+
+    Invariant: the weight in memory is W_0 plus `in_weight` of every adapter, where W_0 is the
+    pretrained weight. `_sync` brings `in_weight` to what the layer's state asks for:
+
+    - merged: the whole change O + s B A of the merged adapters, and nothing of the others;
+    - disabled: nothing, so the weight is the pretrained one;
+    - else: the offset O of each active adapter; the forward pass adds s B A.
+
+    What was added is remembered and the same is taken out again, so nothing that happens to the
+    factors in between can leave a remainder. Adding and taking out round alike, so doing both any
+    number of times does not drift: ((w + o) - o) is reached after the first round and stays
+    (Knuth, The Art of Computer Programming 2, 4.2.2, theorem D).
+    """
+
+    adapter_layer_names = ("rosa_A", "rosa_B")
+    other_param_names = ("r", "scaling", "rosa_dropout", "rosa_config", "rosa_offset")
+
+    base_layer: nn.Module
+    rosa_A: nn.ParameterDict
+    rosa_B: nn.ParameterDict
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        self.base_layer = base_layer
+        self.name = name  # the module's name in the model: for the draws and for messages
+        self.r: dict[str, int] = {}
+        self.scaling: dict[str, float] = {}
+        self.rosa_config: dict[str, RosaConfig] = {}
+        self.rosa_dropout = nn.ModuleDict()
+        self.rosa_A = nn.ParameterDict()
+        self.rosa_B = nn.ParameterDict()
+        self.rosa_offset = OffsetDict()
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+
+        base = self.get_base_layer()
+        self.fan_in_fan_out = isinstance(base, Conv1D)  # its weight is stored (in, out)
+        self.out_features, self.in_features = self._weight().shape
+        self._fingerprint: tuple[float, float] | None = None
+        self.base_fingerprint()
+        self._loaded_marks: dict[str, int] | None = None
+        self._version_guard: Any = None
+
+    # -- the weight in memory ------------------------------------------------------------------
+
+    def _weight(self) -> Tensor:
+        """The base layer's weight in memory as (out, in): a view, without gradient history."""
+        weight: Tensor = self.get_base_layer().weight.detach()  # type: ignore[assignment]
+        return weight.T if self.fan_in_fan_out else weight
+
+    def _work_dtype(self) -> torch.dtype:
+        return torch.float64 if self._weight().dtype == torch.float64 else torch.float32
+
+    def base_fingerprint(self) -> tuple[float, float] | None:
+        """See `rosa.subspace.fingerprint`, of the pretrained weight; None on the meta device."""
+        if self._fingerprint is None and not self._weight().is_meta:
+            self._fingerprint = subspace.fingerprint(self.pretrained_weight())
+        return self._fingerprint
+
+    def _wanted(self, name: str) -> LowRank | None:
+        """What of an adapter the layer's state asks for in the weight in memory."""
+        entry = self.rosa_offset[name]
+        if self.merged_adapters:
+            if name not in self.merged_adapters:
+                return None
+            return entry.in_weight if entry.merged else self.whole_change(name)
+        if self._disable_adapters or name not in self.active_adapters:
+            return None
+        return entry.terms
+
+    @torch.no_grad()
+    def _sync(self) -> None:
+        """Bring the weight in memory to what the layer's state asks for."""
+        for name, entry in self.rosa_offset.entries.items():
+            wanted = self._wanted(name)
+            if wanted is not entry.in_weight:
+                self._take_out(entry)
+                if wanted is not None:
+                    _add(self._weight(), wanted, +1)
+                    entry.in_weight = wanted
+            entry.merged = name in self.merged_adapters
+
+    @torch.no_grad()
+    def _take_out(self, entry: _Offset) -> None:
+        """Take out of the weight in memory what is in it of an adapter."""
+        if entry.in_weight is not None:
+            _add(self._weight(), entry.in_weight, -1)
+        entry.in_weight, entry.merged = None, False
+
+    @torch.no_grad()
+    def pretrained_weight(self) -> Tensor:
+        """W_0 (out, in) in float32 (float64 for a float64 layer): a copy, whatever is in use."""
+        weight = self._weight().clone()
+        for entry in self.rosa_offset.entries.values():
+            if entry.in_weight is not None:
+                _add(weight, entry.in_weight, -1)
+        return weight.to(self._work_dtype())
+
+    @torch.no_grad()
+    def learned(self, adapter: str) -> LowRank:
+        """The current factors' product s B A: a copy, in the offset's dtype, on their device."""
+        dtype = self._work_dtype()
+        b, a = self.rosa_B[adapter].to(dtype), self.rosa_A[adapter].to(dtype, copy=True)
+        return LowRank(b * self.scaling[adapter], a)
+
+    def whole_change(self, adapter: str) -> LowRank:
+        """All that the adapter changes about the pretrained weight: O + s B A, in main memory."""
+        return self.rosa_offset[adapter].terms + self.learned(adapter).to("cpu")
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The adapter's whole change of the weight, in the base weight's own shape."""
+        if adapter not in self.rosa_offset:
+            raise ValueError(f"layer {self.name} has no adapter {adapter!r}")
+        delta = self.whole_change(adapter).to(self._weight().device).dense()
+        return delta.T if self.fan_in_fan_out else delta
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """True: the change is additive."""
+        return True
+
+    # -- adapters ------------------------------------------------------------------------------
+
+    def update_layer(
+        self, adapter_name: str, r: int, alpha: float | None, config: RosaConfig
+    ) -> None:
+        """Add an adapter to this layer and draw its first subspace.
+
+        Not drawn are factors on the meta device and those of an adapter made for inference
+        (``inference_mode``): both wait for a file. Until then they leave the model as it is.
+        """
+        r = min(r, self.in_features, self.out_features)
+        self.r[adapter_name] = r
+        self.scaling[adapter_name] = 1.0 if alpha is None else alpha / r
+        self.rosa_config[adapter_name] = config
+        dropout = nn.Dropout(config.rosa_dropout) if config.rosa_dropout > 0 else nn.Identity()
+        self.rosa_dropout[adapter_name] = dropout
+        self.rosa_A[adapter_name] = nn.Parameter(torch.zeros(r, self.in_features))
+        self.rosa_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, r))
+        self.rosa_offset[adapter_name] = _Offset(
+            LowRank.zero(self.out_features, self.in_features, self._work_dtype())
+        )
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        on_meta = self.rosa_A[adapter_name].is_meta or self._weight().is_meta
+        if not on_meta and not config.inference_mode:
+            start = self._draw(adapter_name, self.pretrained_weight())
+            if config.init_weights:
+                self.rosa_offset[adapter_name].terms = start
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    @torch.no_grad()
+    def _draw(self, adapter: str, weight: Tensor) -> LowRank:
+        """Draw new factors from `weight` (out, in); return what takes their product out of it."""
+        config, entry = self.rosa_config[adapter], self.rosa_offset[adapter]
+        try:
+            a, b = subspace.draw(
+                weight,
+                self.r[adapter],
+                directions=config.directions,  # type: ignore[arg-type]  # checked by RosaConfig
+                triplets=config.triplets,  # type: ignore[arg-type]
+                split=config.split,  # type: ignore[arg-type]
+                scaling=self.scaling[adapter],
+                generator=subspace.generator(config.seed, self.name, entry.draws),
+            )
+        except RuntimeError as error:  # torch.linalg.LinAlgError is one
+            raise ValueError(
+                f"no subspace of layer {self.name} could be drawn ({error}): check its weight for "
+                "NaN and infinity, or use directions='orthonormal'"
+            ) from error
+        self.rosa_A[adapter].copy_(a)
+        self.rosa_B[adapter].copy_(b)
+        entry.draws += 1
+        # From the factors as they are now stored: their rounding cancels too.
+        learned = self.learned(adapter).to("cpu")
+        return LowRank(-learned.B, learned.A)
+
+    @torch.no_grad()
+    def resample(self, adapter: str) -> None:
+        """Merge the adapter's product into its offset and draw a new subspace.
+
+        What the layer computes stays the same to rounding, and the factors stay the same
+        Parameter objects. Use `rosa.resample`, which also clears the optimizer's state.
+        """
+        entry = self.rosa_offset[adapter]
+        learned = self.learned(adapter)
+        weight = self._weight().to(learned.A.dtype, copy=True)
+        _add(weight, learned, +1)
+        change = learned.to("cpu") + self._draw(adapter, weight)
+        entry.terms = entry.terms + change
+        if entry.terms.rank > min(self.out_features, self.in_features):
+            entry.terms = entry.terms.compressed()
+        if self._weight().dtype in _HALF:
+            self._sync()  # from the whole offset, so that the rounding of rounds does not add up
+        else:
+            _add(self._weight(), change, +1)
+            entry.in_weight = entry.terms
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; nothing of it stays in the weight."""
+        if adapter_name in self.merged_adapters:
+            self.merged_adapters.remove(adapter_name)
+        if adapter_name in self.rosa_offset:
+            self._take_out(self.rosa_offset[adapter_name])
+        super().delete_adapter(adapter_name)
+        self._sync()
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapter(s); their offsets take the place of the others' in the weight."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._sync()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Put the adapters' offsets into the weight, or take them (and what is merged) out."""
+        if not enabled and not self._disable_adapters:
+            if self.merged:
+                self.unmerge()
+            # Autograd refuses to go backward through a weight that was changed since the forward
+            # pass. That is right while the adapters are disabled, and wrong once the weight is what
+            # it was: a reference model by `disable_adapter()` between forward and backward.
+            guard = _unsafe_preserve_version_counter(self._weight())
+            in_weight = [entry.in_weight for entry in self.rosa_offset.entries.values()]
+            super().enable_adapters(False)
+            self._sync()
+            self._version_guard = (guard, in_weight, self._weight()._version)
+        elif enabled:
+            super().enable_adapters(True)
+            if self._version_guard is None:
+                self._sync()
+                return
+            guard, in_weight, version = self._version_guard
+            untouched = self._weight()._version == version
+            self._sync()
+            back = [entry.in_weight for entry in self.rosa_offset.entries.values()]
+            if (
+                untouched
+                and len(back) == len(in_weight)
+                and all(map(operator.is_, back, in_weight))
+            ):
+                guard.__exit__()
+            self._version_guard = None
+
+    # -- merging -------------------------------------------------------------------------------
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put the adapters' whole change into the weight; the active ones if none are named.
+
+        Args:
+            safe_merge: check the merged weight first, and raise before anything is changed.
+            adapter_names: adapters to merge.
+
+        Raises:
+            ValueError: with `safe_merge`, the merged weight has NaN or infinity.
+        """
+        names = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in names if name in self.rosa_offset]
+        if not names:
+            return
+        if safe_merge:
+            merged = self.pretrained_weight()
+            for name in [*self.merged_adapters, *names]:
+                _add(merged, self.whole_change(name), +1)
+            if not torch.isfinite(merged.to(self._weight().dtype)).all():
+                raise ValueError(
+                    f"NaNs detected in the merged weights of layer {self.name}. The adapter "
+                    f"{', '.join(names)} seems to be broken: load an earlier checkpoint"
+                )
+        self.merged_adapters.extend(names)
+        self._sync()
+
+    def unmerge(self) -> None:
+        """Take all merged adapters out of the weight; the layer is as before the merge."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.merged_adapters.clear()
+        self._sync()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base layer with the adapters merged, or with the pretrained weight (PEFT's hook)."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        else:
+            self.merged_adapters.clear()
+        if not self.merged:
+            self._disable_adapters = True
+            self._sync()
+        return self.get_base_layer()
+
+
+class RosaLinear(nn.Module, RosaLayer):
+    """ROSA on `nn.Linear` or on transformers' `Conv1D` (a linear layer stored transposed)."""
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: RosaConfig,
+        r: int,
+        alpha: float | None,
+        name: str,
+    ) -> None:
+        super().__init__()
+        RosaLayer.__init__(self, base_layer, name)
+        self._active_adapter = adapter_name
+        self.register_state_dict_post_hook(_after_save)
+        self.register_load_state_dict_pre_hook(_before_load)
+        self.register_load_state_dict_post_hook(_after_load)
+        self.update_layer(adapter_name, r, alpha, config)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output plus ``s B A x`` per active adapter; (..., in) to (..., out)."""
+        if self._disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return result
+        dtype = result.dtype
+        for adapter in self.active_adapters:
+            if adapter not in self.rosa_A:
+                continue
+            a, b, scaling = self.rosa_A[adapter], self.rosa_B[adapter], self.scaling[adapter]
+            hidden = F.linear(self.rosa_dropout[adapter](self._cast_input_dtype(x, a.dtype)), a)
+            if scaling != 1.0:
+                hidden = hidden * scaling  # on r numbers a token, not on the layer's whole output
+            result = result + F.linear(hidden, b)
+        return result.to(dtype)
+
+    def __repr__(self) -> str:
+        return "rosa." + super().__repr__()
+
+
+def _add(weight: Tensor, change: LowRank, sign: int) -> None:
+    """Add a change to a weight (+1) or take it out (-1), in place and in the weight's own dtype.
+
+    The product is rounded to that dtype first: taking it out is then the exact opposite of adding
+    it, which the promise of no drift needs.
+    """
+    if change.rank:
+        weight.add_(change.to(weight.device).dense().to(weight.dtype), alpha=sign)
+
+
+def _after_save(layer: RosaLinear, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    """Give the pretrained weight to who reads the base model's state dict.
+
+    The state dict of a whole PeftModel keeps the weight in memory, without a copy, and the marks
+    say what is in it. That of a module inside it is how PEFT reads the base model's weights.
+    """
+    if "base_model.model." in prefix:
+        return
+    if any(entry.in_weight is not None for entry in layer.rosa_offset.entries.values()):
+        key = f"{prefix}base_layer.weight"
+        pretrained = layer.pretrained_weight().to(state_dict[key].dtype)
+        state_dict[key] = pretrained.T.contiguous() if layer.fan_in_fan_out else pretrained
+    for adapter in layer.rosa_offset:
+        state_dict[f"{prefix}rosa_offset.{adapter}.in_weight"] = torch.tensor(0)
+
+
+def _before_load(layer: RosaLinear, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Note what of each adapter will be in the base weight once the state dict is loaded.
+
+    A state dict with the base weight brings a weight of its own: it holds of each adapter what the
+    mark saved beside the offset says, and is the pretrained weight where there is none.
+    """
+    layer._loaded_marks = None
+    if f"{prefix}base_layer.weight" in state_dict:
+        marks = {a: f"{prefix}rosa_offset.{a}.in_weight" for a in layer.rosa_offset}
+        layer._loaded_marks = {a: int(state_dict.get(key, 0)) for a, key in marks.items()}
+
+
+def _after_load(layer: RosaLinear, _: Any) -> None:
+    """Bring the weight in memory in line with the factors and offsets that were loaded."""
+    for adapter, entry in layer.rosa_offset.entries.items():
+        if layer._loaded_marks is None:
+            if entry.merged:
+                layer._take_out(entry)  # merged from factors that may just have been replaced
+        else:
+            mark = layer._loaded_marks[adapter]
+            entry.in_weight = (None, entry.terms, layer.whole_change(adapter))[mark]
+            entry.merged = mark == 2
+            layer._fingerprint = None
+    layer._loaded_marks = None
+    layer._sync()

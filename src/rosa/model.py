@@ -1,0 +1,353 @@
+"""`RosaModel`: finds the layers, puts ROSA into them, saves and loads. Registers ROSA with PEFT."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+)
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    AuxiliaryTrainingWrapper,
+    register_peft_method,
+)
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.other import get_pattern_key
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+from rosa.config import RosaConfig
+from rosa.layer import SUPPORTED_DTYPES, RosaLayer, RosaLinear
+from rosa.subspace import same_fingerprint
+
+
+def rosa_layers(model: nn.Module) -> Iterator[tuple[str, RosaLayer]]:
+    """The adapted layers of a model with their names in it."""
+    for name, module in model.named_modules():
+        if isinstance(module, RosaLayer):
+            yield name, module
+
+
+class RosaModel(BaseTuner):
+    """A model with ROSA in its linear layers: `peft.get_peft_model(model, RosaConfig(...))`.
+
+    Everything that PEFT's users know works: several adapters, `set_adapter`, `disable_adapter`,
+    `merge_and_unload`, `save_pretrained`. The base weights in memory are changed while an adapter
+    is in use, and are the pretrained ones again whenever it is disabled, unloaded or deleted.
+    """
+
+    prefix = "rosa_"
+    tuner_layer_cls = RosaLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    # -- attaching -----------------------------------------------------------------------------
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Put an adapter into the model; on an error the model is left as it was.
+
+        Raises:
+            NoMatchingPeftModuleError: no module has such a name; names that come near are listed.
+            ValueError: a layer cannot be adapted; says which and why.
+        """
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except NoMatchingPeftModuleError as error:
+            self._remove_adapter(model, adapter_name)
+            hint = _near_names(self.peft_config[adapter_name], model)
+            raise NoMatchingPeftModuleError(f"{error}{hint}") from None
+        except Exception:
+            self._remove_adapter(model, adapter_name)
+            raise
+
+    def _remove_adapter(self, model: nn.Module, adapter_name: str) -> None:
+        for name, layer in list(rosa_layers(model)):
+            if adapter_name in layer.rosa_offset:
+                layer.delete_adapter(adapter_name)
+            if not layer.rosa_offset.keys():
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, layer.get_base_layer())
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        """Check every layer that will be adapted, before any is touched."""
+        config = _rosa_config(peft_config)
+        capped = []
+        owners = _weight_owners(model)
+        for name, module in self._targets(config, model):
+            weight = _adaptable_weight(name, module)
+            shared = [n for n in owners[id(weight)] if n.removesuffix(".base_layer") != name]
+            if shared:
+                raise ValueError(
+                    f"the weight of {name} is shared with {', '.join(shared)} (tied weights): "
+                    "ROSA changes the weight in memory and would change those too. Leave it out "
+                    f"(exclude_modules=[{name!r}]) or untie it first (for tied embeddings load the "
+                    "model with tie_word_embeddings=False and clone the weight)"
+                )
+            if not weight.is_meta and not torch.isfinite(weight).all():
+                raise ValueError(
+                    f"the weight of {name} has NaN or infinity: the checkpoint is broken or was "
+                    "converted to a precision that does not hold it"
+                )
+            r, _ = _rank_and_alpha(config, name)
+            if r > min(weight.shape):
+                capped.append(f"{name} ({r} to {min(weight.shape)})")
+        if capped:
+            warnings.warn(
+                "the rank is larger than the smaller side of some weights and is capped there: "
+                + ", ".join(capped[:5])
+                + (f" and {len(capped) - 5} more" if len(capped) > 5 else ""),
+                stacklevel=2,
+            )
+
+    def _targets(self, config: RosaConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """The modules that PEFT's matching will hand to `_create_and_replace`, with their names."""
+        if config.target_modules == DUMMY_TARGET_MODULES:
+            return
+        config = _rosa_config(_maybe_include_all_linear_layers(copy.copy(config), model))
+        inside = tuple(f"{name}." for name, _ in rosa_layers(model))
+        for name, module in model.named_modules():
+            if name and not name.startswith(inside):
+                if self._check_target_module_exists(config, name):
+                    yield name, module
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        config = _rosa_config(peft_config)
+        r, alpha = _rank_and_alpha(config, current_key)
+        if isinstance(target, RosaLayer):
+            target.update_layer(adapter_name, r, alpha, config)
+            return
+        layer = RosaLinear(target, adapter_name, config, r, alpha, name=current_key)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    # -- saving and loading --------------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        """The adapter, complete: A, B, the offset and the count of draws of every layer.
+
+        Also writes the fingerprint of the base weights into the config, which is saved next.
+        """
+        found = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        found = {key: value for key, value in found.items() if not key.endswith(".in_weight")}
+        layers = _layers_of(model, adapter_name)
+        absent = [k for name in layers for k in _state_keys(name, adapter_name) if k not in found]
+        if absent:
+            raise ValueError(
+                f"the state dict to save lacks {len(absent)} tensors of adapter {adapter_name!r}, "
+                f"such as {absent[0]}: factors without their offsets would load as another model. "
+                "Save from the whole model (save_pretrained without state_dict)"
+            )
+        _rosa_config(config).base_fingerprint = _fingerprint_of(layers)
+        return found
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        """Check that an adapter file is whole and fits the model, before anything is changed.
+
+        Raises:
+            ValueError: it is not a ROSA adapter, is incomplete, or was made for other shapes.
+        """
+        remapped = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        layers = _layers_of(model, adapter_name)
+        _check_adapter_file(layers, adapter_name, remapped)
+        _warn_of_another_base(_rosa_config(config).base_fingerprint, layers)
+        return remapped
+
+
+def _rosa_config(config: PeftConfig) -> RosaConfig:
+    if not isinstance(config, RosaConfig):
+        raise TypeError(f"RosaModel needs a RosaConfig, got {type(config).__name__}")
+    return config
+
+
+def _rank_and_alpha(config: RosaConfig, name: str) -> tuple[int, float | None]:
+    r_key = get_pattern_key(list(config.rank_pattern), name)
+    alpha_key = get_pattern_key(list(config.alpha_pattern), name)
+    return config.rank_pattern.get(r_key, config.r), config.alpha_pattern.get(
+        alpha_key, config.alpha
+    )
+
+
+def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
+    """The names of the modules that hold each weight, by the parameter's identity."""
+    owners = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners[id(parameter)].append(name.removesuffix(".weight"))
+    return owners
+
+
+def _adaptable_weight(name: str, module: nn.Module) -> torch.Tensor:
+    """The weight that ROSA would adapt in a module; ValueError says why it cannot."""
+    base = module.get_base_layer() if isinstance(module, RosaLayer) else module
+    if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not isinstance(
+        module, RosaLayer
+    ):
+        raise ValueError(
+            f"{name} already carries another PEFT method ({type(module).__name__}): merge or "
+            "unload it before you add ROSA"
+        )
+    if not isinstance(base, (nn.Linear, Conv1D)) or isinstance(
+        base, NonDynamicallyQuantizableLinear
+    ):
+        raise ValueError(
+            f"Target module {name} is a {type(base).__name__}, which is not supported: ROSA adapts "
+            "torch.nn.Linear and transformers' Conv1D. Name other target_modules, or leave it out "
+            "with exclude_modules"
+        )
+    if base.weight.dtype not in SUPPORTED_DTYPES:
+        raise ValueError(
+            f"the weight of {name} is stored as {base.weight.dtype} (quantized?): ROSA needs "
+            "float32, float64, float16 or bfloat16 weights, since it changes them in place"
+        )
+    if base.weight.ndim != 2 or base.weight.numel() == 0:
+        raise ValueError(
+            f"the weight of {name} is empty or sharded over processes (shape "
+            f"{tuple(base.weight.shape)}): attach ROSA to the whole model, and train it "
+            "data-parallel without sharding of the weights"
+        )
+    return base.weight
+
+
+def _near_names(config: PeftConfig, model: nn.Module) -> str:
+    wanted = getattr(config, "target_modules", None) or ()
+    wanted = [wanted] if isinstance(wanted, str) else sorted(wanted)
+    linear = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
+    there = sorted({name.rpartition(".")[2] for name in linear})
+    near = [n for w in wanted for n in difflib.get_close_matches(w.rpartition(".")[2], there)]
+    if near:
+        return f" Did you mean {', '.join(dict.fromkeys(near))}?"
+    return f" Linear layers of this model: {', '.join(there[:20])}." if there else ""
+
+
+def _layers_of(model: nn.Module, adapter_name: str) -> dict[str, RosaLayer]:
+    # The keys of a state dict do not have the prefix of an FSDP wrapper, the modules' names do.
+    return {
+        name.removeprefix("_fsdp_wrapped_module."): layer
+        for name, layer in rosa_layers(model)
+        if adapter_name in layer.rosa_offset
+    }
+
+
+def _state_keys(layer_name: str, adapter_name: str) -> list[str]:
+    prefix = f"{layer_name}." if layer_name else ""
+    offset = [f"{prefix}rosa_offset.{adapter_name}.{part}" for part in ("A", "B", "draws")]
+    return [f"{prefix}rosa_A.{adapter_name}", f"{prefix}rosa_B.{adapter_name}", *offset]
+
+
+def _check_adapter_file(
+    layers: dict[str, RosaLayer], adapter_name: str, state_dict: dict[str, torch.Tensor]
+) -> None:
+    """Raise ValueError unless a state dict holds exactly these layers' adapter."""
+    expected = {key for name in layers for key in _state_keys(name, adapter_name)}
+    found = {key for key in state_dict if ".rosa_" in key}
+    if not found:
+        example = next(iter(state_dict), "nothing")
+        raise ValueError(
+            f"this is not a ROSA adapter: its file holds no rosa_ weights (but {example}). "
+            "Check the folder, or load it with the config of the method that wrote it"
+        )
+    missing, foreign = sorted(expected - found), sorted(found - expected)
+    if missing or foreign:
+        raise ValueError(
+            "the adapter file does not fit this model: "
+            + (f"it lacks {len(missing)} tensors, such as {missing[0]}; " if missing else "")
+            + (
+                f"{len(foreign)} of its tensors have no place, such as {foreign[0]}; "
+                if foreign
+                else ""
+            )
+            + "it is incomplete, or belongs to another base model or other target_modules"
+        )
+    wrong = []
+    for name, layer in layers.items():
+        a, b, offset_a, offset_b, _ = (state_dict[k] for k in _state_keys(name, adapter_name))
+        r, out_features, in_features = layer.r[adapter_name], layer.out_features, layer.in_features
+        if tuple(a.shape) != (r, in_features) or tuple(b.shape) != (out_features, r):
+            wrong.append(
+                f"{name}: file A {tuple(a.shape)}, B {tuple(b.shape)}, "
+                f"model A {(r, in_features)}, B {(out_features, r)}"
+            )
+        elif offset_a.shape != (offset_b.shape[1], in_features) or len(offset_b) != out_features:
+            wrong.append(f"{name}: the offset's shapes do not fit each other or the weight")
+        elif not all(bool(torch.isfinite(t).all()) for t in (a, b, offset_a, offset_b)):
+            wrong.append(f"{name}: NaN or infinity")
+    if wrong:
+        raise ValueError(
+            f"the adapter does not fit the model in {len(wrong)} of {len(layers)} layers: "
+            + "; ".join(wrong[:3])
+            + ". Load it on the base model and with the config that it was trained with"
+        )
+
+
+def _fingerprint_of(layers: dict[str, RosaLayer]) -> dict[str, Any]:
+    found = {layer.name: layer.base_fingerprint() for layer in layers.values()}
+    dtypes = {str(layer.get_base_layer().weight.dtype) for layer in layers.values()}
+    return {
+        "dtypes": sorted(dtype.removeprefix("torch.") for dtype in dtypes),
+        "layers": {name: list(value) for name, value in found.items() if value is not None},
+    }
+
+
+def _warn_of_another_base(saved: dict[str, Any] | None, layers: dict[str, RosaLayer]) -> None:
+    if not saved:
+        return
+    here = _fingerprint_of(layers)
+    dtypes = [getattr(torch, name) for name in {*saved["dtypes"], *here["dtypes"]}]
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+    differ = [
+        name
+        for name, value in here["layers"].items()
+        if name in saved["layers"]
+        and not same_fingerprint(tuple(value), tuple(saved["layers"][name]), eps)
+    ]
+    if differ:
+        warnings.warn(
+            f"this adapter was trained on other base weights: {len(differ)} of {len(layers)} "
+            f"layers differ ({', '.join(differ[:5])}{', ...' if len(differ) > 5 else ''}). It will "
+            "not give the model that was trained: load the base model that it was made from",
+            stacklevel=2,
+        )
+
+
+register_peft_method(name="rosa", config_cls=RosaConfig, model_cls=RosaModel)
