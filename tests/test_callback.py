@@ -1,0 +1,134 @@
+"""`RosaCallback` in a real Trainer: when it draws, and that a resumed run is the same run."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from rosa import RosaCallback, RosaConfig
+from rosa.model import rosa_layers
+from tests.models import tiny_bert
+
+
+@pytest.fixture(scope="module")
+def data():
+    ids = torch.randint(50, (24, 6))
+    return Dataset.from_dict({"input_ids": ids.tolist(), "labels": (ids[:, 0] % 2).tolist()})
+
+
+class Draws(TrainerCallback):
+    """Notes the draws at each step; must come after the RosaCallback."""
+
+    def __init__(self):
+        self.at = {}
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        (_, layer), *_ = rosa_layers(kwargs["model"])
+        self.at[state.global_step] = layer.rosa_offset["default"].draws
+
+
+def train(folder, data, every="epoch", base=None, resume=None, **options):
+    config = RosaConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS")
+    model = get_peft_model(copy.deepcopy(base) if base else tiny_bert(), config)
+    args = TrainingArguments(
+        **{
+            "output_dir": str(folder),
+            "per_device_train_batch_size": 4,
+            "num_train_epochs": 3,
+            "learning_rate": 1e-2,
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            "logging_strategy": "no",
+            **options,
+        }
+    )
+    draws = Draws()
+    callback = RosaCallback(every)
+    trainer = Trainer(
+        model, args, train_dataset=data, eval_dataset=data, callbacks=[callback, draws]
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, callback, draws.at
+
+
+@pytest.mark.parametrize(
+    ("every", "options", "expected"),
+    [
+        ("epoch", {}, {6, 12}),
+        (4, {}, {4, 8, 12, 16}),
+        (0.5, {}, {3, 6, 9, 12, 15}),
+        (2.0, {}, {12}),
+        ("epoch", {"gradient_accumulation_steps": 2}, {3, 6}),
+        ("epoch", {"max_steps": 7}, {6}),
+        ("epoch", {"num_train_epochs": 1}, set()),
+    ],
+)
+def test_when_subspaces_are_drawn(tmp_path, data, every, options, expected):
+    trainer, callback, draws = train(tmp_path, data, every, **options)
+    steps = sorted(draws)
+    assert {s for s in steps if s and draws[s] > draws[s - 1]} == expected
+    assert callback.resamples == len(expected)
+    (_, layer), *_ = rosa_layers(trainer.model)
+    assert layer.rosa_offset["default"].draws == 1 + len(expected)  # nothing after the last step
+
+
+@pytest.mark.parametrize("checkpoint", [6, 8])
+def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, data, checkpoint):
+    base = tiny_bert()
+    options = {"save_strategy": "steps", "save_steps": 2, "warmup_steps": 3}
+    whole, _, draws = train(tmp_path / "whole", data, base=base, **options)
+    resume = str(tmp_path / "whole" / f"checkpoint-{checkpoint}")
+    parts, _, later = train(tmp_path / "parts", data, base=base, resume=resume, **options)
+    assert later == {step: n for step, n in draws.items() if step >= checkpoint}
+    ids = torch.randint(50, (4, 6))
+    expected, found = (t.model.eval()(ids).logits for t in (whole, parts))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for (name, p), (_, q) in zip(
+        whole.model.named_parameters(), parts.model.named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(q, p, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_the_best_model_is_loaded_at_the_end(tmp_path, data):
+    trainer, *_ = train(
+        tmp_path,
+        data,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        learning_rate=0.3,  # diverges, so that the last epoch is not the best
+    )
+    best = trainer.state.best_model_checkpoint
+    assert best is not None
+    losses = [r["eval_loss"] for r in trainer.state.log_history if "eval_loss" in r]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-4)
+    assert Path(best, "adapter_model.safetensors").exists()
+
+
+def test_a_second_training_goes_on(tmp_path, data):
+    trainer, callback, _ = train(tmp_path, data)
+    trainer.train()
+    assert callback.resamples == 4
+
+
+@pytest.mark.parametrize("every", ["epochs", 0, -1, True, None, float("nan")])
+def test_a_period_that_makes_no_sense_is_refused(every):
+    with pytest.raises((ValueError, TypeError), match="every must be"):
+        RosaCallback(every)
+
+
+def test_a_model_without_rosa_is_refused_before_training(tmp_path, data):
+    model = get_peft_model(tiny_bert(), LoraConfig(task_type="SEQ_CLS"))
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    trainer = Trainer(model, args, train_dataset=data, callbacks=[RosaCallback()])
+    with pytest.raises(ValueError, match="has no ROSA layers"):
+        trainer.train()
+    assert trainer.state.global_step == 0

@@ -1,0 +1,184 @@
+"""One adapted weight: the forward pass, the training and the draws against the plain reference."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from rosa import RosaConfig, resample, subspace
+from rosa.model import rosa_layers
+from tests.models import Mlp
+from tests.reference import ReferenceRosa
+
+
+def adapt(model, **options):
+    options.setdefault("target_modules", ["first", "middle", "last"])
+    return get_peft_model(model, RosaConfig(**{"r": 2, **options}))
+
+
+def layer_of(model, name):
+    return dict(rosa_layers(model))[f"base_model.model.{name}"]
+
+
+@pytest.mark.parametrize("alpha", [None, 6.0])
+def test_training_follows_the_plain_algorithm_through_resamples(alpha):
+    base, x, y = Mlp(), torch.randn(20, 7).double(), torch.randn(20, 3).double()
+    scaling = 1.0 if alpha is None else alpha / 2
+    references = {
+        "first": ReferenceRosa(base.first.weight.detach(), 2, scaling),
+        "middle": ReferenceRosa(base.middle.weight.detach().T, 2, scaling),
+        "last": ReferenceRosa(base.last.weight.detach(), 2, scaling),
+    }
+    biases = {name: getattr(base, name).bias.detach().clone() for name in references}
+
+    def reference_forward(inputs):
+        for name, reference in references.items():
+            inputs = inputs @ reference.weight().T + biases[name]
+            inputs = inputs if name == "last" else torch.tanh(inputs)
+        return inputs
+
+    model = adapt(base, alpha=alpha, seed=5)
+    factors = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(factors, lr=0.02)
+    for round_ in range(4):
+        for name, reference in references.items():
+            generator = subspace.generator(5, name, round_)
+            count = min(reference.fixed.shape)
+            reference.factor(torch.randperm(count, generator=generator)[:2].sort().values)
+        if round_:
+            assert resample(model, optimizer) == 3
+        reference_factors = [f for r in references.values() for f in (r.A, r.B)]
+        reference_optimizer = torch.optim.Adam(reference_factors, lr=0.02)
+        for _ in range(5):
+            for forward, steps in ((model, optimizer), (reference_forward, reference_optimizer)):
+                steps.zero_grad()
+                (forward(x) - y).square().mean().backward()
+                steps.step()
+        torch.testing.assert_close(model(x), reference_forward(x), rtol=1e-9, atol=1e-9)
+        for name, reference in references.items():
+            layer = layer_of(model, name)
+            change = layer.whole_change("default").dense()
+            torch.testing.assert_close(
+                layer.pretrained_weight() + change, reference.weight(), rtol=1e-9, atol=1e-9
+            )
+
+
+@pytest.mark.parametrize(
+    ("directions", "split", "dropout"),
+    list(itertools.product(subspace.DIRECTIONS, subspace.SPLITS, [0.0, 0.4])),
+)
+def test_a_fresh_adapter_leaves_the_outputs_as_they_are(directions, split, dropout):
+    base, x = Mlp(), torch.randn(4, 5, 7).double()
+    expected = base(x)
+    model = adapt(base, directions=directions, split=split, rosa_dropout=dropout, alpha=3)
+    torch.testing.assert_close(model.eval()(x), expected)
+    if dropout:
+        assert not torch.allclose(model.train()(x), expected)
+
+
+@pytest.mark.parametrize("name", ["first", "middle"])
+def test_gradients_of_a_layer(name):
+    layer = layer_of(adapt(Mlp(), alpha=1), name)
+    layer.requires_grad_(True)
+    x = torch.randn(3, 2, layer.in_features, dtype=torch.float64, requires_grad=True)
+    factors = (layer.rosa_A["default"], layer.rosa_B["default"])
+    assert torch.autograd.gradcheck(lambda inputs, *_: layer(inputs), (x, *factors))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_bases_are_drawn_in_float32_and_keep_their_dtype(dtype):
+    base, x = Mlp(dtype), torch.randn(16, 7, dtype=dtype)
+    expected, weight = base(x).float(), base.first.weight.detach().float()
+    model = adapt(base)
+    layer = layer_of(model, "first")
+    assert layer.get_base_layer().weight.dtype == dtype
+    assert layer.rosa_A["default"].dtype == torch.float32
+    assert layer.rosa_offset["default"].terms.A.dtype == torch.float32
+    assert model(x).dtype == dtype
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(model(x).float(), expected, rtol=8 * eps, atol=8 * eps)
+    for _ in range(50):  # the rounding of resamples must not add up
+        resample(model)
+    torch.testing.assert_close(model(x).float(), expected, rtol=16 * eps, atol=16 * eps)
+    with model.disable_adapter():
+        # To a few roundings of the weight in memory, whatever the number of resamples.
+        largest = float(weight.abs().max())
+        torch.testing.assert_close(layer.weight.float(), weight, rtol=0, atol=4 * eps * largest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_disabling_a_thousand_times_does_not_drift(dtype):
+    model = adapt(Mlp(dtype), target_modules=["first"])
+    layer = layer_of(model, "first")
+    with model.disable_adapter():
+        once = layer.weight.detach().clone()
+    enabled = layer.weight.detach().clone()
+    for _ in range(1000):
+        with model.disable_adapter():
+            pass
+    assert torch.equal(layer.weight, enabled)
+    with model.disable_adapter():
+        assert torch.equal(layer.weight, once)
+
+
+def test_a_reference_forward_between_forward_and_backward():
+    """The pattern of preference training: the model itself, disabled, is the reference."""
+    base, x = Mlp(), torch.randn(4, 7).double()
+    model = adapt(base)
+    model(x).sum().backward()
+    factor = layer_of(model, "first").rosa_A["default"]
+    expected, factor.grad = factor.grad, None
+    out = model(x)
+    with model.disable_adapter(), torch.no_grad():
+        model(x)
+    out.sum().backward()
+    torch.testing.assert_close(factor.grad, expected)
+
+
+def test_a_backward_pass_through_a_disabled_weight_is_refused():
+    model, x = adapt(Mlp()), torch.randn(4, 7).double()
+    out = model(x)
+    with model.disable_adapter(), pytest.raises(RuntimeError, match="inplace operation"):
+        out.sum().backward()
+
+
+def test_a_backward_pass_after_a_resample_is_refused():
+    model, x = adapt(Mlp()), torch.randn(4, 7).double()
+    out = model(x)
+    resample(model)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
+    model = adapt(Mlp())
+    x = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
+    factor = layer_of(model, "middle").rosa_B["default"]
+    model(x).sum().backward()
+    expected, factor.grad = factor.grad, None
+    torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant).sum().backward()
+    torch.testing.assert_close(factor.grad, expected)
+
+
+def test_offsets_stay_in_main_memory_and_keep_their_precision():
+    model = adapt(Mlp(torch.float32))
+    terms = layer_of(model, "first").rosa_offset["default"].terms
+    model.half()
+    assert layer_of(model, "first").rosa_offset["default"].terms is terms
+    assert not any("rosa_offset" in name for name, _ in model.named_buffers())
+    assert any("rosa_offset" in name for name in model.state_dict())
+
+
+def test_an_offset_never_grows_past_the_weights_rank():
+    model = adapt(nn.Sequential(nn.Linear(6, 5)), target_modules=["0"])
+    (_, layer), *_ = rosa_layers(model)
+    for _ in range(12):
+        with torch.no_grad():
+            layer.rosa_B["default"].add_(torch.randn(5, 2))
+        resample(model)
+        assert layer.rosa_offset["default"].terms.rank <= 5

@@ -1,0 +1,227 @@
+"""Attaching ROSA: which modules, with which settings, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, PeftType, get_peft_model
+from peft.utils.error import NoMatchingPeftModuleError
+from torch import nn
+
+from rosa import RosaConfig, resample
+from rosa.model import rosa_layers
+from rosa.registration import check_peft_version
+from tests.models import Mlp, tiny_bert, tiny_gpt2
+
+
+def attach(model, **options):
+    return get_peft_model(model, RosaConfig(**{"r": 2, **options}))
+
+
+def names(model):
+    return [name.removeprefix("base_model.model.") for name, _ in rosa_layers(model)]
+
+
+def test_rosa_is_a_method_of_peft():
+    assert RosaConfig().peft_type == PeftType.ROSA == "ROSA"
+    assert RosaConfig(r=4).to_dict()["peft_type"] == "ROSA"
+
+
+@pytest.mark.parametrize("version", ["0.20.0", "0.15.2"])
+def test_an_old_peft_fails_clearly(version):
+    with pytest.raises(ImportError, match=rf"needs peft >= 0.21.2 and < 0.22, found {version}"):
+        check_peft_version(version)
+
+
+def test_an_untested_peft_warns():
+    with pytest.warns(UserWarning, match=r"was tested with peft"):
+        check_peft_version("0.22.1")
+
+
+def test_target_modules_as_in_peft():
+    everything = attach(tiny_bert(), target_modules="all-linear", task_type="SEQ_CLS")
+    assert len(names(everything)) == 13  # six a layer and the pooler, not the head
+    assert "classifier" not in names(everything)
+    defaults = attach(tiny_bert(), task_type="SEQ_CLS")
+    assert all(name.endswith(("query", "value")) for name in names(defaults))
+    regex = attach(tiny_bert(), target_modules=r".*layer\.1\..*\.(key|query)")
+    assert len(names(regex)) == 2
+    some = attach(tiny_bert(), target_modules=["key"], layers_to_transform=[1])
+    assert names(some) == ["bert.encoder.layer.1.attention.self.key"]
+    fewer = attach(
+        tiny_bert(), target_modules="all-linear", exclude_modules=["key"], task_type="SEQ_CLS"
+    )
+    assert len(names(fewer)) == 11
+    conv = attach(tiny_gpt2(), target_modules=["c_attn"], task_type="CAUSAL_LM")
+    assert len(names(conv)) == 2
+
+
+def test_ranks_and_alphas_by_pattern():
+    model = attach(
+        Mlp(),
+        target_modules=["first", "middle", "last"],
+        alpha=4,
+        rank_pattern={"middle": 4},
+        alpha_pattern={"last": 1},
+    )
+    layers = dict(zip(names(model), (layer for _, layer in rosa_layers(model)), strict=True))
+    ranks = {name: layer.r["default"] for name, layer in layers.items()}
+    scalings = {name: layer.scaling["default"] for name, layer in layers.items()}
+    assert ranks == {"first": 2, "middle": 4, "last": 2}
+    assert scalings == {"first": 2.0, "middle": 1.0, "last": 0.5}
+
+
+def test_a_rank_above_the_weights_is_capped_and_said_once():
+    x = torch.randn(4, 7).double()
+    base = Mlp()
+    expected = base(x)
+    with pytest.warns(UserWarning, match=r"first \(64 to 7\), middle \(64 to 6\)") as caught:
+        model = attach(base, r=64, target_modules=["first", "middle"])
+    assert len([w for w in caught if "capped" in str(w.message)]) == 1
+    assert {layer.r["default"] for _, layer in rosa_layers(model)} == {6, 7}
+    torch.testing.assert_close(model(x), expected)
+    resample(model)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_biases_train_if_asked():
+    model = attach(Mlp(), target_modules=["first"], bias="rosa_only")
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert [n for n in trained if n.endswith(".bias")] == ["base_model.model.first.base_layer.bias"]
+
+
+@pytest.mark.parametrize("rank", [0, -1, 2.5, "8", True])
+def test_a_rank_that_is_no_positive_integer_is_refused(rank):
+    with pytest.raises((ValueError, TypeError), match="r must be a positive integer, got"):
+        RosaConfig(r=rank)
+    with pytest.raises((ValueError, TypeError), match=r"rank_pattern\['q'\] must be a positive"):
+        RosaConfig(rank_pattern={"q": rank})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"directions": "random"}, "directions must be one of svd, orthonormal"),
+        ({"triplets": "first"}, "triplets must be one of random, top, bottom"),
+        ({"split": "C"}, "split must be one of B, even, A"),
+        ({"bias": "lora_only"}, "bias must be one of none, all, rosa_only"),
+        ({"alpha": 0}, "alpha must be a positive number"),
+        ({"alpha": "8"}, "alpha must be a positive number"),
+        ({"seed": 1.5}, "seed must be an integer"),
+        ({"rosa_dropout": 1.0}, "rosa_dropout must be at least 0 and below 1"),
+        ({"target_modules": "all-linear", "layers_to_transform": [0]}, "list of names"),
+        ({"layers_pattern": "layer"}, "give both"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        RosaConfig(**options)
+
+
+def test_no_match_lists_near_names():
+    with pytest.raises(NoMatchingPeftModuleError, match="Did you mean query"):
+        attach(tiny_bert(), target_modules=["qurey"])
+    with pytest.raises(
+        NoMatchingPeftModuleError, match=r"Linear layers .*: classifier, dense, key"
+    ):
+        attach(tiny_bert(), target_modules=["zzz"])
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_broken_weight_is_named_and_nothing_is_changed(broken):
+    base = Mlp()
+    with torch.no_grad():
+        base.last.weight[1, 2] = broken
+    before = copy.deepcopy(base.state_dict())
+    with pytest.raises(ValueError, match="the weight of last has NaN or infinity"):
+        attach(base, target_modules=["first", "last"])
+    assert type(base.first) is nn.Linear
+    for name, value in base.state_dict().items():
+        assert torch.equal(value.nan_to_num(), before[name].nan_to_num())
+
+
+def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch):
+    base = Mlp()
+    before = copy.deepcopy(base.state_dict())
+    svd, calls = torch.linalg.svd, []
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.linalg.LinAlgError("did not converge")
+        return svd(*args, **kwargs)
+
+    monkeypatch.setattr(torch.linalg, "svd", failing)
+    with pytest.raises(ValueError, match=r"no subspace of layer middle could be drawn"):
+        attach(base, target_modules=["first", "middle", "last"])
+    assert type(base.first) is nn.Linear
+    for name, value in base.state_dict().items():
+        torch.testing.assert_close(value, before[name])
+
+
+def test_unsupported_layers_are_named():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.emb = nn.Embedding(5, 4)
+            self.attention = nn.MultiheadAttention(4, 2)
+            self.whole = nn.Linear(4, 4)
+            self.whole.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), False)
+
+    with pytest.raises(ValueError, match="emb is a Embedding, which is not supported"):
+        attach(Mixed(), target_modules=["emb"])
+    with pytest.raises(ValueError, match=r"out_proj is a NonDynamically"):
+        attach(Mixed(), target_modules=["out_proj"])
+    with pytest.raises(ValueError, match=r"whole is stored as torch.int8 \(quantized\?\)"):
+        attach(Mixed(), target_modules=["whole"])
+
+
+def test_a_layer_with_another_method_is_refused():
+    lora = get_peft_model(Mlp(), LoraConfig(target_modules=["first"]))
+    with pytest.raises(ValueError, match="first already carries another PEFT method"):
+        attach(lora.base_model.model, target_modules=["first"])
+
+
+def test_tied_weights_are_refused_and_named():
+    model = tiny_gpt2(tied=True)
+    with pytest.raises(ValueError, match=r"lm_head is shared with transformer.wte"):
+        attach(model, target_modules=["lm_head"])
+    untied = attach(tiny_gpt2(tied=False), target_modules=["lm_head"])
+    assert names(untied) == ["lm_head"]
+
+
+def test_a_module_that_stands_in_two_places_is_refused():
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"one": shared, "two": shared})
+    with pytest.raises(ValueError, match="the weight of one is shared with two"):
+        attach(model, target_modules=["one"])
+
+
+def test_two_adapters_cannot_both_train_biases():
+    model = attach(Mlp(), target_modules=["first"], bias="all")
+    with pytest.raises(ValueError, match="supports only 1 adapter with bias"):
+        model.add_adapter("b", RosaConfig(r=1, target_modules=["first"], bias="all"))
+
+
+def test_draws_repeat_and_do_not_depend_on_other_layers():
+    base = Mlp()
+
+    def first_factor(seed, targets):
+        torch.manual_seed(int(torch.randint(1000, ())))
+        model = attach(copy.deepcopy(base), target_modules=targets, seed=seed)
+        return dict(rosa_layers(model))["base_model.model.first"].rosa_A["default"]
+
+    expected = first_factor(0, ["first"])
+    assert torch.equal(first_factor(0, ["first", "last"]), expected)
+    assert not torch.equal(first_factor(1, ["first"]), expected)
+
+
+def test_nothing_warns_on_ordinary_use():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = attach(Mlp(), target_modules=["first"])
+        resample(model)
+        model.merge_and_unload()

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from rosa import subspace
+from rosa.subspace import DIRECTIONS, SPLITS, TRIPLETS, LowRank
+
+SHAPES = [(6, 6), (5, 11), (12, 4), (1, 7)]
+
+
+def draw(weight, rank, seed=0, **options):
+    return subspace.draw(weight, rank, generator=subspace.generator(seed, "layer", 0), **options)
+
+
+@pytest.mark.parametrize(
+    ("shape", "directions", "triplets", "split"),
+    list(itertools.product(SHAPES, DIRECTIONS, TRIPLETS, SPLITS)),
+)
+def test_the_product_is_the_weights_projection_onto_the_subspace(
+    shape, directions, triplets, split
+):
+    weight = torch.randn(shape, dtype=torch.float64)
+    rank = min(shape[0], shape[1], 3)
+    a, b = draw(weight, rank, directions=directions, triplets=triplets, split=split, scaling=0.5)
+    assert a.shape == (rank, shape[1])
+    assert b.shape == (shape[0], rank)
+    product, rest = 0.5 * b @ a, weight - 0.5 * b @ a
+    # The rest has nothing left in the subspace: its rank falls by that of the product.
+    full = min(shape)
+    assert torch.linalg.matrix_rank(rest, atol=1e-9, rtol=0.0) == full - rank
+    # The parts are orthogonal, so the energies add up.
+    energy = product.pow(2).sum() + rest.pow(2).sum()
+    torch.testing.assert_close(energy, weight.pow(2).sum())
+
+
+@pytest.mark.parametrize("directions", DIRECTIONS)
+def test_the_split_moves_the_scale_and_not_the_product(directions):
+    weight = torch.randn(8, 8, dtype=torch.float64)
+    products = []
+    for split in SPLITS:
+        a, b = draw(weight, 3, directions=directions, split=split)
+        products.append(b @ a)
+    torch.testing.assert_close(products[0], products[1])
+    torch.testing.assert_close(products[0], products[2])
+
+
+def test_svd_with_the_scale_on_b_is_the_papers_factoring():
+    weight = torch.randn(9, 6, dtype=torch.float64)
+    a, b = draw(weight, 2, directions="svd", triplets="top", split="B")
+    torch.testing.assert_close(a @ a.T, torch.eye(2, dtype=torch.float64))
+    sizes = torch.linalg.svdvals(weight)
+    torch.testing.assert_close(b.T @ b, torch.diag(sizes[:2] ** 2))
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (5, 11), (12, 4)])
+def test_orthonormal_directions_have_the_root_mean_square_singular_value_as_size(shape):
+    weight = torch.randn(shape, dtype=torch.float64)
+    size = torch.linalg.svdvals(weight).pow(2).mean().sqrt()
+    a, b = draw(weight, 3, directions="orthonormal", split="B")
+    # Directions of the smaller side are orthonormal times the size on B (or 1 on A).
+    gram = b.T @ b / size**2 if shape[0] <= shape[1] else a @ a.T
+    torch.testing.assert_close(gram, torch.eye(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("triplets", "expected"), [("top", [0, 1]), ("bottom", [4, 5])])
+def test_top_and_bottom_triplets(triplets, expected):
+    weight = torch.randn(7, 6, dtype=torch.float64)
+    _, b = draw(weight, 2, directions="svd", triplets=triplets)
+    sizes = torch.linalg.svdvals(weight)[expected]
+    torch.testing.assert_close(b.norm(dim=0), sizes)
+
+
+def test_random_triplets_are_a_uniform_subset_without_replacement():
+    weight = torch.diag(torch.arange(1.0, 7.0, dtype=torch.float64))
+    counts, draws = torch.zeros(6), 3000
+    pairs = torch.zeros(6, 6)
+    for seed in range(draws):
+        _, b = draw(weight, 2, seed=seed, directions="svd")
+        chosen = (b.norm(dim=0).round().long() - 1).tolist()
+        assert len(set(chosen)) == 2
+        counts[chosen] += 1
+        pairs[tuple(sorted(chosen))] += 1
+    # Chi-square of the 15 pairs against uniform; 14 degrees of freedom, p = 1e-4 at 42.6.
+    found = pairs[torch.triu(torch.ones(6, 6), diagonal=1).bool()]
+    assert ((found - draws / 15) ** 2 / (draws / 15)).sum() < 42.6
+    assert counts.min() > 0
+
+
+def test_draws_do_not_depend_on_the_global_random_state():
+    weight = torch.randn(6, 6)
+    for directions in DIRECTIONS:
+        torch.manual_seed(1)
+        first = draw(weight, 2, directions=directions)
+        state = torch.get_rng_state()
+        torch.manual_seed(2)
+        second = draw(weight, 2, directions=directions)
+        assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+        torch.manual_seed(1)
+        draw(weight, 2, directions=directions)
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_draws_differ_by_seed_layer_and_count():
+    states = {
+        subspace.generator(*args).initial_seed()
+        for args in [(0, "a", 0), (1, "a", 0), (0, "b", 0), (0, "a", 1)]
+    }
+    assert len(states) == 4
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("directions", DIRECTIONS)
+def test_a_zero_weight_can_be_drawn_and_learns(directions, split):
+    a, b = draw(torch.zeros(5, 6), 2, directions=directions, split=split)
+    assert torch.isfinite(a).all()
+    assert torch.isfinite(b).all()
+    assert (a != 0).any() or (b != 0).any()
+
+
+@pytest.mark.parametrize("rank", [0, 6])
+def test_a_rank_that_does_not_fit_is_refused(rank):
+    with pytest.raises(ValueError, match="choose 1 to 5"):
+        draw(torch.randn(5, 6), rank)
+
+
+def test_compression_loses_nothing_and_finds_the_rank():
+    terms = LowRank(torch.randn(9, 4).double(), torch.randn(4, 7).double())
+    doubled = terms + LowRank(-2 * terms.B, terms.A) + terms + terms  # 13 x 7, of rank 4
+    small = doubled.compressed()
+    assert doubled.rank == 16
+    assert small.rank == 4
+    torch.testing.assert_close(small.dense(), doubled.dense())
+
+
+def test_terms_that_cancel_compress_to_nothing():
+    terms = LowRank(torch.zeros(5, 2), torch.randn(2, 6))
+    assert terms.compressed().rank == 0
+    assert LowRank.zero(5, 6, torch.float32).compressed().rank == 0
+
+
+def test_a_fingerprint_survives_a_change_of_precision_and_sees_a_change_of_weight():
+    weight = torch.randn(40, 30)
+    mark = subspace.fingerprint(weight)
+    half = subspace.fingerprint(weight.bfloat16())
+    assert subspace.same_fingerprint(mark, half, torch.finfo(torch.bfloat16).eps)
+    other = subspace.fingerprint(weight + 0.05 * torch.randn(40, 30))
+    assert not subspace.same_fingerprint(mark, other, torch.finfo(torch.float32).eps)
