@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -59,3 +66,25 @@ def tiny_gpt2(tied: bool = True) -> GPT2LMHeadModel:
         tie_word_embeddings=tied,
     )
     return GPT2LMHeadModel(config)
+
+
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    *["good", "bad", "fine", "poor", "film", "book", "was", "very", "the", "a"],
+]
+
+
+def save_with_tokenizer(model: PreTrainedModel, folder: Path) -> Path:
+    """Save a tiny model with a tokenizer of the few WORDS, as a pretrained model's folder."""
+    vocabulary = {word: i for i, word in enumerate(WORDS)}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]", eos_token="[SEP]"
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -15,6 +16,7 @@ from rosa.config import RosaConfig
 from rosa.model import rosa_layers
 
 _PREFIX = "base_model.model."
+FORMS = ("merged", "lora")
 
 
 def export_lora(
@@ -92,3 +94,62 @@ def _rosa_adapter(model: PeftModel, adapter_name: str | None) -> tuple[str, Rosa
         rosa = [name for name, c in model.peft_config.items() if isinstance(c, RosaConfig)]
         raise ValueError(f"{adapter!r} is not a ROSA adapter of this model; there are: {rosa}")
     return adapter, config
+
+
+def export_folder(folder: Path, form: str, output: Path, model: str | None = None) -> float:
+    """Export, load what was written as a user would, and compare it with the adapter's model.
+
+    Args:
+        folder: a run's folder or an adapter's.
+        form: `merged`, a plain model of the base's class; or `lora`, a LoRA adapter.
+        output: where it goes; must not exist or be empty.
+        model: the base model; None takes the one that the adapter names.
+
+    Returns:
+        The largest difference of logits on random tokens.
+
+    Raises:
+        ValueError, FileNotFoundError: nothing to export there, or `output` is in use.
+        RuntimeError: what was written computes something else; it should not be used.
+    """
+    from rosa import runs
+
+    if form not in FORMS:
+        raise ValueError(f"--to must be one of {', '.join(FORMS)}; got {form!r}")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} is not empty: name a new folder")
+    trained, tokenizer = runs.load_trained(folder, model)
+    if not isinstance(trained, PeftModel):
+        raise ValueError(f"{folder} holds a plain model already: there is no adapter to export")
+    base = copy.deepcopy(trained).unload() if form == "lora" else None
+    expected = _logits(trained)
+    if form == "lora":
+        export_lora(trained, output)
+        trained.config.save_pretrained(str(output))
+    else:
+        export_merged(trained, output)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(output))
+    if base is None:
+        plain: Any = type(trained.get_base_model())
+        written = plain.from_pretrained(str(output)).eval()
+    else:
+        written = PeftModel.from_pretrained(base, str(output)).eval()
+    difference = float((_logits(written) - expected).abs().max())
+    tolerance = 1e-3 * float(expected.abs().max()) + 1e-4
+    if trained.dtype in (torch.float16, torch.bfloat16):
+        tolerance *= 100
+    if not difference <= tolerance:
+        raise RuntimeError(
+            f"the export in {output} differs from the trained model by {difference:.1e} in its "
+            "logits: do not use it, and report this"
+        )
+    return difference
+
+
+def _logits(model: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.vocab_size
+    ids = torch.randint(vocabulary, (4, 16), generator=generator)
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()

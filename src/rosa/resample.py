@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from rosa.layer import RosaLayer
+from rosa.layer import RosaLinear
 from rosa.model import rosa_layers
 
 
@@ -51,7 +51,7 @@ def resample(model: nn.Module, optimizer: Any = None) -> int:
     return len(jobs)
 
 
-def check(model: nn.Module, optimizer: Any = None) -> list[tuple[str, RosaLayer, str]]:
+def check(model: nn.Module, optimizer: Any = None) -> list[tuple[str, RosaLinear, str]]:
     """The (name, layer, adapter) that a resample would draw; raises as `resample` does."""
     layers = list(rosa_layers(model))
     if not layers:
@@ -102,7 +102,7 @@ def _unwrap(optimizer: Any) -> Optimizer:
     return optimizer
 
 
-def _check_optimizer(optimizer: Any, jobs: list[tuple[str, RosaLayer, str]]) -> None:
+def _check_optimizer(optimizer: Any, jobs: list[tuple[str, RosaLinear, str]]) -> None:
     held = {id(p) for group in _unwrap(optimizer).param_groups for p in group["params"]}
     for name, layer, adapter in jobs:
         for factor in (layer.rosa_A[adapter], layer.rosa_B[adapter]):

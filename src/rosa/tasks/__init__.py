@@ -1,0 +1,131 @@
+"""What is learned: a task is its data, its labels and its metrics. One file per family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+    from datasets import Dataset
+
+Metrics = Callable[["np.ndarray", "np.ndarray"], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task, ready to be tokenized.
+
+    Attributes:
+        name: as on the command line.
+        kind: `classification` has `text_columns` and `label` (int); `language` has one text
+            column, or `prompt` and `completion`, of which only the completion is learned.
+        train, validation: the data; a `test` split is reported if there is one.
+        text_columns: one, or two for pairs.
+        labels: names of the classes, by id.
+        metric: what the best model is chosen by; `greater_is_better` says how.
+        compute: metrics from predicted and true class ids, each (examples,).
+    """
+
+    name: str
+    kind: Literal["classification", "language"]
+    train: Dataset
+    validation: Dataset
+    text_columns: tuple[str, ...]
+    metric: str
+    greater_is_better: bool = True
+    labels: tuple[str, ...] = ()
+    compute: Metrics | None = None
+    test: Dataset | None = None
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where a task's data lies; see `rosa train --help`."""
+
+    task: str | None = None
+    data: Path | None = None
+    train: Path | None = None
+    validation: Path | None = None
+    text_columns: Sequence[str] = ("text",)
+    label_column: str = "label"
+    limit_train: int | None = None
+    seed: int = 0
+
+
+def load(settings: DataSettings, decoder: bool) -> Task:
+    """The task that the settings name; `decoder` says that the model is one.
+
+    Raises:
+        ValueError, FileNotFoundError: the data is missing or of no use; says what to do.
+    """
+    if settings.limit_train is not None and settings.limit_train < 1:
+        raise ValueError(f"limit_train must be at least 1, got {settings.limit_train}")
+    if settings.task is not None:
+        if settings.train is not None:
+            raise ValueError("give a task by name or a training file of your own, not both")
+        if settings.task not in TASKS:
+            raise ValueError(f"unknown task {settings.task!r}; there are: {', '.join(TASKS)}")
+        if decoder:
+            raise ValueError(f"task {settings.task} is a classification: it needs an encoder")
+        task = TASKS[settings.task](settings)
+    elif settings.train is None:
+        raise ValueError("no data: give --train <file>, or a --task by name")
+    elif decoder:
+        from rosa.tasks.language import load_language
+
+        task = load_language(settings)
+    else:
+        from rosa.tasks.text import load_text
+
+        task = load_text(settings)
+    if settings.limit_train is not None and settings.limit_train < len(task.train):
+        rows = task.train.shuffle(seed=settings.seed).select(range(settings.limit_train))
+        task = replace(task, train=rows)
+    return task
+
+
+def load_validation(settings: DataSettings, decoder: bool, id2label: dict[int, str]) -> Task:
+    """The task to evaluate a trained model on: by name, or a validation file with its labels.
+
+    Raises:
+        ValueError, FileNotFoundError: as `load`; also if the file's labels are not the model's.
+    """
+    if settings.task is not None:
+        return load(settings, decoder)
+    if settings.validation is None:
+        raise ValueError("no data: give --validation <file>, or a --task by name")
+    if decoder:
+        return load(replace(settings, train=settings.validation), decoder)
+    from rosa.tasks.text import load_text
+
+    return load_text(replace(settings, train=settings.validation), tuple(id2label.values()))
+
+
+def _cola(settings: DataSettings) -> Task:
+    from rosa.tasks.glue import load_cola
+
+    return load_cola(settings)
+
+
+def _demo(settings: DataSettings) -> Task:
+    from rosa.tasks import demo
+    from rosa.tasks.text import accuracy_and_f1
+
+    data = demo.load(settings.seed)
+    return Task(
+        name="demo",
+        kind="classification",
+        train=data.train,
+        validation=data.validation,
+        test=data.test,
+        text_columns=("text",),
+        labels=data.labels,
+        metric="accuracy",
+        compute=accuracy_and_f1,
+    )
+
+
+TASKS: dict[str, Callable[[DataSettings], Any]] = {"cola": _cola, "demo": _demo}

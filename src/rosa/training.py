@@ -1,0 +1,472 @@
+"""One run: a model, a task and a method in; a trained model and a result record out."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rosa import runs, tasks
+from rosa.methods import find_method
+from rosa.tasks import DataSettings, Task
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Every setting of a run, each with its default; saved as settings.json.
+
+    `lr` None takes the method's own. `resample_every` is "epoch", "never", a number of optimizer
+    steps, or epochs as in "0.5epochs". `target_modules` is "attention" (the paper's choice: the
+    projections of attention), "all-linear", or names. `warmup` is a share of all steps.
+    """
+
+    model: str
+    output: Path
+    method: str = "rosa"
+    task: str | None = None
+    data: Path | None = None
+    train: Path | None = None
+    validation: Path | None = None
+    text_columns: tuple[str, ...] = ("text",)
+    label_column: str = "label"
+    limit_train: int | None = None
+    rank: int = 8
+    alpha: float | None = None
+    directions: str = "svd"
+    triplets: str = "random"
+    split: str = "B"
+    resample_every: str = "epoch"
+    target_modules: tuple[str, ...] = ("attention",)
+    lr: float | None = None
+    epochs: float = 3.0
+    batch_size: int = 32
+    eval_batch_size: int = 64
+    gradient_accumulation: int = 1
+    weight_decay: float = 0.0
+    warmup: float = 0.06
+    max_length: int = 128
+    precision: str = "auto"
+    seed: int = 0
+    report_to: str = "none"
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values, with the versions of the libraries."""
+        values = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in asdict(self).items()
+        }
+        lists = {name: list(v) for name, v in values.items() if isinstance(v, tuple)}
+        names = ("rosa-finetune", "peft", "transformers", "torch", "datasets")
+        return {**values, **lists, "versions": {name: version(name) for name in names}}
+
+
+def train(settings: RunSettings, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """Run one training; returns the result record, which is also `<output>/metrics.json`.
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError: a setting, a file or the output folder is of no
+            use; said before any work is done.
+    """
+    from transformers import AutoConfig, AutoTokenizer, set_seed
+
+    settings = check(settings)
+    config = AutoConfig.from_pretrained(settings.model)
+    names = [f.name for f in fields(DataSettings)]
+    task = tasks.load(DataSettings(**{n: getattr(settings, n) for n in names}), _is_decoder(config))
+    runs.claim(settings.output, settings.to_json(), resume, overwrite)
+    if (settings.output / runs.METRICS).is_file():
+        print(f"the run in {settings.output} is finished: nothing to resume")
+        return runs.read_json(settings.output / runs.METRICS)
+
+    set_seed(settings.seed)
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = build_model(settings, task, tokenizer.pad_token_id)
+    trainer, callback = build_trainer(settings, task, model, tokenizer)
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=_last_checkpoint(settings.output) if resume else None)
+    seconds = time.perf_counter() - started
+    metrics = _evaluate(trainer, task)
+    place = _save(settings, task, trainer.model, tokenizer, metrics)
+    history = _history(trainer.state.log_history)
+    record = {
+        **metrics,
+        "train_loss": history["epochs"][-1]["train_loss"],
+        "epochs": trainer.state.epoch,
+        "steps": trainer.state.global_step,
+        "train_seconds": seconds,
+        "resamples": callback.resamples if callback else 0,
+        "resample_seconds": callback.seconds if callback else 0.0,
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "adapter_bytes": sum(p.stat().st_size for p in place.glob("*.safetensors")),
+        "peak_memory_mib": _peak_memory_mib(),
+        "train_examples": len(task.train),
+        "validation_examples": len(task.validation),
+        "method": settings.method,
+        "lr": settings.lr,
+    }
+    runs.write_json(settings.output / runs.HISTORY, history)
+    runs.write_json(settings.output / runs.METRICS, record)
+    return record
+
+
+def evaluate(folder: Path, data: DataSettings, model: str | None = None) -> dict[str, float]:
+    """The metrics of a trained model on validation data.
+
+    Args:
+        folder: a run's folder, an adapter's, or a plain model's.
+        data: a task by name, or a validation file.
+        model: the base model of an adapter, if not the one that it names.
+
+    Raises:
+        ValueError, FileNotFoundError: the folder or the data is of no use.
+    """
+    trained, tokenizer = runs.load_trained(folder, model)
+    if tokenizer is None:
+        raise ValueError(f"{folder} has no tokenizer: save it beside the model")
+    task = tasks.load_validation(data, _is_decoder(trained.config), trained.config.id2label)
+    settings = RunSettings(model=str(folder), output=folder, method="full")
+    trainer, _ = build_trainer(settings, task, trained, tokenizer)
+    return _evaluate(trainer, task)
+
+
+def _is_decoder(config: Any) -> bool:
+    endings = ("ForCausalLM", "LMHeadModel")
+    return any(name.endswith(endings) for name in config.architectures or ())
+
+
+def check(settings: RunSettings) -> RunSettings:
+    """The settings with the method's learning rate filled in; raises for values of no use."""
+    from rosa.config import check_rank
+
+    method = find_method(settings.method)
+    if method.has_rank:
+        check_rank("rank", settings.rank)
+    settings = replace(settings, lr=method.lr if settings.lr is None else settings.lr)
+    for name in ("lr", "epochs", "batch_size", "eval_batch_size", "gradient_accumulation"):
+        value = getattr(settings, name)
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive, got {value}")
+    if not 0 <= settings.warmup < 1:
+        raise ValueError(
+            f"warmup is a share of all steps, at least 0 and below 1: {settings.warmup}"
+        )
+    if settings.max_length < 8:
+        raise ValueError(f"max_length must be at least 8 tokens, got {settings.max_length}")
+    if settings.precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}: {settings.precision}")
+    parse_period(settings.resample_every)
+    if settings.method == "rosa":
+        method.config(settings, {})  # type: ignore[misc]  # checks its own settings
+    return settings
+
+
+def parse_period(every: str) -> str | int | float | None:
+    """What `RosaCallback` takes, from "epoch", "100" (steps) or "0.5epochs"; None for "never"."""
+    if every == "never":
+        return None
+    if every == "epoch":
+        return every
+    number, kind = (every[:-6], float) if every.endswith("epochs") else (every, int)
+    try:
+        period = kind(number)
+    except ValueError:
+        period = 0
+    if not 0 < period < math.inf:
+        raise ValueError(
+            f"resample_every must be epoch, never, a number of steps such as 200, or epochs such "
+            f"as 0.5epochs; got {every!r}"
+        )
+    return period
+
+
+def build_model(settings: RunSettings, task: Task, pad_token_id: int | None) -> nn.Module:
+    """The pretrained model as the method trains it."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    if task.kind == "classification":
+        names = dict(enumerate(task.labels))
+        model = AutoModelForSequenceClassification.from_pretrained(
+            settings.model, id2label=names, label2id={n: i for i, n in names.items()}
+        )
+        task_type = "SEQ_CLS"
+    else:
+        model = AutoModelForCausalLM.from_pretrained(settings.model)
+        task_type = "CAUSAL_LM"
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = pad_token_id
+    method = find_method(settings.method)
+    if method.config is None:
+        if settings.method == "head":
+            _train_head_only(model)
+        return model
+    from peft import get_peft_model
+
+    targets = find_targets(model, settings.target_modules)
+    return get_peft_model(
+        model, method.config(settings, {"target_modules": targets, "task_type": task_type})
+    )
+
+
+def find_targets(model: nn.Module, wanted: tuple[str, ...]) -> list[str] | str:
+    """Target modules for PEFT; "attention" means every linear layer inside an attention module."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    if wanted == ("all-linear",):
+        return "all-linear"
+    if wanted != ("attention",):
+        return list(wanted)
+    found = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+        and any("att" in part.lower() for part in name.split(".")[:-1])
+    ]
+    if not found:
+        raise ValueError(
+            f"no attention projections found in {type(model).__name__}: give --target-modules "
+            "all-linear, or the names of the layers"
+        )
+    return found
+
+
+def _train_head_only(model: nn.Module) -> None:
+    from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+
+    heads = [getattr(model, name) for name in SEQ_CLS_HEAD_NAMES if hasattr(model, name)]
+    if not heads:
+        raise ValueError(f"{type(model).__name__} has no classification head to train alone")
+    model.requires_grad_(False)
+    heads[0].requires_grad_(True)
+
+
+def build_trainer(
+    settings: RunSettings, task: Task, model: nn.Module, tokenizer: Any
+) -> tuple[Any, Any]:
+    """Transformers' Trainer for the run, and its `RosaCallback` if it has one."""
+    import torch
+    from transformers import (
+        DataCollatorForSeq2Seq,
+        DataCollatorWithPadding,
+        ProgressCallback,
+        Trainer,
+        TrainingArguments,
+    )
+
+    from rosa import RosaCallback
+
+    class EpochProgress(ProgressCallback):
+        """A progress bar with a line per evaluation, not one per log of the loss."""
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if logs and "eval_loss" in logs:
+                super().on_log(args, state, control, logs=logs, **kwargs)
+
+    if task.kind == "classification":
+        rows = {name: _tokenize(part, task, tokenizer, settings) for name, part in _parts(task)}
+        collator = DataCollatorWithPadding(tokenizer)
+    else:
+        rows = {name: _tokenize_language(part, tokenizer, settings) for name, part in _parts(task)}
+        collator = DataCollatorForSeq2Seq(tokenizer)
+    batches = -(-len(rows["train"]) // settings.batch_size)
+    steps_per_epoch = -(-batches // settings.gradient_accumulation)
+    bf16 = settings.precision == "bf16" or (
+        settings.precision == "auto"
+        and torch.cuda.is_available()
+        and torch.cuda.is_bf16_supported()
+    )
+    args = TrainingArguments(
+        output_dir=str(settings.output / runs.CHECKPOINTS),
+        num_train_epochs=settings.epochs,
+        learning_rate=settings.lr,  # type: ignore[arg-type]
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.eval_batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        weight_decay=settings.weight_decay,
+        warmup_steps=settings.warmup,
+        lr_scheduler_type="linear",
+        bf16=bf16,
+        seed=settings.seed,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model=task.metric,
+        greater_is_better=task.greater_is_better,
+        logging_strategy="steps",
+        logging_steps=_log_period(steps_per_epoch),
+        report_to=settings.report_to,
+        remove_unused_columns=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+    def compute(prediction: Any) -> dict[str, float]:
+        predicted, labels = prediction
+        return task.compute(predicted.argmax(-1), labels)  # type: ignore[misc]
+
+    period = parse_period(settings.resample_every)
+    callback = RosaCallback(period) if settings.method == "rosa" and period else None
+    trainer = Trainer(
+        model=model,
+        args=args,
+        data_collator=collator,
+        train_dataset=rows["train"],
+        eval_dataset=rows["validation"],
+        compute_metrics=compute if task.compute else None,
+        callbacks=[callback] if callback else None,
+    )
+    if trainer.pop_callback(ProgressCallback):
+        trainer.add_callback(EpochProgress())
+    trainer.test_rows = rows.get("test")  # type: ignore[attr-defined]
+    return trainer, callback
+
+
+def _parts(task: Task) -> list[tuple[str, Any]]:
+    parts = [("train", task.train), ("validation", task.validation), ("test", task.test)]
+    return [(name, part) for name, part in parts if part is not None]
+
+
+def _tokenize(rows: Any, task: Task, tokenizer: Any, settings: RunSettings) -> Any:
+    def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
+        texts = [batch[name] for name in task.text_columns]
+        encoded = tokenizer(*texts, truncation=True, max_length=settings.max_length)
+        return {**encoded, "labels": batch["label"]}
+
+    return rows.map(encode, batched=True, remove_columns=rows.column_names, desc="Tokenizing")
+
+
+def _tokenize_language(rows: Any, tokenizer: Any, settings: RunSettings) -> Any:
+    """Token ids with labels; a prompt's labels are -100, which the loss leaves out."""
+
+    def encode(row: dict[str, str]) -> dict[str, list[int]]:
+        prompt, text = row.get("prompt", ""), row.get("text", row.get("completion", ""))
+        if prompt and not prompt[-1].isspace() and not text[:1].isspace():
+            text = " " + text
+        before = tokenizer(prompt)["input_ids"] if prompt else []
+        if before and before[-1] == tokenizer.eos_token_id:
+            before = before[:-1]
+        after = tokenizer(text, add_special_tokens=not before)["input_ids"]
+        if not after or after[-1] != tokenizer.eos_token_id:
+            after = [*after, tokenizer.eos_token_id]
+        ids = [*before, *after][: settings.max_length]
+        labels = [*[-100] * len(before), *after][: settings.max_length]
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+    encoded = rows.map(encode, remove_columns=rows.column_names, desc="Tokenizing")
+    learned = encoded.filter(lambda row: any(label != -100 for label in row["labels"]))
+    if len(learned) == 0:
+        raise ValueError(
+            f"no completion is within the first {settings.max_length} tokens: raise --max-length"
+        )
+    return learned
+
+
+def _log_period(steps_per_epoch: int) -> int:
+    """About ten losses an epoch, and one exactly at its end: a divisor of the epoch's steps."""
+    longest = max(steps_per_epoch // 10, 1)
+    return max(n for n in range(1, longest + 1) if steps_per_epoch % n == 0)
+
+
+def _last_checkpoint(output: Path) -> str | None:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    folder = output / runs.CHECKPOINTS
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+
+
+def _evaluate(trainer: Any, task: Task) -> dict[str, float]:
+    """Metrics of the best model: on validation, and with the prefix `test_` on a test split."""
+    found = trainer.evaluate()
+    metrics = {"eval_loss": found["eval_loss"]}
+    if task.compute is None:
+        metrics["loss"] = found["eval_loss"]
+        metrics["perplexity"] = math.exp(min(found["eval_loss"], 700))
+    else:
+        known = ("eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+        metrics.update(
+            {k.removeprefix("eval_"): v for k, v in found.items() if k not in (*known, "epoch")}
+        )
+        if trainer.test_rows is not None:
+            tested = trainer.predict(trainer.test_rows).metrics
+            names = [name for name in metrics if f"test_{name}" in tested]
+            metrics.update({f"test_{name}": tested[f"test_{name}"] for name in names})
+    return metrics
+
+
+def _history(log: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Training loss by step, and per epoch its mean with the validation metrics."""
+    steps = [
+        {"step": r["step"], "epoch": r["epoch"], "loss": r["loss"]} for r in log if "loss" in r
+    ]
+    epochs, begun = [], 0.0
+    for row in (r for r in log if "eval_loss" in r):
+        if epochs and row["step"] == epochs[-1]["step"]:
+            continue  # the evaluation of the best model after the last epoch
+        losses = [s["loss"] for s in steps if begun < s["step"] <= row["step"]]
+        epochs.append(
+            {
+                "epoch": row["epoch"],
+                "step": row["step"],
+                "train_loss": sum(losses) / len(losses) if losses else None,
+                **{k: v for k, v in row.items() if k.startswith("eval_") and "_per_" not in k},
+            }
+        )
+        begun = row["step"]
+    return {"steps": steps, "epochs": epochs}
+
+
+def _save(
+    settings: RunSettings, task: Task, model: Any, tokenizer: Any, metrics: dict[str, float]
+) -> Path:
+    """Save the trained model with its tokenizer and a model card; returns its folder."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    adapted = find_method(settings.method).config is not None
+    place = settings.output / (runs.ADAPTER if adapted else runs.MODEL)
+    model.save_pretrained(str(place))
+    model.config.save_pretrained(str(place))  # the names of the labels, for an adapter too
+    tokenizer.save_pretrained(str(place))
+    local = Path(settings.model).exists()
+    data = ModelCardData(
+        base_model=None if local else settings.model,
+        library_name="peft" if adapted else "transformers",
+        tags=[settings.method, "rosa-finetune"],
+    )
+    values = {k: v for k, v in settings.to_json().items() if k not in ("output", "versions")}
+    rows = "\n".join(f"| {k} | {v} |" for k, v in values.items() if v is not None)
+    scores = "\n".join(f"| {k} | {v:.4f} |" for k, v in metrics.items())
+    load = (
+        "import rosa  # registers the method with PEFT\n" if settings.method == "rosa" else ""
+    ) + "from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, folder)\n"
+    if not adapted:
+        load = "from transformers import AutoModel\nmodel = AutoModel.from_pretrained(folder)\n"
+    text = (
+        f"---\n{data.to_yaml()}\n---\n\n# {settings.method} on {task.name}\n\n"
+        f"`{Path(settings.model).name}` fine-tuned by `rosa train`.\n\n```python\n{load}```\n\n"
+        f"| metric | value |\n| --- | --- |\n{scores}\n\n"
+        f"| setting | value |\n| --- | --- |\n{rows}\n"
+    )
+    ModelCard(text).save(place / "README.md")
+    return place
+
+
+def _peak_memory_mib() -> float:
+    """The most memory so far in MiB: of the device if there is one, else of the process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
