@@ -68,13 +68,8 @@ def tiny_gpt2(tied: bool = True) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config)
 
 
-WORDS = [
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    *["good", "bad", "fine", "poor", "film", "book", "was", "very", "the", "a"],
-]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+WORDS = [*SPECIAL, "good", "bad", "fine", "poor", "film", "book", "was", "very", "the", "a"]
 
 
 def save_with_tokenizer(model: PreTrainedModel, folder: Path) -> Path:

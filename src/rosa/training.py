@@ -135,7 +135,8 @@ def evaluate(folder: Path, data: DataSettings, model: str | None = None) -> dict
     trained, tokenizer = runs.load_trained(folder, model)
     if tokenizer is None:
         raise ValueError(f"{folder} has no tokenizer: save it beside the model")
-    task = tasks.load_validation(data, _is_decoder(trained.config), trained.config.id2label)
+    labels = tuple((trained.config.id2label or {}).values())
+    task = tasks.load_validation(data, _is_decoder(trained.config), labels)
     settings = RunSettings(model=str(folder), output=folder, method="full")
     trainer, _ = build_trainer(settings, task, trained, tokenizer)
     return _evaluate(trainer, task)

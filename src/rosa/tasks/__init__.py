@@ -87,7 +87,7 @@ def load(settings: DataSettings, decoder: bool) -> Task:
     return task
 
 
-def load_validation(settings: DataSettings, decoder: bool, id2label: dict[int, str]) -> Task:
+def load_validation(settings: DataSettings, decoder: bool, labels: tuple[str, ...]) -> Task:
     """The task to evaluate a trained model on: by name, or a validation file with its labels.
 
     Raises:
@@ -101,7 +101,7 @@ def load_validation(settings: DataSettings, decoder: bool, id2label: dict[int, s
         return load(replace(settings, train=settings.validation), decoder)
     from rosa.tasks.text import load_text
 
-    return load_text(replace(settings, train=settings.validation), tuple(id2label.values()))
+    return load_text(replace(settings, train=settings.validation), labels)
 
 
 def _cola(settings: DataSettings) -> Task:
