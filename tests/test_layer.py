@@ -182,3 +182,22 @@ def test_an_offset_never_grows_past_the_weights_rank():
             layer.rosa_B["default"].add_(torch.randn(5, 2))
         resample(model)
         assert layer.rosa_offset["default"].terms.rank <= 5
+
+
+def test_a_model_made_in_inference_mode_can_be_disabled():
+    with torch.inference_mode():
+        base, x = Mlp(), torch.randn(3, 7).double()
+        expected = base(x)
+        model = adapt(base)
+        with model.disable_adapter():
+            torch.testing.assert_close(model(x), expected)
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_a_layer_compiles_without_a_break_and_sees_a_resample():
+    model = adapt(Mlp(torch.float32))
+    layer, x = layer_of(model, "middle"), torch.randn(4, 10)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+    resample(model)
+    torch.testing.assert_close(compiled(x), layer(x))

@@ -213,3 +213,10 @@ def test_a_diverged_factor_is_refused_before_anything_is_drawn():
     with pytest.raises(ValueError, match=r"layer .*last has NaN or infinity"):
         resample(model)
     assert all(layer.rosa_offset["default"].draws == 1 for layer in layers)
+
+
+def test_factors_that_wait_for_a_file_are_refused():
+    config = RosaConfig(r=2, target_modules=["first"])
+    model = get_peft_model(Mlp(), config, low_cpu_mem_usage=True)
+    with pytest.raises(ValueError, match=r"first are on the meta device .*load the adapter's file"):
+        resample(model)

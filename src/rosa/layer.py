@@ -332,11 +332,13 @@ class RosaLayer(BaseTunerLayer):
             # Autograd refuses to go backward through a weight that was changed since the forward
             # pass. That is right while the adapters are disabled, and wrong once the weight is what
             # it was: a reference model by `disable_adapter()` between forward and backward.
-            guard = _unsafe_preserve_version_counter(self._weight())
+            tracked = not self._weight().is_inference()
+            guard = _unsafe_preserve_version_counter(self._weight()) if tracked else None
             in_weight = [entry.in_weight for entry in self.rosa_offset.entries.values()]
             super().enable_adapters(False)
             self._sync()
-            self._version_guard = (guard, in_weight, self._weight()._version)
+            if guard is not None:
+                self._version_guard = (guard, in_weight, self._weight()._version)
         elif enabled:
             super().enable_adapters(True)
             if self._version_guard is None:

@@ -80,6 +80,12 @@ def check(model: nn.Module, optimizer: Any = None) -> list[tuple[str, RosaLinear
         for adapter in layer.active_adapters
         if adapter in layer.rosa_offset
     ]
+    for name, layer, adapter in jobs:
+        if layer.rosa_A[adapter].is_meta:
+            raise ValueError(
+                f"the factors of layer {name} are on the meta device (low_cpu_mem_usage=True): load "
+                "the adapter's file first, or attach it without low_cpu_mem_usage"
+            )
     if not jobs:
         raise ValueError(
             f"no ROSA adapter is active (active: {layers[0][1].active_adapters}): call "
