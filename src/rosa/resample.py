@@ -83,7 +83,7 @@ def check(model: nn.Module, optimizer: Any = None) -> list[tuple[str, RosaLinear
     for name, layer, adapter in jobs:
         if layer.rosa_A[adapter].is_meta:
             raise ValueError(
-                f"the factors of layer {name} are on the meta device (low_cpu_mem_usage=True): load "
+                f"the factors of layer {name} are on the meta device (low_cpu_mem_usage): load "
                 "the adapter's file first, or attach it without low_cpu_mem_usage"
             )
     if not jobs:
