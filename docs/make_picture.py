@@ -40,7 +40,9 @@ lora.text(-1.3, 0.5, "LoRA", fontsize=15, weight="bold", va="center")
 weight(lora, 0, "W, frozen")
 lora.text(1.2, 0.5, "+", fontsize=18, ha="center", va="center")
 product(lora, 1.45, BLUE, "trained, from zero")
-lora.text(3.0, 0.5, "one product for the whole run: the change has rank r", va="center", fontsize=11)
+lora.text(
+    3.0, 0.5, "one product for the whole run: the change has rank r", va="center", fontsize=11
+)
 
 rosa.text(-1.3, 0.5, "ROSA", fontsize=15, weight="bold", va="center")
 weight(rosa, 0, "W + O")

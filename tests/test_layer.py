@@ -46,7 +46,7 @@ def test_training_follows_the_plain_algorithm_through_resamples(alpha):
     optimizer = torch.optim.Adam(factors, lr=0.02)
     for round_ in range(4):
         for name, reference in references.items():
-            generator = subspace.generator(5, name, round_)
+            generator = subspace.generator(5, f"{name}.default", round_)
             count = min(reference.fixed.shape)
             reference.factor(torch.randperm(count, generator=generator)[:2].sort().values)
         if round_:

@@ -16,6 +16,7 @@ from peft.utils import (
 )
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
 
 from rosa import RosaConfig, resample
 from rosa.model import rosa_layers
@@ -260,3 +261,41 @@ def test_low_level_state_dicts_round_trip():
     other = attach(copy.deepcopy(base), seed=4)
     set_peft_model_state_dict(other, get_peft_model_state_dict(model))
     torch.testing.assert_close(other(x), model(x))
+
+
+def test_loading_by_transformers_itself_says_what_to_do(tmp_path):
+    base = tiny_bert()
+    base.save_pretrained(tmp_path / "base")
+    base = type(base).from_pretrained(tmp_path / "base")
+    config = RosaConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    get_peft_model(base, config).save_pretrained(str(tmp_path / "adapter"))
+    with pytest.raises(NotImplementedError, match="is loaded by PEFT: PeftModel"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
+
+
+def test_a_head_whose_name_begins_like_a_factor_travels_too():
+    class Headed(Mlp):
+        def __init__(self):
+            super().__init__()
+            self.rosa_head = self.last
+
+        def forward(self, x):
+            return self.rosa_head(torch.tanh(self.middle(torch.tanh(self.first(x)))))
+
+    base, x = Headed(), torch.randn(4, 7).double()
+    del base.last
+    options = {"target_modules": ["first"], "modules_to_save": ["rosa_head"]}
+    model, other = attach(copy.deepcopy(base), **options), attach(base, **options)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.add_(torch.randn_like(p), alpha=0.1)
+    set_peft_model_state_dict(other, get_peft_model_state_dict(model))
+    torch.testing.assert_close(other(x), model(x))
+
+
+def test_two_adapters_of_one_config_draw_different_subspaces():
+    config = RosaConfig(r=2, target_modules=["first"])
+    model = get_peft_model(Mlp(), config)
+    model.add_adapter("second", config)
+    (_, layer), *_ = rosa_layers(model)
+    assert not torch.allclose(layer.rosa_A["default"], layer.rosa_A["second"])

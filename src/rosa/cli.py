@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -197,6 +198,11 @@ def demo(
 def main() -> None:
     """Run the command; a user's error is one clear message, not a stack trace."""
     debug = "--debug" in sys.argv or os.environ.get("ROSA_DEBUG") == "1"
+    if not debug:  # what transformers says of its own inner workings is no news to a user
+        from transformers.utils import logging
+
+        warnings.simplefilter("ignore", FutureWarning)
+        logging.set_verbosity_error()
     if "--debug" in sys.argv:
         sys.argv.remove("--debug")
     try:

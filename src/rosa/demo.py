@@ -12,7 +12,7 @@ from rosa.tasks.demo import model_folder
 from rosa.training import RunSettings, train
 
 METHODS = {"rosa": "ROSA, rank 8", "lora": "LoRA, rank 8", "head": "pretrained, new head"}
-EPOCHS, MAX_LENGTH = 3.0, 32
+EPOCHS, MAX_LENGTH, LR = 3.0, 32, 3e-3
 
 
 def run(output: Path, seed: int, overwrite: bool, say: Any) -> None:
@@ -42,7 +42,7 @@ def run(output: Path, seed: int, overwrite: bool, say: Any) -> None:
             task="demo",
             output=output / method,
             method=method,
-            target_modules=("all-linear",),
+            lr=LR,
             epochs=EPOCHS,
             max_length=MAX_LENGTH,
             seed=seed,

@@ -13,7 +13,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from rosa.config import RosaConfig
-from rosa.model import rosa_layers
+from rosa.model import is_rosa_key, rosa_layers
 
 _PREFIX = "base_model.model."
 FORMS = ("merged", "lora")
@@ -45,7 +45,7 @@ def export_lora(
         state[f"{name}.lora_B.weight"] = change.B
         ranks[name.removeprefix(_PREFIX)] = change.rank
     for key, value in get_peft_model_state_dict(model, adapter_name=adapter).items():
-        if ".rosa_" not in key:  # heads, biases: named alike by every method
+        if not is_rosa_key(key):  # heads, biases: named alike by every method
             state[key] = value.detach().cpu().contiguous()
     lora = LoraConfig(
         r=max(ranks.values()),

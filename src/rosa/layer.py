@@ -63,6 +63,15 @@ class OffsetDict(nn.Module):
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
 
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__.get("entries", ()):
+            # Where transformers' own loading of an adapter's folder looks for a place to put O.
+            raise NotImplementedError(
+                "a ROSA adapter is loaded by PEFT: PeftModel.from_pretrained(base_model, folder) "
+                "or peft.AutoPeftModelFor...; transformers' own loading cannot place its offsets"
+            )
+        return super().__getattr__(name)
+
     def keys(self) -> list[str]:
         """The names of the adapters."""
         return list(self.entries)
@@ -228,6 +237,7 @@ class RosaLayer(BaseTunerLayer):
         if adapter not in self.rosa_offset:
             raise ValueError(f"layer {self.name} has no adapter {adapter!r}")
         delta = self.whole_change(adapter).to(self._weight().device).dense()
+        delta = delta.to(self.rosa_A[adapter].dtype)
         return delta.T if self.fan_in_fan_out else delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -275,7 +285,7 @@ class RosaLayer(BaseTunerLayer):
                 triplets=config.triplets,  # type: ignore[arg-type]
                 split=config.split,  # type: ignore[arg-type]
                 scaling=self.scaling[adapter],
-                generator=subspace.generator(config.seed, self.name, entry.draws),
+                generator=subspace.generator(config.seed, f"{self.name}.{adapter}", entry.draws),
             )
         except RuntimeError as error:  # torch.linalg.LinAlgError is one
             raise ValueError(
@@ -378,8 +388,8 @@ class RosaLayer(BaseTunerLayer):
                 _add(merged, self.whole_change(name), +1)
             if not torch.isfinite(merged.to(self._weight().dtype)).all():
                 raise ValueError(
-                    f"NaNs detected in the merged weights of layer {self.name}. The adapter "
-                    f"{', '.join(names)} seems to be broken: load an earlier checkpoint"
+                    f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to "
+                    f"be broken (layer {self.name}): load an earlier checkpoint"
                 )
         self.merged_adapters.extend(names)
         self._sync()

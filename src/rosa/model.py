@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
@@ -195,6 +196,11 @@ class RosaModel(BaseTuner):
         return remapped
 
 
+def is_rosa_key(key: str) -> bool:
+    """Whether a key of a state dict is of a factor or an offset (not of a head called rosa_...)."""
+    return re.search(r"\.rosa_(A|B|offset)(\.|$)", key) is not None
+
+
 def _rosa_config(config: PeftConfig) -> RosaConfig:
     if not isinstance(config, RosaConfig):
         raise TypeError(f"RosaModel needs a RosaConfig, got {type(config).__name__}")
@@ -280,7 +286,7 @@ def _check_adapter_file(
 ) -> None:
     """Raise ValueError unless a state dict holds exactly these layers' adapter."""
     expected = {key for name in layers for key in _state_keys(name, adapter_name)}
-    found = {key for key in state_dict if ".rosa_" in key}
+    found = {key for key in state_dict if is_rosa_key(key)}
     if not found:
         example = next(iter(state_dict), "nothing")
         raise ValueError(

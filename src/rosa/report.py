@@ -53,6 +53,7 @@ def loss_curves(
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for colour, (name, history) in zip(COLOURS, histories.items(), strict=False):
@@ -62,6 +63,7 @@ def loss_curves(
         right.plot([e["epoch"] for e in epochs], scores, "o-", color=colour, label=name)
     left.set(xlabel="epoch", ylabel="training loss")
     right.set(xlabel="epoch", ylabel=f"validation {metric.replace('_', ' ')}")
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

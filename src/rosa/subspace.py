@@ -82,7 +82,7 @@ class LowRank:
 
 
 def generator(seed: int, name: str, draws: int) -> torch.Generator:
-    """A random generator of a layer's own, for its draw number `draws`.
+    """A random generator of a layer's own (`name`), for its draw number `draws`.
 
     It depends on nothing but its arguments: not on torch's global state, the order of the layers,
     the process or the device. So a run repeats, every data-parallel rank draws the same subspace,

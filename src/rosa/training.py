@@ -309,6 +309,7 @@ def build_trainer(
         logging_strategy="steps",
         logging_steps=_log_period(steps_per_epoch),
         report_to=settings.report_to,
+        disable_tqdm=False,
         remove_unused_columns=True,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
