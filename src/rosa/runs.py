@@ -38,8 +38,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON ({error}): the file is damaged") from error
 
 
-def claim(output: Path, settings: dict[str, Any], resume: bool, overwrite: bool) -> None:
-    """Make `output` the folder of a run with these settings, or say why it cannot be.
+def check_output(output: Path, settings: dict[str, Any], resume: bool, overwrite: bool) -> None:
+    """Raise unless `output` can be the folder of a run with these settings; changes nothing.
 
     Raises:
         ValueError: the folder holds a run and neither `resume` nor `overwrite` is given, holds
@@ -52,11 +52,7 @@ def claim(output: Path, settings: dict[str, Any], resume: bool, overwrite: bool)
     holds_run = (output / SETTINGS).is_file()
     if not holds_run and output.is_dir() and any(output.iterdir()):
         raise ValueError(f"{output} holds files that are not a run's: name a new folder")
-    if holds_run and overwrite:
-        for name in _OURS:
-            path = output / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    elif holds_run and resume:
+    if holds_run and resume:
         before = read_json(output / SETTINGS)
         differ = [
             f"{name} ({before.get(name)} there, {value} here)"
@@ -68,10 +64,18 @@ def claim(output: Path, settings: dict[str, Any], resume: bool, overwrite: bool)
                 f"{output} holds a run with other settings: {'; '.join(differ)}. Give the same "
                 "settings to resume it, or --overwrite to start again"
             )
-    elif holds_run:
+    elif holds_run and not overwrite:
         raise ValueError(
             f"{output} already holds a run: --resume goes on with it, --overwrite starts again"
         )
+
+
+def begin(output: Path, settings: dict[str, Any], overwrite: bool) -> None:
+    """Make `output` a run's folder, checked before; `overwrite` deletes what a run left there."""
+    if overwrite:
+        for name in _OURS:
+            path = output / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / SETTINGS, settings)
 

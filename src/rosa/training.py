@@ -83,8 +83,8 @@ def train(settings: RunSettings, resume: bool = False, overwrite: bool = False) 
     config = AutoConfig.from_pretrained(settings.model)
     names = [f.name for f in fields(DataSettings)]
     task = tasks.load(DataSettings(**{n: getattr(settings, n) for n in names}), _is_decoder(config))
-    runs.claim(settings.output, settings.to_json(), resume, overwrite)
-    if (settings.output / runs.METRICS).is_file():
+    runs.check_output(settings.output, settings.to_json(), resume, overwrite)
+    if resume and (settings.output / runs.METRICS).is_file():
         print(f"the run in {settings.output} is finished: nothing to resume")
         return runs.read_json(settings.output / runs.METRICS)
 
@@ -94,6 +94,7 @@ def train(settings: RunSettings, resume: bool = False, overwrite: bool = False) 
         tokenizer.pad_token = tokenizer.eos_token
     model = build_model(settings, task, tokenizer.pad_token_id)
     trainer, callback = build_trainer(settings, task, model, tokenizer)
+    runs.begin(settings.output, settings.to_json(), overwrite)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=_last_checkpoint(settings.output) if resume else None)
     seconds = time.perf_counter() - started
