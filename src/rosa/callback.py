@@ -24,6 +24,7 @@ class RosaCallback(TrainerCallback):
     Attributes:
         resamples: how many times it has drawn in this process.
         seconds: the time that took.
+        period: optimizer steps between two draws, known once training has begun.
 
     Raises:
         ValueError, TypeError: `every` is none of these.
@@ -39,7 +40,7 @@ class RosaCallback(TrainerCallback):
         self.every = every
         self.resamples = 0
         self.seconds = 0.0
-        self._period = 0
+        self.period = 0
         self._last_step = -1
 
     def on_train_begin(
@@ -49,7 +50,7 @@ class RosaCallback(TrainerCallback):
         check(kwargs["model"], kwargs.get("optimizer"))
         self._last_step = -1
         if isinstance(self.every, int):
-            self._period = self.every
+            self.period = self.every
             return
         batches = _length(kwargs.get("train_dataloader"))
         if batches is None:
@@ -60,14 +61,14 @@ class RosaCallback(TrainerCallback):
         accumulation = args.gradient_accumulation_steps
         steps_per_epoch = max(-(-batches // accumulation), 1)
         epochs = 1.0 if self.every == "epoch" else float(self.every)
-        self._period = max(round(epochs * steps_per_epoch), 1)
+        self.period = max(round(epochs * steps_per_epoch), 1)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Resample if the steps done so far are a multiple of the period."""
         step = state.global_step
-        if step == 0 or step % self._period or step == self._last_step:
+        if step == 0 or step % self.period or step == self._last_step:
             return
         self._last_step = step
         started = time.perf_counter()

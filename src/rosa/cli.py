@@ -21,6 +21,7 @@ app = typer.Typer(
     help="Fine-tune pretrained models with ROSA: LoRA's memory, a change of any rank, and a plain "
     "model at the end.",
     no_args_is_help=True,
+    epilog="With --debug after any command, an error shows where it came from.",
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
@@ -156,6 +157,9 @@ def evaluate(
     data: Annotated[Path | None, typer.Option(help="Folder of the task's own files.")] = None,
     text_column: Annotated[list[str], typer.Option(help="Column of the text.")] = ["text"],  # noqa: B006
     label_column: Annotated[str, typer.Option(help="Column of the label.")] = "label",
+    max_length: Annotated[
+        int | None, typer.Option(help="Longest text in tokens; default: the run's own, or 128.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="The base model, if not the one that the adapter names.")
     ] = None,
@@ -175,7 +179,7 @@ def evaluate(
         text_columns=tuple(text_column),
         label_column=label_column,
     )
-    Console().print(metrics_table(str(folder), run(folder, settings, model)))
+    Console().print(metrics_table(str(folder), run(folder, settings, model, max_length)))
 
 
 @app.command()

@@ -20,7 +20,7 @@ def run(output: Path, seed: int, overwrite: bool, say: Any) -> None:
 
     Args:
         output: the folder for the runs and the picture.
-        seed: of the data split, the new head, the order of the data and the draws.
+        seed: of the new head, the order of the data and the draws.
         overwrite: replace the results of an earlier demo.
         say: a rich console.
 

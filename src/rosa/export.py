@@ -76,13 +76,17 @@ def export_merged(
         ValueError: the adapter is not ROSA's, or does not exist.
     """
     adapter, _ = _rosa_adapter(model, adapter_name)
-    merged = copy.deepcopy(model).merge_and_unload(safe_merge=True, adapter_names=[adapter])
-    merged.requires_grad_(True)
+    merged = _merged(model, adapter)
     if hasattr(merged, "save_pretrained"):
         merged.save_pretrained(str(folder))
     else:
         Path(folder).mkdir(parents=True, exist_ok=True)
         torch.save(merged.state_dict(), Path(folder) / "pytorch_model.bin")
+
+
+def _merged(model: PeftModel, adapter: str) -> Any:
+    merged = copy.deepcopy(model).merge_and_unload(safe_merge=True, adapter_names=[adapter])
+    return merged.requires_grad_(True)
 
 
 def _rosa_adapter(model: PeftModel, adapter_name: str | None) -> tuple[str, RosaConfig]:
@@ -121,13 +125,15 @@ def export_folder(folder: Path, form: str, output: Path, model: str | None = Non
     trained, tokenizer = runs.load_trained(folder, model)
     if not isinstance(trained, PeftModel):
         raise ValueError(f"{folder} holds a plain model already: there is no adapter to export")
+    if form == "lora":
+        _rosa_adapter(trained, None)
     base = copy.deepcopy(trained).unload() if form == "lora" else None
     expected = _logits(trained)
-    if form == "lora":
+    if form == "lora":  # ROSA's only; merging is the same for every method of PEFT
         export_lora(trained, output)
         trained.config.save_pretrained(str(output))
     else:
-        export_merged(trained, output)
+        _merged(trained, trained.active_adapters[0]).save_pretrained(str(output))
     if tokenizer is not None:
         tokenizer.save_pretrained(str(output))
     if base is None:

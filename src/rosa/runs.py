@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SETTINGS, METRICS, HISTORY = "settings.json", "metrics.json", "history.json"
 ADAPTER, MODEL, CHECKPOINTS = "adapter", "model", "checkpoints"
-_OURS = (SETTINGS, METRICS, HISTORY, ADAPTER, MODEL, CHECKPOINTS, "runs")
+_OURS = (SETTINGS, METRICS, HISTORY, ADAPTER, MODEL, CHECKPOINTS)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -38,6 +38,16 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON ({error}): the file is damaged") from error
 
 
+def settings_of(folder: Path) -> dict[str, Any]:
+    """The settings of the run in a folder; empty if there is no run there."""
+    if not (folder / SETTINGS).is_file():
+        return {}
+    found = read_json(folder / SETTINGS)
+    # Others write a settings.json too; ours names the version of this package.
+    ours = isinstance(found, dict) and "rosa-finetune" in (found.get("versions") or {})
+    return found if ours else {}
+
+
 def check_output(output: Path, settings: dict[str, Any], resume: bool, overwrite: bool) -> None:
     """Raise unless `output` can be the folder of a run with these settings; changes nothing.
 
@@ -49,11 +59,10 @@ def check_output(output: Path, settings: dict[str, Any], resume: bool, overwrite
         raise ValueError("--resume and --overwrite exclude each other: give one")
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file: name a folder")
-    holds_run = (output / SETTINGS).is_file()
-    if not holds_run and output.is_dir() and any(output.iterdir()):
+    before = settings_of(output)
+    if not before and output.is_dir() and any(output.iterdir()):
         raise ValueError(f"{output} holds files that are not a run's: name a new folder")
-    if holds_run and resume:
-        before = read_json(output / SETTINGS)
+    if before and resume:
         differ = [
             f"{name} ({before.get(name)} there, {value} here)"
             for name, value in settings.items()
@@ -64,7 +73,7 @@ def check_output(output: Path, settings: dict[str, Any], resume: bool, overwrite
                 f"{output} holds a run with other settings: {'; '.join(differ)}. Give the same "
                 "settings to resume it, or --overwrite to start again"
             )
-    elif holds_run and not overwrite:
+    elif before and not overwrite:
         raise ValueError(
             f"{output} already holds a run: --resume goes on with it, --overwrite starts again"
         )
@@ -75,9 +84,34 @@ def begin(output: Path, settings: dict[str, Any], overwrite: bool) -> None:
     if overwrite:
         for name in _OURS:
             path = output / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / SETTINGS, settings)
+
+
+def check_model(name: str) -> None:
+    """Say why `name` cannot be a pretrained model, as far as can be told without the hub.
+
+    Raises:
+        FileNotFoundError: it is neither a folder nor a name that the hub allows.
+        ValueError: the folder holds an adapter.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if Path(name).is_dir():
+        if (Path(name) / "adapter_config.json").is_file():
+            raise ValueError(
+                f"{name} is an adapter, not a model: `rosa export {name} --to merged` makes it one"
+            )
+        return
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise FileNotFoundError(f"model {name} is neither a folder nor a hub id") from error
 
 
 def load_trained(
@@ -109,23 +143,41 @@ def load_trained(
         raise ValueError(f"the run in {folder} is not finished: go on with it by --resume first")
     place = next((p for p in (folder / ADAPTER, folder / MODEL) if p.is_dir()), folder)
     if (place / "adapter_config.json").is_file():
+        read_json(place / "adapter_config.json")  # a damaged one is named
+        if not (place / "adapter_model.safetensors").is_file():
+            raise FileNotFoundError(
+                f"{place} has no adapter_model.safetensors: its weights are missing"
+            )
         config = PeftConfig.from_pretrained(str(place))
         base = model or config.base_model_name_or_path
         if base is None:
             raise ValueError(f"{place} does not name its base model: give --model")
+        check_model(base)
+        has_config = (place / "config.json").is_file()
+        # In the precision that it was trained in: a coarser one would compute something else.
+        dtype = (AutoConfig.from_pretrained(place).dtype if has_config else None) or "auto"
         if config.task_type == "SEQ_CLS":
-            if not (place / "config.json").is_file():
+            if not has_config:
                 raise ValueError(
                     f"{place} has no config.json to say how many labels there are: save the "
                     "model's config there too, as `rosa train` does"
                 )
             labels = AutoConfig.from_pretrained(place).id2label or {}
             plain = AutoModelForSequenceClassification.from_pretrained(
-                base, id2label=labels, label2id={name: i for i, name in labels.items()}
+                base,
+                id2label=labels,
+                label2id={name: i for i, name in labels.items()},
+                ignore_mismatched_sizes=True,  # the adapter brings a head of the right size
+                dtype=dtype,
             )
         else:
-            plain = AutoModelForCausalLM.from_pretrained(base)
-        trained = PeftModel.from_pretrained(plain, str(place))
+            plain = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+        try:
+            trained = PeftModel.from_pretrained(plain, str(place))
+        except KeyError as error:
+            raise ValueError(
+                f"{place} lacks weight {error}: its file is of another adapter or another model"
+            ) from error
     elif (place / "config.json").is_file():
         architectures = read_json(place / "config.json").get("architectures") or [""]
         decoder = architectures[0].endswith(("ForCausalLM", "LMHeadModel"))

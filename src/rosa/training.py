@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import resource
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
@@ -80,21 +80,25 @@ def train(settings: RunSettings, resume: bool = False, overwrite: bool = False) 
     from transformers import AutoConfig, AutoTokenizer, set_seed
 
     settings = check(settings)
-    config = AutoConfig.from_pretrained(settings.model)
-    names = [f.name for f in fields(DataSettings)]
-    task = tasks.load(DataSettings(**{n: getattr(settings, n) for n in names}), _is_decoder(config))
+    runs.check_model(settings.model)
     runs.check_output(settings.output, settings.to_json(), resume, overwrite)
     if resume and (settings.output / runs.METRICS).is_file():
         print(f"the run in {settings.output} is finished: nothing to resume")
         return runs.read_json(settings.output / runs.METRICS)
 
-    set_seed(settings.seed)
+    config = AutoConfig.from_pretrained(settings.model)
+    names = [f.name for f in fields(DataSettings)]
+    task = tasks.load(DataSettings(**{n: getattr(settings, n) for n in names}), _is_decoder(config))
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ValueError(f"{settings.model} has no tokenizer: save it beside the model")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    set_seed(settings.seed)
     model = build_model(settings, task, tokenizer.pad_token_id)
-    trainer, callback = build_trainer(settings, task, model, tokenizer)
-    runs.begin(settings.output, settings.to_json(), overwrite)
+    rows = tokenize(settings, task, model.config, tokenizer)
+    runs.begin(settings.output, settings.to_json(), overwrite)  # nothing was written before
+    trainer, callback = build_trainer(settings, task, rows, model, tokenizer)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=_last_checkpoint(settings.output) if resume else None)
     seconds = time.perf_counter() - started
@@ -107,7 +111,8 @@ def train(settings: RunSettings, resume: bool = False, overwrite: bool = False) 
         "epochs": trainer.state.epoch,
         "steps": trainer.state.global_step,
         "train_seconds": seconds,
-        "resamples": callback.resamples if callback else 0,
+        # Counted from the steps: the callback knows of this process only, not of one resumed.
+        "resamples": max(trainer.state.global_step - 1, 0) // callback.period if callback else 0,
         "resample_seconds": callback.seconds if callback else 0.0,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "adapter_bytes": sum(p.stat().st_size for p in place.glob("*.safetensors")),
@@ -122,13 +127,16 @@ def train(settings: RunSettings, resume: bool = False, overwrite: bool = False) 
     return record
 
 
-def evaluate(folder: Path, data: DataSettings, model: str | None = None) -> dict[str, float]:
+def evaluate(
+    folder: Path, data: DataSettings, model: str | None = None, max_length: int | None = None
+) -> dict[str, float]:
     """The metrics of a trained model on validation data.
 
     Args:
         folder: a run's folder, an adapter's, or a plain model's.
         data: a task by name, or a validation file.
         model: the base model of an adapter, if not the one that it names.
+        max_length: longest text in tokens; None takes the run's own, or `RunSettings`' default.
 
     Raises:
         ValueError, FileNotFoundError: the folder or the data is of no use.
@@ -138,9 +146,15 @@ def evaluate(folder: Path, data: DataSettings, model: str | None = None) -> dict
         raise ValueError(f"{folder} has no tokenizer: save it beside the model")
     labels = tuple((trained.config.id2label or {}).values())
     task = tasks.load_validation(data, _is_decoder(trained.config), labels)
-    settings = RunSettings(model=str(folder), output=folder, method="full")
-    trainer, _ = build_trainer(settings, task, trained, tokenizer)
-    return _evaluate(trainer, task)
+    before = runs.settings_of(folder) or runs.settings_of(folder.parent)  # an adapter's is above
+    length = max_length or before.get("max_length") or RunSettings.max_length
+    with tempfile.TemporaryDirectory() as scratch:  # the Trainer wants a folder of its own
+        settings = RunSettings(
+            model=str(folder), output=Path(scratch), method="full", max_length=length
+        )
+        rows = tokenize(settings, task, trained.config, tokenizer)
+        trainer, _ = build_trainer(settings, task, rows, trained, tokenizer)
+        return _evaluate(trainer, task)
 
 
 def _is_decoder(config: Any) -> bool:
@@ -164,6 +178,10 @@ def check(settings: RunSettings) -> RunSettings:
         raise ValueError(
             f"warmup is a share of all steps, at least 0 and below 1: {settings.warmup}"
         )
+    if not settings.weight_decay >= 0:
+        raise ValueError(f"weight_decay must not be negative, got {settings.weight_decay}")
+    if not 0 <= settings.seed < 2**32:
+        raise ValueError(f"seed must be from 0 to 2**32 - 1, got {settings.seed}")
     if settings.max_length < 8:
         raise ValueError(f"max_length must be at least 8 tokens, got {settings.max_length}")
     if settings.precision not in PRECISIONS:
@@ -195,30 +213,58 @@ def parse_period(every: str) -> str | int | float | None:
 
 def build_model(settings: RunSettings, task: Task, pad_token_id: int | None) -> nn.Module:
     """The pretrained model as the method trains it."""
+    import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    method = find_method(settings.method)
+    # Weights that are trained need float32; a frozen half-precision base may stay as it is.
+    as_stored = method.config is not None and _in_bf16(settings)
+    how: dict[str, Any] = {"dtype": "auto" if as_stored else torch.float32}
     if task.kind == "classification":
         names = dict(enumerate(task.labels))
-        model = AutoModelForSequenceClassification.from_pretrained(
-            settings.model, id2label=names, label2id={n: i for i, n in names.items()}
-        )
-        task_type = "SEQ_CLS"
-    else:
-        model = AutoModelForCausalLM.from_pretrained(settings.model)
-        task_type = "CAUSAL_LM"
+        how.update(id2label=names, label2id={n: i for i, n in names.items()})
+        how["ignore_mismatched_sizes"] = True  # a head for other labels is replaced
+    classes = {
+        "classification": (AutoModelForSequenceClassification, "SEQ_CLS"),
+        "language": (AutoModelForCausalLM, "CAUSAL_LM"),
+    }
+    auto, task_type = classes[task.kind]
+    model, loading = auto.from_pretrained(settings.model, output_loading_info=True, **how)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = pad_token_id
-    method = find_method(settings.method)
+    fresh = _fresh_modules(loading)
     if method.config is None:
         if settings.method == "head":
-            _train_head_only(model)
+            _train_head_only(model, fresh)
         return model
     from peft import get_peft_model
 
     targets = find_targets(model, settings.target_modules)
     return get_peft_model(
-        model, method.config(settings, {"target_modules": targets, "task_type": task_type})
+        model,
+        method.config(
+            settings,
+            {"target_modules": targets, "task_type": task_type, "modules_to_save": fresh or None},
+        ),
     )
+
+
+def _fresh_modules(loading: dict[str, Any]) -> list[str]:
+    """Names of the modules, beside PEFT's heads, that the checkpoint had no weights for.
+
+    They are random (the pooler of many encoders), so they must be trained and saved: an adapter
+    without them would be another model each time that it is loaded.
+    """
+    from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+
+    missing = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
+    owners = sorted({key.rpartition(".")[0] for key in missing})
+    return [
+        name
+        for name in owners
+        if name.split(".")[0] not in SEQ_CLS_HEAD_NAMES
+        and not any(name.startswith(f"{other}.") for other in owners)
+    ]
 
 
 def find_targets(model: nn.Module, wanted: tuple[str, ...]) -> list[str] | str:
@@ -244,18 +290,19 @@ def find_targets(model: nn.Module, wanted: tuple[str, ...]) -> list[str] | str:
     return found
 
 
-def _train_head_only(model: nn.Module) -> None:
+def _train_head_only(model: nn.Module, fresh: list[str]) -> None:
     from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 
     heads = [getattr(model, name) for name in SEQ_CLS_HEAD_NAMES if hasattr(model, name)]
     if not heads:
         raise ValueError(f"{type(model).__name__} has no classification head to train alone")
     model.requires_grad_(False)
-    heads[0].requires_grad_(True)
+    for module in (heads[0], *map(model.get_submodule, fresh)):
+        module.requires_grad_(True)
 
 
 def build_trainer(
-    settings: RunSettings, task: Task, model: nn.Module, tokenizer: Any
+    settings: RunSettings, task: Task, rows: dict[str, Any], model: nn.Module, tokenizer: Any
 ) -> tuple[Any, Any]:
     """Transformers' Trainer for the run, and its `RosaCallback` if it has one."""
     import torch
@@ -276,19 +323,10 @@ def build_trainer(
             if logs and "eval_loss" in logs:
                 super().on_log(args, state, control, logs=logs, **kwargs)
 
-    if task.kind == "classification":
-        rows = {name: _tokenize(part, task, tokenizer, settings) for name, part in _parts(task)}
-        collator = DataCollatorWithPadding(tokenizer)
-    else:
-        rows = {name: _tokenize_language(part, tokenizer, settings) for name, part in _parts(task)}
-        collator = DataCollatorForSeq2Seq(tokenizer)
+    classification = task.kind == "classification"
+    collator = (DataCollatorWithPadding if classification else DataCollatorForSeq2Seq)(tokenizer)
     batches = -(-len(rows["train"]) // settings.batch_size)
     steps_per_epoch = -(-batches // settings.gradient_accumulation)
-    bf16 = settings.precision == "bf16" or (
-        settings.precision == "auto"
-        and torch.cuda.is_available()
-        and torch.cuda.is_bf16_supported()
-    )
     args = TrainingArguments(
         output_dir=str(settings.output / runs.CHECKPOINTS),
         num_train_epochs=settings.epochs,
@@ -299,7 +337,8 @@ def build_trainer(
         weight_decay=settings.weight_decay,
         warmup_steps=settings.warmup,
         lr_scheduler_type="linear",
-        bf16=bf16,
+        bf16=_in_bf16(settings),
+        use_cpu=not torch.accelerator.is_available(),  # without it, bf16 is refused on a CPU
         seed=settings.seed,
         eval_strategy="epoch",
         save_strategy="epoch",
@@ -317,6 +356,8 @@ def build_trainer(
 
     def compute(prediction: Any) -> dict[str, float]:
         predicted, labels = prediction
+        if isinstance(predicted, tuple):  # encoder-decoders give hidden states too
+            predicted = predicted[0]
         return task.compute(predicted.argmax(-1), labels)  # type: ignore[misc]
 
     period = parse_period(settings.resample_every)
@@ -336,21 +377,47 @@ def build_trainer(
     return trainer, callback
 
 
+def _in_bf16(settings: RunSettings) -> bool:
+    import torch
+
+    if settings.precision != "auto":
+        return settings.precision == "bf16"
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
+
+def tokenize(settings: RunSettings, task: Task, config: Any, tokenizer: Any) -> dict[str, Any]:
+    """The task's splits as token ids with labels, none longer than the model can read.
+
+    Raises:
+        ValueError: no completion is within the longest length.
+    """
+    reads = getattr(config, "max_position_embeddings", None) or settings.max_length
+    longest = min(settings.max_length, reads, tokenizer.model_max_length)
+    if longest < settings.max_length:
+        print(f"the model reads {longest} tokens at most: longer texts are cut there")
+    encode = _tokenize if task.kind == "classification" else _tokenize_language
+    rows = {name: encode(part, task, tokenizer, longest) for name, part in _parts(task)}
+    cut = sum(len(ids) >= longest for ids in rows["train"]["input_ids"])
+    if cut:
+        print(f"{cut} of {len(rows['train'])} training texts reach {longest} tokens (--max-length)")
+    return rows
+
+
 def _parts(task: Task) -> list[tuple[str, Any]]:
     parts = [("train", task.train), ("validation", task.validation), ("test", task.test)]
     return [(name, part) for name, part in parts if part is not None]
 
 
-def _tokenize(rows: Any, task: Task, tokenizer: Any, settings: RunSettings) -> Any:
+def _tokenize(rows: Any, task: Task, tokenizer: Any, longest: int) -> Any:
     def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
         texts = [batch[name] for name in task.text_columns]
-        encoded = tokenizer(*texts, truncation=True, max_length=settings.max_length)
+        encoded = tokenizer(*texts, truncation=True, max_length=longest)
         return {**encoded, "labels": batch["label"]}
 
     return rows.map(encode, batched=True, remove_columns=rows.column_names, desc="Tokenizing")
 
 
-def _tokenize_language(rows: Any, tokenizer: Any, settings: RunSettings) -> Any:
+def _tokenize_language(rows: Any, task: Task, tokenizer: Any, longest: int) -> Any:
     """Token ids with labels; a prompt's labels are -100, which the loss leaves out."""
 
     def encode(row: dict[str, str]) -> dict[str, list[int]]:
@@ -363,16 +430,14 @@ def _tokenize_language(rows: Any, tokenizer: Any, settings: RunSettings) -> Any:
         after = tokenizer(text, add_special_tokens=not before)["input_ids"]
         if not after or after[-1] != tokenizer.eos_token_id:
             after = [*after, tokenizer.eos_token_id]
-        ids = [*before, *after][: settings.max_length]
-        labels = [*[-100] * len(before), *after][: settings.max_length]
+        ids = [*before, *after][:longest]
+        labels = [*[-100] * len(before), *after][:longest]
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
     encoded = rows.map(encode, remove_columns=rows.column_names, desc="Tokenizing")
     learned = encoded.filter(lambda row: any(label != -100 for label in row["labels"]))
     if len(learned) == 0:
-        raise ValueError(
-            f"no completion is within the first {settings.max_length} tokens: raise --max-length"
-        )
+        raise ValueError(f"no completion is within the first {longest} tokens: raise --max-length")
     return learned
 
 
@@ -383,10 +448,10 @@ def _log_period(steps_per_epoch: int) -> int:
 
 
 def _last_checkpoint(output: Path) -> str | None:
-    from transformers.trainer_utils import get_last_checkpoint
-
-    folder = output / runs.CHECKPOINTS
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    """The newest whole checkpoint: the Trainer writes its state last, so half a one lacks it."""
+    whole = (output / runs.CHECKPOINTS).glob("checkpoint-*/trainer_state.json")
+    steps = {int(state.parent.name.rpartition("-")[2]): state.parent for state in whole}
+    return str(steps[max(steps)]) if steps else None
 
 
 def _evaluate(trainer: Any, task: Task) -> dict[str, float]:
@@ -448,13 +513,17 @@ def _save(
         tags=[settings.method, "rosa-finetune"],
     )
     values = {k: v for k, v in settings.to_json().items() if k not in ("output", "versions")}
+    for name in ("model", "data", "train", "validation") if local else ("data", "train"):
+        if values[name]:  # a card is for others: not where files lie on this machine
+            values[name] = Path(values[name]).name
     rows = "\n".join(f"| {k} | {v} |" for k, v in values.items() if v is not None)
     scores = "\n".join(f"| {k} | {v:.4f} |" for k, v in metrics.items())
     load = (
         "import rosa  # registers the method with PEFT\n" if settings.method == "rosa" else ""
     ) + "from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, folder)\n"
     if not adapted:
-        load = "from transformers import AutoModel\nmodel = AutoModel.from_pretrained(folder)\n"
+        name = type(model).__name__
+        load = f"from transformers import {name}\n\nmodel = {name}.from_pretrained(folder)\n"
     text = (
         f"---\n{data.to_yaml()}\n---\n\n# {settings.method} on {task.name}\n\n"
         f"`{Path(settings.model).name}` fine-tuned by `rosa train`.\n\n```python\n{load}```\n\n"
@@ -471,5 +540,11 @@ def _peak_memory_mib() -> float:
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
+    if sys.platform == "win32":
+        import psutil  # comes with accelerate
+
+        return psutil.Process().memory_info().peak_wset / 2**20
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -66,11 +66,15 @@ def load(settings: DataSettings, decoder: bool) -> Task:
     if settings.task is not None:
         if settings.train is not None:
             raise ValueError("give a task by name or a training file of your own, not both")
+        if settings.validation is not None:
+            raise ValueError(f"task {settings.task} has its own validation data: no --validation")
         if settings.task not in TASKS:
             raise ValueError(f"unknown task {settings.task!r}; there are: {', '.join(TASKS)}")
         if decoder:
             raise ValueError(f"task {settings.task} is a classification: it needs an encoder")
         task = TASKS[settings.task](settings)
+    elif settings.data is not None:
+        raise ValueError("--data is the folder of a task's files: name the task with --task")
     elif settings.train is None:
         raise ValueError("no data: give --train <file>, or a --task by name")
     elif decoder:
@@ -114,7 +118,7 @@ def _demo(settings: DataSettings) -> Task:
     from rosa.tasks import demo
     from rosa.tasks.text import accuracy_and_f1
 
-    data = demo.load(settings.seed)
+    data = demo.load()  # one split for every seed of a run, or evaluating would leak
     return Task(
         name="demo",
         kind="classification",

@@ -1,9 +1,16 @@
-"""Reading tables of text: CSV, TSV, JSON lines and plain text, through pandas and `datasets`."""
+"""Reading tables of text: CSV, TSV, JSON lines and plain text.
+
+Every value is taken as the text that it is: a label `01` or a text `1e5` is not a number here.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
+import json
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -13,50 +20,99 @@ _JSON_LINES = (".json", ".jsonl")
 
 
 def read_table(path: Path, columns: tuple[str, ...]) -> Dataset:
-    """Read a file's rows, of which `columns` must be there, filled in every row.
+    """Read a file's rows, of which `columns` must be there, filled in every row; all as strings.
 
-    A `.txt` file is read as one column `text`, one row per paragraph (blank lines between them).
+    A `.txt` file is read as one column `text`: a row per paragraph (blank lines between them), or
+    per line if there are no blank lines.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is empty, of an unknown kind, unreadable, or lacks a column or a value.
     """
-    import pandas as pd
     from datasets import Dataset
 
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there (or not a file): check the path")
-    if not path.read_bytes().strip():
+    kind, kinds = path.suffix.lower(), (*_SEPARATORS, *_JSON_LINES, ".txt")
+    if kind not in kinds:
+        raise ValueError(f"{path}: unknown kind of file; use {', '.join(kinds)}")
+    try:
+        content = path.read_text(encoding="utf-8-sig")  # Excel begins with a byte order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}): convert it first") from error
+    if not content.strip():
         raise ValueError(f"{path} is empty")
-    if path.suffix == ".txt":
-        paragraphs = [p.strip() for p in path.read_text(encoding="utf-8").split("\n\n")]
-        rows = Dataset.from_dict({"text": [p for p in paragraphs if p]})
-    elif path.suffix in (*_SEPARATORS, *_JSON_LINES):
-        try:
-            if path.suffix in _JSON_LINES:
-                table = pd.read_json(path, lines=True)
-            else:
-                # Only nothing between two separators is missing: "NA" is a word.
-                separator = _SEPARATORS[path.suffix]
-                table = pd.read_csv(path, sep=separator, keep_default_na=False, na_values=[""])
-        except ValueError as error:  # the parsers' errors are ValueErrors
-            hint = " (one object a line)" if path.suffix in _JSON_LINES else ""
-            raise ValueError(f"{path} cannot be read as {path.suffix}{hint}: {error}") from error
-        rows = Dataset.from_pandas(table, preserve_index=False)
+    if kind == ".txt":
+        table: dict[str, list[Any]] = {"text": _documents(content)}
+    elif kind in _JSON_LINES:
+        table = _objects(path, content)
     else:
-        raise ValueError(
-            f"{path}: unknown kind of file; use {', '.join([*_SEPARATORS, *_JSON_LINES, '.txt'])}"
-        )
+        table = _cells(path, content, _SEPARATORS[kind])
+    if not any(table.values()):
+        raise ValueError(f"{path} has no rows")
     for column in columns:
-        if column not in rows.column_names:
-            there = ", ".join(rows.column_names)
+        if column not in table:
             raise ValueError(
-                f"{path} has no column {column!r}; there are: {there}. Name yours with "
+                f"{path} has no column {column!r}; there are: {', '.join(table)}. Name yours with "
                 "--text-column and --label-column"
             )
-        empty = [i for i, value in enumerate(rows[column]) if value is None or value == ""]
-        if empty:
-            raise ValueError(f"{path}: row {empty[0] + 1} has nothing in column {column!r}")
-    if len(rows) == 0:
-        raise ValueError(f"{path} has no rows")
+        for number, value in enumerate(table[column], start=1):
+            if value is None or not str(value).strip():
+                raise ValueError(f"{path}: row {number} has nothing in column {column!r}")
+            if isinstance(value, (list, dict)):
+                raise ValueError(f"{path}: row {number} has no plain text in column {column!r}")
+    return Dataset.from_dict({name: [str(v) for v in table[name]] for name in table})
+
+
+def _documents(content: str) -> list[str]:
+    paragraphs = re.split(r"\n\s*\n", content.strip())
+    return [p.strip() for p in (paragraphs if len(paragraphs) > 1 else content.strip().split("\n"))]
+
+
+def _cells(path: Path, content: str, separator: str) -> dict[str, list[str]]:
+    # Much TSV knows no quoting: there a lone quotation mark must not swallow lines.
+    ways = (csv.QUOTE_MINIMAL, csv.QUOTE_NONE) if separator == "\t" else (csv.QUOTE_MINIMAL,)
+    tables, failures = [], []
+    for quoting in ways:
+        try:
+            tables.append(_parse(content, separator, quoting))
+        except csv.Error as error:
+            failures.append(error)
+    if not tables:
+        raise ValueError(
+            f"{path} cannot be read: {failures[0]}: check its separators and quotation marks"
+        )
+    header, *rows = max(tables, key=len)
+    return {name: [row[i] for row in rows] for i, name in enumerate(header)}
+
+
+def _parse(content: str, separator: str, quoting: Any) -> list[list[str]]:
+    """All rows, the header first, of equal length; csv.Error if they are not."""
+    csv.field_size_limit(max(csv.field_size_limit(), len(content)))
+    lines = io.StringIO(content, newline="")
+    reader = csv.reader(lines, delimiter=separator, quoting=quoting, strict=True)
+    rows = [row for row in reader if row]
+    for number, row in enumerate(rows):
+        if len(row) != len(rows[0]):
+            raise csv.Error(f"row {number} has {len(row)} cells, the header has {len(rows[0])}")
     return rows
+
+
+def _objects(path: Path, content: str) -> dict[str, list[Any]]:
+    number = 1
+    try:
+        if content.lstrip().startswith("["):  # the whole file is one array
+            rows = json.loads(content)
+        else:
+            rows = []
+            for number, line in enumerate(content.split("\n"), start=1):  # noqa: B007
+                if line.strip():
+                    rows.append(json.loads(line))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} cannot be read as JSON, one object a line: line {number}: {error}"
+        ) from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f'{path}: expected an object on every line, as {{"text": "..."}}')
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,16 +67,16 @@ def accuracy_and_f1(predictions: np.ndarray, labels: np.ndarray) -> dict[str, fl
 
 
 def _plain(rows: Dataset, texts: tuple[str, ...], label_column: str) -> Dataset:
-    """Only the columns that are used, as strings, under names of our own."""
+    """Only the columns that are used, under names of our own."""
     from datasets import Dataset
 
-    columns = {f"text{i}": [str(v) for v in rows[name]] for i, name in enumerate(texts)}
+    columns = {f"text{i}": rows[name][:] for i, name in enumerate(texts)}
     return Dataset.from_dict({**columns, "label": [_label(v) for v in rows[label_column]]})
 
 
-def _label(value: object) -> str:
-    """A label as text: 1 and 1.0 (what a gap in the column makes of 1) are the same."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+def _label(value: str) -> str:
+    """A label's name: 1 and 1.0 (what tables with gaps make of 1) are the same."""
+    return value[:-2] if re.fullmatch(r"-?\d+\.0", value) else value
 
 
 def _with_ids(rows: Dataset, labels: tuple[str, ...], path: Path) -> Dataset:
