@@ -26,8 +26,8 @@ demo: setup ## Fine-tune a real pretrained model on real text; results in runs/d
 	$(BIN)/rosa demo --output runs/demo --overwrite
 
 test: setup ## Format, lint, check types, run the tests.
-	$(BIN)/ruff format --check src tests
-	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests benchmarks docs
+	$(BIN)/ruff check src tests benchmarks docs
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest
 
