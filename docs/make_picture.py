@@ -57,4 +57,7 @@ rosa.text(5.02, 0.6, "draw anew", ha="center", fontsize=9)
 weight(rosa, 5.45, "after 3 rounds: rank up to 6 r", changed=3)
 rosa.text(6.65, 0.45, "...", fontsize=18, va="center")
 
-figure.savefig(Path(__file__).with_name("rosa.svg"), metadata={"Date": None})
+figure.savefig(
+    Path(__file__).with_name("rosa.svg"),
+    metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")),
+)
