@@ -139,6 +139,33 @@ def test_a_reference_forward_between_forward_and_backward():
     torch.testing.assert_close(factor.grad, expected)
 
 
+def test_another_adapters_forward_between_forward_and_backward():
+    model, x = adapt(Mlp()), torch.randn(4, 7).double()
+    model.add_adapter("reference", RosaConfig(r=1, target_modules=["first", "last"]))
+    for _ in range(3):
+        model(x).sum().backward()
+        factor = layer_of(model, "first").rosa_A["default"]
+        expected, factor.grad = factor.grad, None
+        out = model(x)
+        model.set_adapter("reference")
+        with torch.no_grad():
+            model(x)
+        model.set_adapter("default")
+        out.sum().backward()
+        torch.testing.assert_close(factor.grad, expected)
+        factor.grad = None
+        resample(model)
+
+
+def test_a_backward_pass_through_another_adapters_weight_is_refused():
+    model, x = adapt(Mlp()), torch.randn(4, 7).double()
+    model.add_adapter("other", RosaConfig(r=1, target_modules=["first", "last"]))
+    out = model(x)
+    model.set_adapter("other")
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        out.sum().backward()
+
+
 def test_a_backward_pass_through_a_disabled_weight_is_refused():
     model, x = adapt(Mlp()), torch.randn(4, 7).double()
     out = model(x)

@@ -6,7 +6,6 @@ The weight in memory is ``W_0 + sum of offsets O`` of the adapters in use, and t
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -164,7 +163,8 @@ class RosaLayer(BaseTunerLayer):
         self._fingerprint: tuple[float, float] | None = None
         self.base_fingerprint()
         self._loaded_marks: dict[str, int] | None = None
-        self._version_guard: Any = None
+        # The state before the last change of the weight, to know when it is undone; see `_sync`.
+        self._last_change: tuple[dict[str, LowRank | None], Any, int] | None = None
 
     # -- the weight in memory ------------------------------------------------------------------
 
@@ -195,14 +195,33 @@ class RosaLayer(BaseTunerLayer):
 
     @torch.no_grad()
     def _sync(self) -> None:
-        """Bring the weight in memory to what the layer's state asks for."""
-        for name, entry in self.rosa_offset.entries.items():
-            wanted = self._wanted(name)
-            if wanted is not entry.in_weight:
-                self._take_out(entry)
-                if wanted is not None:
-                    _add(self._weight(), wanted, +1)
-                    entry.in_weight = wanted
+        """Bring the weight in memory to what the layer's state asks for.
+
+        Autograd refuses to go backward through a weight that was changed since the forward pass.
+        That is right while the weight is another one, and wrong once it is what it was, as after a
+        reference model's forward pass (`disable_adapter`, `set_adapter`) between the policy's
+        forward and backward: so going straight back restores autograd's count of changes too.
+        """
+        entries = self.rosa_offset.entries
+        before = {name: entry.in_weight for name, entry in entries.items()}
+        wanted = {name: self._wanted(name) for name in entries}
+        if not _same(before, wanted):
+            weight = self._weight()
+            tracked = not weight.is_inference()
+            guard = _unsafe_preserve_version_counter(weight) if tracked else None
+            version = weight._version if tracked else 0
+            for name, entry in entries.items():
+                if wanted[name] is not entry.in_weight:
+                    self._take_out(entry)
+                    if (change := wanted[name]) is not None:
+                        _add(weight, change, +1)
+                        entry.in_weight = change
+            if self._last_change is not None:
+                earlier, undo, then = self._last_change
+                if undo is not None and version == then and _same(earlier, wanted):
+                    undo.__exit__()
+            self._last_change = (before, guard, weight._version if tracked else 0)
+        for name, entry in entries.items():
             entry.merged = name in self.merged_adapters
 
     @torch.no_grad()
@@ -336,35 +355,10 @@ class RosaLayer(BaseTunerLayer):
 
     def enable_adapters(self, enabled: bool) -> None:
         """Put the adapters' offsets into the weight, or take them (and what is merged) out."""
-        if not enabled and not self._disable_adapters:
-            if self.merged:
-                self.unmerge()
-            # Autograd refuses to go backward through a weight that was changed since the forward
-            # pass. That is right while the adapters are disabled, and wrong once the weight is what
-            # it was: a reference model by `disable_adapter()` between forward and backward.
-            tracked = not self._weight().is_inference()
-            guard = _unsafe_preserve_version_counter(self._weight()) if tracked else None
-            in_weight = [entry.in_weight for entry in self.rosa_offset.entries.values()]
-            super().enable_adapters(False)
-            self._sync()
-            if guard is not None:
-                self._version_guard = (guard, in_weight, self._weight()._version)
-        elif enabled:
-            super().enable_adapters(True)
-            if self._version_guard is None:
-                self._sync()
-                return
-            guard, in_weight, version = self._version_guard
-            untouched = self._weight()._version == version
-            self._sync()
-            back = [entry.in_weight for entry in self.rosa_offset.entries.values()]
-            if (
-                untouched
-                and len(back) == len(in_weight)
-                and all(map(operator.is_, back, in_weight))
-            ):
-                guard.__exit__()
-            self._version_guard = None
+        if not enabled and self.merged:
+            self.unmerge()
+        super().enable_adapters(enabled)
+        self._sync()
 
     # -- merging -------------------------------------------------------------------------------
 
@@ -458,6 +452,11 @@ class RosaLinear(nn.Module, RosaLayer):
 
     def __repr__(self) -> str:
         return "rosa." + super().__repr__()
+
+
+def _same(one: dict[str, LowRank | None], other: dict[str, LowRank | None]) -> bool:
+    """Whether the very same changes stand in the weight."""
+    return one.keys() == other.keys() and all(one[name] is other[name] for name in one)
 
 
 def _add(weight: Tensor, change: LowRank, sign: int) -> None:
