@@ -60,7 +60,8 @@ class LowRank:
 
     def dense(self) -> Tensor:
         """The matrix itself, (out, in)."""
-        return self.B @ self.A
+        with torch.autocast(self.B.device.type, enabled=False):  # never in half precision
+            return self.B @ self.A
 
     def compressed(self) -> LowRank:
         """The same matrix with as few terms as its numerical rank, the scale split evenly.
