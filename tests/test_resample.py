@@ -10,7 +10,7 @@ from torch import nn
 
 from rosa import RosaConfig, resample, subspace
 from rosa.model import rosa_layers
-from rosa.subspace import LowRank
+from rosa.lowrank import LowRank
 from tests.models import Mlp
 from tests.reference import best_rank_r
 

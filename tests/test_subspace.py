@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rosa import subspace
-from rosa.subspace import DIRECTIONS, SPLITS, TRIPLETS, LowRank
+from rosa.subspace import DIRECTIONS, SPLITS, TRIPLETS
 
 FACTORING = [name for name in DIRECTIONS if name != "zero"]  # "zero" takes nothing of the weight
 SHAPES = [(6, 6), (5, 11), (12, 4), (1, 7)]
@@ -132,21 +132,6 @@ def test_a_zero_weight_can_be_drawn_and_learns(directions, split):
 def test_a_rank_that_does_not_fit_is_refused(rank):
     with pytest.raises(ValueError, match="choose 1 to 5"):
         draw(torch.randn(5, 6), rank)
-
-
-def test_compression_loses_nothing_and_finds_the_rank():
-    terms = LowRank(torch.randn(9, 4).double(), torch.randn(4, 7).double())
-    doubled = terms + LowRank(-2 * terms.B, terms.A) + terms + terms  # 13 x 7, of rank 4
-    small = doubled.compressed()
-    assert doubled.rank == 16
-    assert small.rank == 4
-    torch.testing.assert_close(small.dense(), doubled.dense())
-
-
-def test_terms_that_cancel_compress_to_nothing():
-    terms = LowRank(torch.zeros(5, 2), torch.randn(2, 6))
-    assert terms.compressed().rank == 0
-    assert LowRank.zero(5, 6, torch.float32).compressed().rank == 0
 
 
 def test_a_fingerprint_survives_a_change_of_precision_and_sees_a_change_of_weight():

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from rosa.config import RosaConfig
 from rosa.model import is_rosa_key, rosa_layers
-from rosa.subspace import LowRank
+from rosa.lowrank import LowRank
 
 _PREFIX = "base_model.model."
 FORMS = ("merged", "lora")

@@ -7,8 +7,6 @@ The weight in memory is ``W_0 + sum of offsets O`` of the adapters in use, and t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +17,9 @@ from transformers.pytorch_utils import Conv1D
 
 from rosa import subspace
 from rosa.config import RosaConfig
-from rosa.subspace import LowRank
+from rosa.fused import adapted_linear, can_fuse
+from rosa.lowrank import LowRank, full_precision
+from rosa.offset import Offset, OffsetDict
 from rosa.versions import Versions, same_state
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -27,101 +27,6 @@ _HALF = (torch.float16, torch.bfloat16)
 # not at every resample once it is of full rank, since that costs about as much as a full SVD.
 _MOST_TERMS = 1.5
 SUPPORTED_DTYPES = (*_HALF, torch.float32, torch.float64)
-
-
-@dataclass
-class _Offset:
-    """What one adapter has done to the weight beyond its current factors."""
-
-    terms: LowRank  # the offset O
-    draws: int = 0  # subspaces drawn so far: the whole random state
-    in_weight: LowRank | None = None  # what of this adapter stands in the weight in memory
-    merged: bool = False  # whether that is the whole change O + s B A, not just O
-
-
-class OffsetDict(nn.Module):
-    """The offsets of a layer by adapter name: in its state dict, but neither parameter nor buffer.
-
-    They are needed only when the weight is touched. So they stay in main memory when the model is
-    moved, keep their precision when it is cast, and are not broadcast by data-parallel wrappers.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.entries: dict[str, _Offset] = {}
-
-    def __getitem__(self, adapter: str) -> _Offset:
-        return self.entries[adapter]
-
-    def __setitem__(self, adapter: str, entry: _Offset) -> None:
-        self.entries[adapter] = entry
-
-    def __delitem__(self, adapter: str) -> None:
-        del self.entries[adapter]
-
-    def __contains__(self, adapter: object) -> bool:
-        return adapter in self.entries
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in self.__dict__.get("entries", ()):
-            # Where transformers' own loading of an adapter's folder looks for a place to put O.
-            raise NotImplementedError(
-                "a ROSA adapter is loaded by PEFT: PeftModel.from_pretrained(base_model, folder) "
-                "or peft.AutoPeftModelFor...; transformers' own loading cannot place its offsets"
-            )
-        return super().__getattr__(name)
-
-    def keys(self) -> list[str]:
-        """The names of the adapters."""
-        return list(self.entries)
-
-    def extra_repr(self) -> str:
-        """The adapters and the rank of their offsets."""
-        return ", ".join(f"{name}: rank {e.terms.rank}" for name, e in self.entries.items())
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        for adapter, entry in self.entries.items():
-            key = f"{prefix}{adapter}."
-            destination[f"{key}A"] = entry.terms.A
-            destination[f"{key}B"] = entry.terms.B
-            destination[f"{key}draws"] = torch.tensor(entry.draws)
-            # Only of use beside the base weight, to know what of the adapter is in it.
-            mark = 0 if entry.in_weight is None else 2 if entry.merged else 1
-            destination[f"{key}in_weight"] = torch.tensor(mark)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        for adapter, entry in self.entries.items():
-            key = f"{prefix}{adapter}."
-            names = [f"{key}{name}" for name in ("A", "B", "draws")]
-            absent = [name for name in names if name not in state_dict]
-            missing_keys.extend(absent)
-            if absent:
-                continue
-            a, b, draws = (state_dict[name].detach().cpu() for name in names)
-            like = entry.terms
-            if a.shape[1] != like.A.shape[1] or b.shape[0] != like.B.shape[0]:
-                error_msgs.append(
-                    f"{key}: the offset in the file is for a weight of shape "
-                    f"({b.shape[0]}, {a.shape[1]}), the layer's is "
-                    f"({like.B.shape[0]}, {like.A.shape[1]})"
-                )
-                continue
-            entry.terms = LowRank(b.to(like.B.dtype).clone(), a.to(like.A.dtype).clone())
-            entry.draws = int(draws)
 
 
 class RosaLayer(BaseTunerLayer):
@@ -320,7 +225,7 @@ class RosaLayer(BaseTunerLayer):
         self.rosa_dropout[adapter_name] = dropout
         self.rosa_A[adapter_name] = nn.Parameter(torch.zeros(r, self.in_features))
         self.rosa_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, r))
-        self.rosa_offset[adapter_name] = _Offset(
+        self.rosa_offset[adapter_name] = Offset(
             LowRank.zero(self.out_features, self.in_features, self._work_dtype())
         )
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -328,13 +233,20 @@ class RosaLayer(BaseTunerLayer):
         if not on_meta and not config.inference_mode:
             start = self._draw(adapter_name, self.pretrained_weight())
             if config.init_weights:
-                self.rosa_offset[adapter_name].terms = start
+                self.rosa_offset[adapter_name].terms = start.to("cpu")
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @torch.no_grad()
-    def _draw(self, adapter: str, weight: Tensor) -> LowRank:
-        """Draw new factors from `weight` (out, in); return what takes their product out of it."""
+    def _draw(self, adapter: str, weight: Tensor, change: LowRank | None = None) -> LowRank:
+        """Draw new factors from a weight and a change of it, and return what takes them out of it.
+
+        Args:
+            adapter: whose factors.
+            weight: (out, in), in the work dtype; not changed.
+            change: to be added to the weight first.
+        """
         config, entry = self.rosa_config[adapter], self.rosa_offset[adapter]
+        norm, _ = self.base_fingerprint() or (0.0, 0.0)
         try:
             a, b = subspace.draw(
                 weight,
@@ -343,6 +255,9 @@ class RosaLayer(BaseTunerLayer):
                 triplets=config.triplets,  # type: ignore[arg-type]
                 split=config.split,  # type: ignore[arg-type]
                 scaling=self.scaling[adapter],
+                change=change,
+                # Of the pretrained weight: the speed of learning does not drift with the training.
+                size=subspace.root_mean_square_size(norm, weight.shape),
                 generator=subspace.generator(config.seed, f"{self.name}.{adapter}", entry.draws),
             )
         except RuntimeError as error:  # torch.linalg.LinAlgError is one
@@ -354,10 +269,10 @@ class RosaLayer(BaseTunerLayer):
         self.rosa_B[adapter].copy_(b)
         entry.draws += 1
         # From the factors as they are now stored: their rounding cancels too.
-        learned = self.learned(adapter).to("cpu")
-        if not learned.B.any():
-            return LowRank.zero(self.out_features, self.in_features, learned.B.dtype)
-        return LowRank(-learned.B, learned.A)
+        drawn = self.learned(adapter)
+        if not drawn.B.any():
+            return LowRank(drawn.B[:, :0], drawn.A[:0])
+        return LowRank(-drawn.B, drawn.A)
 
     @torch.no_grad()
     def resample(self, adapter: str) -> None:
@@ -367,19 +282,18 @@ class RosaLayer(BaseTunerLayer):
         Parameter objects. Use `rosa.resample`, which also clears the optimizer's state.
         """
         entry = self.rosa_offset[adapter]
-        learned = self.learned(adapter)
-        weight = self._weight().to(learned.A.dtype, copy=True)
-        _add(weight, learned, +1)
-        change = learned.to("cpu") + self._draw(adapter, weight)
-        entry.terms = entry.terms + change
+        learned, weight = self.learned(adapter), self._weight()
+        change = learned + self._draw(adapter, weight.to(self._work_dtype()), learned)
+        entry.terms = entry.terms + change.to("cpu")
         if entry.terms.rank > _MOST_TERMS * min(self.out_features, self.in_features):
             entry.terms = entry.terms.compressed()
         if self._pretrained is None and (before := self.standing())[adapter] is not None:
-            # Cheaper than all of the old offset out and all of the new one in.
-            self._versions.leaving(self._weight(), before)
-            _add(self._weight(), change, +1)
+            # In one pass over the weight: cheaper than the old offset out and the new one in.
+            self._versions.leaving(weight, before)
+            with full_precision():
+                weight.addmm_(change.B, change.A)
             entry.in_weight = entry.terms
-            self._versions.arrived(self._weight(), self.standing())
+            self._versions.arrived(weight, self.standing())
         else:
             self._sync()
 
@@ -479,20 +393,26 @@ class RosaLinear(nn.Module, RosaLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        result = self.base_layer(x, *args, **kwargs)
         if self.merged:
-            return result
-        dtype = result.dtype
-        for adapter in self.active_adapters:
-            if adapter not in self.rosa_A:
-                continue
-            a, b, scaling = self.rosa_A[adapter], self.rosa_B[adapter], self.scaling[adapter]
-            if a.is_meta and not x.is_meta:  # torch would compute with whatever lies in memory
+            return self.base_layer(x, *args, **kwargs)
+        active = [name for name in self.active_adapters if name in self.rosa_A]
+        for name in active:
+            # Torch would compute with whatever lies in memory.
+            if self.rosa_A[name].is_meta and not x.is_meta:
                 raise ValueError(
                     f"the factors of layer {self.name} are not in memory: load the adapter's file "
                     "first (low_cpu_mem_usage), or use the model without offloading (device_map)"
                 )
-            hidden = F.linear(self.rosa_dropout[adapter](self._cast_input_dtype(x, a.dtype)), a)
+        if len(active) == 1 and not args and not kwargs:
+            (name,) = active
+            a, b, dropout = self.rosa_A[name], self.rosa_B[name], self.rosa_dropout[name]
+            if isinstance(dropout, nn.Identity) and can_fuse(self.base_layer, x, a):
+                return adapted_linear(self.base_layer, x, a, b, self.scaling[name])
+        result = self.base_layer(x, *args, **kwargs)
+        dtype = result.dtype
+        for name in active:
+            a, b, scaling = self.rosa_A[name], self.rosa_B[name], self.scaling[name]
+            hidden = F.linear(self.rosa_dropout[name](self._cast_input_dtype(x, a.dtype)), a)
             if scaling != 1.0:
                 hidden = hidden * scaling  # on r numbers a token, not on the layer's whole output
             result = result + F.linear(hidden, b)

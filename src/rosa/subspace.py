@@ -1,4 +1,4 @@
-"""The mathematics of ROSA on plain tensors: directions, factoring, offsets, compression.
+"""The mathematics of ROSA on plain tensors: what a subspace is, and how one is drawn.
 
 Nothing here knows of layers or models. Shapes follow a linear layer: a weight is (out, in), the
 factor ``A`` is (r, in) and the factor ``B`` is (out, r), so that ``B @ A`` has the weight's shape.
@@ -9,14 +9,15 @@ arXiv 2407.07802, section 3. The paper writes ``W = W_fixed + A B``; its A is ou
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+from rosa.lowrank import LowRank, full_precision
+from rosa.triplets import singular_triplets
 
 Directions = Literal["svd", "orthonormal", "zero"]
 Triplets = Literal["random", "top", "bottom"]
@@ -28,76 +29,6 @@ SPLITS: tuple[str, ...] = get_args(Split)
 
 # The share of the scale that each split gives to B; A takes the rest.
 _SHARE_OF_B = {"B": 1.0, "even": 0.5, "A": 0.0}
-
-
-@contextlib.contextmanager
-def full_precision() -> Iterator[None]:
-    """Multiply in the tensors' own precision, whatever autocast or TF32 is on outside."""
-    precision = torch.get_float32_matmul_precision()
-    accelerator = torch.accelerator.current_accelerator()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with contextlib.ExitStack() as stack:
-            for device in {"cpu", accelerator.type if accelerator else "cpu"}:
-                stack.enter_context(torch.autocast(device, enabled=False))
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """A matrix kept as a product: ``B @ A`` with ``B`` (out, k) and ``A`` (k, in); k may be 0.
-
-    Never changed in place: whoever holds one may rely on it.
-    """
-
-    B: Tensor
-    A: Tensor
-
-    @classmethod
-    def zero(cls, out_features: int, in_features: int, dtype: torch.dtype) -> LowRank:
-        """The zero matrix (out, in), of rank 0."""
-        return cls(
-            torch.zeros(out_features, 0, dtype=dtype), torch.zeros(0, in_features, dtype=dtype)
-        )
-
-    @property
-    def rank(self) -> int:
-        """The number of terms k (an upper bound of the rank of the matrix)."""
-        return self.A.shape[0]
-
-    def __add__(self, other: LowRank) -> LowRank:
-        """The sum, with the terms of both: exact, nothing is multiplied out."""
-        return LowRank(torch.cat([self.B, other.B], dim=1), torch.cat([self.A, other.A], dim=0))
-
-    def to(self, device: torch.device | str) -> LowRank:
-        """The same matrix on a device."""
-        return LowRank(self.B.to(device), self.A.to(device))
-
-    @full_precision()
-    def dense(self) -> Tensor:
-        """The matrix itself, (out, in)."""
-        return self.B @ self.A
-
-    @full_precision()
-    def compressed(self) -> LowRank:
-        """The same matrix with as few terms as its numerical rank, the scale split evenly.
-
-        A QR of each factor and an SVD of the small product, in float64. Singular values below the
-        rounding of the factors' own dtype are dropped, so nothing is lost that the product held.
-        """
-        if self.rank == 0:
-            return self
-        q_b, r_b = torch.linalg.qr(self.B.double())
-        q_a, r_a = torch.linalg.qr(self.A.double().T)
-        u, sizes, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-        keep = int((sizes > sizes[0] * torch.finfo(self.B.dtype).eps).sum())
-        root = sizes[:keep].sqrt()
-        return LowRank(
-            (q_b @ (u[:, :keep] * root)).to(self.B.dtype).contiguous(),
-            (root[:, None] * (vh[:keep] @ q_a.T)).to(self.A.dtype).contiguous(),
-        )
 
 
 def generator(seed: int, name: str, draws: int) -> torch.Generator:
@@ -124,37 +55,50 @@ def _svd_directions(
     weight: Tensor, rank: int, triplets: Triplets, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pick singular triplets of the weight (the paper's choice is a uniform random subset)."""
-    u, sizes, vh = torch.linalg.svd(weight, full_matrices=False)
-    count = sizes.shape[0]
+    count = min(weight.shape)
     if triplets == "random":
         chosen = torch.randperm(count, generator=generator)[:rank].sort().values
     elif triplets == "top":
         chosen = torch.arange(rank)
     else:
         chosen = torch.arange(count - rank, count)
-    chosen = chosen.to(weight.device)
-    return u[:, chosen], sizes[chosen], vh[chosen]
+    return singular_triplets(weight, chosen)
 
 
 def _orthonormal_directions(
-    weight: Tensor, rank: int, generator: torch.Generator
+    weight: Tensor,
+    change: LowRank | None,
+    rank: int,
+    size: float | None,
+    generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Project the weight onto random orthonormal directions of its smaller side.
+    """Project the weight, with the change, onto random orthonormal directions of its smaller side.
 
     Each direction takes the weight's root-mean-square singular value as its size, so that it
     learns at the speed of a typical singular triplet. On the smaller side the projection carries
     rank / min(out, in) of the weight's energy, as random triplets do.
     """
-    out_features, in_features = weight.shape
-    norm: Tensor = torch.linalg.matrix_norm(weight)
-    # A zero weight has a projection of zero at any size.
-    size = norm.where(norm > 0, 1.0) / min(out_features, in_features) ** 0.5
-    sizes = size.expand(rank)
-    if out_features <= in_features:
-        basis = orthonormal_basis(out_features, rank, generator, weight)
-        return basis, sizes, basis.T @ weight / size
-    basis = orthonormal_basis(in_features, rank, generator, weight)
-    return weight @ basis / size, sizes, basis.T
+    if size is None:
+        whole = weight if change is None else weight + change.dense()
+        size = root_mean_square_size(float(torch.linalg.vector_norm(whole)), weight.shape)
+    sizes = weight.new_full((rank,), size)
+    # The weight and the change are projected one by one: their sum is never written down.
+    if weight.shape[0] <= weight.shape[1]:
+        basis = orthonormal_basis(weight.shape[0], rank, generator, weight)
+        right = basis.T @ weight
+        if change is not None:
+            right.addmm_(basis.T @ change.B, change.A)
+        return basis, sizes, right / size
+    basis = orthonormal_basis(weight.shape[1], rank, generator, weight)
+    left = weight @ basis
+    if change is not None:
+        left.addmm_(change.B, change.A @ basis)
+    return left / size, sizes, basis.T
+
+
+def root_mean_square_size(norm: float, shape: Sequence[int]) -> float:
+    """The root mean square of a weight's singular values, from its Frobenius norm; 1 for zero."""
+    return norm / min(shape) ** 0.5 or 1.0
 
 
 @full_precision()
@@ -166,6 +110,8 @@ def draw(
     triplets: Triplets = "random",
     split: Split = "B",
     scaling: float = 1.0,
+    change: LowRank | None = None,
+    size: float | None = None,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Draw a subspace of a weight: ``scaling * B @ A`` is the weight's part in it.
@@ -178,6 +124,9 @@ def draw(
         triplets: which triplets, for ``directions="svd"``.
         split: where the scale goes: all on B (the paper), half on each, all on A.
         scaling: the factor s that the layer multiplies the product with.
+        change: to be added to the weight first, such as what was learned since the last draw.
+        size: the size of an orthonormal direction; None takes the root mean square of the weight's
+            singular values.
         generator: see `generator`.
 
     Returns:
@@ -196,9 +145,10 @@ def draw(
         a = torch.rand(rank, weight.shape[1], generator=generator, dtype=weight.dtype) * 2 - 1
         return (a * bound).to(weight.device), weight.new_zeros(weight.shape[0], rank)
     if directions == "svd":
-        left, sizes, right = _svd_directions(weight, rank, triplets, generator)
+        whole = weight if change is None else torch.addmm(weight, change.B, change.A)
+        left, sizes, right = _svd_directions(whole, rank, triplets, generator)
     else:
-        left, sizes, right = _orthonormal_directions(weight, rank, generator)
+        left, sizes, right = _orthonormal_directions(weight, change, rank, size, generator)
     sizes = sizes / scaling
     share = _SHARE_OF_B[split]
     if share == 0.5:

@@ -1,0 +1,81 @@
+"""The forward pass of a linear layer with a low-rank product added, without temporaries of its size.
+
+Added up by autograd, ``W x + s B (A x)`` makes a second output to add to the first, and in the
+backward pass a second gradient of the input. Here the product is accumulated into the first one by
+the matrix multiplication itself, forward and backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+
+def can_fuse(base: nn.Module, x: Tensor, factor: Tensor) -> bool:
+    """Whether `adapted_linear` computes what calling the base layer and adding would compute.
+
+    Not where someone watches or replaces the base layer's call, where precisions differ or autocast
+    chooses them, and not under compilation and `torch.func`, which do with the plain form.
+    """
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return (
+        type(base) in (nn.Linear, Conv1D)
+        and not torch.compiler.is_compiling()
+        and "forward" not in base.__dict__
+        and not any(getattr(base, name) for name in hooks)
+        and x.dtype == factor.dtype == base.weight.dtype  # type: ignore[union-attr]
+        and not torch.is_autocast_enabled(x.device.type)
+        and not torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
+        and not nn.modules.module._has_any_global_hook()
+    )
+
+
+def adapted_linear(base: nn.Module, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """``x (W + s B A)^T + bias``: (..., in) to (..., out); differentiable, twice too.
+
+    Args:
+        base: the linear layer (or Conv1D) with W (out, in) and perhaps a bias.
+        x: the input; of `base`'s precision, as are `a` and `b`.
+        a: the factor A, (r, in).
+        b: the factor B, (out, r).
+        scaling: s.
+    """
+    weight: Tensor = base.weight.T if isinstance(base, Conv1D) else base.weight  # type: ignore
+    out = _AdaptedLinear.apply(x.reshape(-1, x.shape[-1]), weight, base.bias, a, b, scaling)
+    return out.view(*x.shape[:-1], out.shape[-1])  # type: ignore[union-attr]
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """On rows: x (n, in), weight (out, in), bias (out) or None, a (r, in), b (out, r)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, s: float
+    ) -> Tensor:
+        hidden = x @ a.T
+        if s != 1.0:
+            hidden *= s  # r numbers a row, not the whole output
+        ctx.save_for_backward(x, weight, a, b, hidden)
+        ctx.s = s
+        return F.linear(x, weight, bias).addmm_(hidden, b.T)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (grad,) = grads
+        x, weight, a, b, hidden = ctx.saved_tensors
+        for_x, for_weight, for_bias, for_a, for_b, _ = ctx.needs_input_grad
+        inner = grad @ b if for_x or for_a else None
+        if inner is not None and ctx.s != 1.0:
+            inner = inner * ctx.s
+        return (
+            (grad @ weight).addmm_(inner, a) if for_x else None,
+            grad.T @ x if for_weight else None,
+            grad.sum(0) if for_bias else None,
+            inner.T @ x if for_a else None,
+            grad.T @ hidden if for_b else None,
+            None,
+        )
