@@ -14,8 +14,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from rosa.config import RosaConfig
-from rosa.model import is_rosa_key, rosa_layers
 from rosa.lowrank import LowRank
+from rosa.model import is_rosa_key, rosa_layers
 
 _PREFIX = "base_model.model."
 FORMS = ("merged", "lora")

@@ -1,4 +1,4 @@
-"""The forward pass of a linear layer with a low-rank product added, without temporaries of its size.
+"""A linear layer with a low-rank product added, without temporaries of the size of its output.
 
 Added up by autograd, ``W x + s B (A x)`` makes a second output to add to the first, and in the
 backward pass a second gradient of the input. Here the product is accumulated into the first one by
@@ -24,6 +24,8 @@ def can_fuse(base: nn.Module, x: Tensor, factor: Tensor) -> bool:
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return (
         type(base) in (nn.Linear, Conv1D)
+        and type(x) in (Tensor, nn.Parameter)
+        and not x.is_nested
         and not torch.compiler.is_compiling()
         and "forward" not in base.__dict__
         and not any(getattr(base, name) for name in hooks)
@@ -67,6 +69,8 @@ class _AdaptedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,) = grads
         x, weight, a, b, hidden = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again: what was kept has no history
+            hidden = x @ a.T * ctx.s
         for_x, for_weight, for_bias, for_a, for_b, _ = ctx.needs_input_grad
         inner = grad @ b if for_x or for_a else None
         if inner is not None and ctx.s != 1.0:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,25 +14,33 @@ def full_precision() -> Iterator[None]:
     """Multiply in the tensors' own precision, whatever autocast or TF32 is on outside."""
     precision = torch.get_float32_matmul_precision()
     accelerator = torch.accelerator.current_accelerator()
+    cast = [
+        device
+        for device in {"cpu", accelerator.type if accelerator else "cpu"}
+        if torch.is_autocast_enabled(device)
+    ]
+    if precision == "highest" and not cast:
+        yield
+        return
     torch.set_float32_matmul_precision("highest")
     try:
         with contextlib.ExitStack() as stack:
-            for device in {"cpu", accelerator.type if accelerator else "cpu"}:
+            for device in cast:
                 stack.enter_context(torch.autocast(device, enabled=False))
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
 
 
-@dataclass(frozen=True)
 class LowRank:
     """A matrix kept as a product: ``B @ A`` with ``B`` (out, k) and ``A`` (k, in); k may be 0.
 
-    Never changed in place: whoever holds one may rely on it.
+    Never changed in place: whoever holds one may rely on it. A sum keeps the terms of its parts,
+    and puts them side by side when someone asks for them.
     """
 
-    B: Tensor
-    A: Tensor
+    def __init__(self, B: Tensor, A: Tensor) -> None:
+        self._parts = ((B, A),)
 
     @classmethod
     def zero(cls, out_features: int, in_features: int, dtype: torch.dtype) -> LowRank:
@@ -43,17 +50,37 @@ class LowRank:
         )
 
     @property
+    def B(self) -> Tensor:
+        """The left factor, (out, k)."""
+        return self._whole()[0]
+
+    @property
+    def A(self) -> Tensor:
+        """The right factor, (k, in)."""
+        return self._whole()[1]
+
+    def _whole(self) -> tuple[Tensor, Tensor]:
+        if len(self._parts) > 1:
+            lefts, rights = zip(*self._parts, strict=True)
+            self._parts = ((torch.cat(lefts, dim=1), torch.cat(rights, dim=0)),)
+        return self._parts[0]
+
+    @property
     def rank(self) -> int:
         """The number of terms k (an upper bound of the rank of the matrix)."""
-        return self.A.shape[0]
+        return sum(a.shape[0] for _, a in self._parts)
 
     def __add__(self, other: LowRank) -> LowRank:
         """The sum, with the terms of both: exact, nothing is multiplied out."""
-        return LowRank(torch.cat([self.B, other.B], dim=1), torch.cat([self.A, other.A], dim=0))
+        total = LowRank.__new__(LowRank)
+        total._parts = self._parts + other._parts
+        return total
 
     def to(self, device: torch.device | str) -> LowRank:
         """The same matrix on a device."""
-        return LowRank(self.B.to(device), self.A.to(device))
+        moved = LowRank.__new__(LowRank)
+        moved._parts = tuple((b.to(device), a.to(device)) for b, a in self._parts)
+        return moved
 
     @full_precision()
     def dense(self) -> Tensor:

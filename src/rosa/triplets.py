@@ -51,23 +51,33 @@ def singular_triplets(weight: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, T
 
 
 def _of_gram(
-    matrix: Tensor, chosen: Tensor, dtype: torch.dtype
+    weight: Tensor, chosen: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Triplets of a tall matrix (m, n), vectors as columns; None if they are not accurate."""
-    scale = float(matrix.abs().max())
+    """Triplets of a tall matrix (m, n), vectors as columns; None if they are not accurate.
+
+    All by SciPy: its BLAS and torch's, called in turn, would keep each other's threads waiting.
+    """
+    import numpy as np
+    from scipy.linalg import blas
+
+    matrix = weight.to(dtype).numpy()
+    scale = float(abs(matrix).max())
     if scale == 0:
         return None
-    matrix = matrix.to(dtype) / scale  # squares of tiny and of huge numbers stay in range
-    found = _eigenvectors(matrix.numpy(), matrix.shape[1] - chosen.numpy())
+    matrix = matrix / scale  # squares of tiny and of huge numbers stay in range
+    found = _eigenvectors(matrix, matrix.shape[1] - chosen.numpy())
     if found is None:
         return None
-    right, largest = torch.from_numpy(found[0]), found[1]
+    right, largest = found
+    (gemm,) = blas.get_blas_funcs(("gemm",), (matrix,))
     # Of orthonormal columns even where a singular value is zero.
-    left, triangle = torch.linalg.qr(matrix @ right)
+    left, triangle = np.linalg.qr(gemm(1.0, matrix.T, right, trans_a=1))
     sizes = triangle.diagonal()
-    left, sizes = left * torch.where(sizes < 0, -1.0, 1.0), sizes.abs()
-    residual = torch.linalg.vector_norm(matrix.T @ left - right * sizes, dim=0).max()
-    return (left, sizes * scale, right) if residual <= TOLERANCE * largest else None
+    left, sizes = left * np.where(sizes < 0, -1, 1).astype(left.dtype), abs(sizes)
+    residual = np.linalg.norm(gemm(1.0, matrix.T, left) - right * sizes, axis=0).max()
+    if not residual <= TOLERANCE * largest:
+        return None
+    return torch.from_numpy(left), torch.from_numpy(sizes * scale), torch.from_numpy(right)
 
 
 def _eigenvectors(matrix: Any, places: Any) -> tuple[Any, float] | None:
@@ -104,4 +114,6 @@ def _eigenvectors(matrix: Any, places: Any) -> tuple[Any, float] | None:
     vectors[:, order] = inner
     below, _, info = ormqr("L", "N", reflectors[1:, :-1], tau, vectors[1:], lwork=64 * n)
     vectors[1:] = below
-    return (np.linalg.qr(vectors)[0], largest) if info == 0 else None
+    if info != 0:
+        return None
+    return np.linalg.qr(vectors)[0], largest
