@@ -3,11 +3,15 @@
 Importing this package registers the method: `peft.get_peft_model(model, rosa.RosaConfig(r=8))`.
 """
 
-from rosa.callback import RosaCallback
+from typing import TYPE_CHECKING, Any
+
 from rosa.config import RosaConfig
 from rosa.export import export_lora, export_merged
 from rosa.model import RosaModel
 from rosa.resample import resample
+
+if TYPE_CHECKING:
+    from rosa.callback import RosaCallback
 
 __version__ = "0.1.0"
 
@@ -20,3 +24,12 @@ __all__ = [
     "export_merged",
     "resample",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`RosaCallback`, when it is first asked for: it needs transformers' Trainer."""
+    if name == "RosaCallback":
+        from rosa.callback import RosaCallback
+
+        return RosaCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

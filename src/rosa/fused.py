@@ -72,8 +72,8 @@ class _AdaptedLinear(torch.autograd.Function):
         if torch.is_grad_enabled():  # to be differentiated again: what was kept has no history
             hidden = x @ a.T * ctx.s
         for_x, for_weight, for_bias, for_a, for_b, _ = ctx.needs_input_grad
-        inner = grad @ b if for_x or for_a else None
-        if inner is not None and ctx.s != 1.0:
+        inner = grad @ b
+        if ctx.s != 1.0:
             inner = inner * ctx.s
         return (
             (grad @ weight).addmm_(inner, a) if for_x else None,

@@ -7,6 +7,7 @@ The weight in memory is ``W_0 + sum of offsets O`` of the adapters in use, and t
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -132,10 +133,7 @@ class RosaLayer(BaseTunerLayer):
                         _add(weight, entries[name].in_weight, -1)
                         _add(weight, change, +1)
             else:
-                total = self.pretrained_weight()
-                for change in wanted.values():
-                    _add(total, change, +1)
-                weight.copy_(total)
+                _write_sum(weight, self._pretrained, wanted.values())
             for name, entry in entries.items():
                 entry.in_weight = wanted[name]
             self._versions.arrived(weight, wanted)
@@ -439,6 +437,21 @@ def _add(weight: Tensor, change: LowRank | None, sign: int) -> None:
     """
     if change is not None and change.rank:
         weight.add_(change.to(weight.device).dense().to(weight.dtype), alpha=sign)
+
+
+@full_precision()
+def _write_sum(weight: Tensor, pretrained: Tensor, changes: Iterable[LowRank | None]) -> None:
+    """Write the pretrained weight plus changes into a weight, rounded once."""
+    pretrained = pretrained.to(weight.device)
+    found = [change for change in changes if change is not None and change.rank]
+    if len(found) != 1 or weight.dtype in _HALF:
+        total = pretrained.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+        for change in found:
+            _add(total, change, +1)
+        weight.copy_(total)
+        return
+    (change,) = (change.to(weight.device) for change in found)
+    torch.addmm(pretrained, change.B, change.A, out=weight)  # one pass over the weight
 
 
 def _after_save(layer: RosaLinear, state_dict: dict[str, Any], prefix: str, _: Any) -> None:

@@ -40,7 +40,7 @@ class LowRank:
     """
 
     def __init__(self, B: Tensor, A: Tensor) -> None:
-        self._parts = ((B, A),)
+        self._parts = [(B, A)]
 
     @classmethod
     def zero(cls, out_features: int, in_features: int, dtype: torch.dtype) -> LowRank:
@@ -61,8 +61,8 @@ class LowRank:
 
     def _whole(self) -> tuple[Tensor, Tensor]:
         if len(self._parts) > 1:
-            lefts, rights = zip(*self._parts, strict=True)
-            self._parts = ((torch.cat(lefts, dim=1), torch.cat(rights, dim=0)),)
+            left = torch.cat([b for b, _ in self._parts], dim=1)
+            self._parts = [(left, torch.cat([a for _, a in self._parts], dim=0))]
         return self._parts[0]
 
     @property
@@ -79,7 +79,7 @@ class LowRank:
     def to(self, device: torch.device | str) -> LowRank:
         """The same matrix on a device."""
         moved = LowRank.__new__(LowRank)
-        moved._parts = tuple((b.to(device), a.to(device)) for b, a in self._parts)
+        moved._parts = [(b.to(device), a.to(device)) for b, a in self._parts]
         return moved
 
     @full_precision()
