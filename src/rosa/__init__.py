@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rosa.config import RosaConfig
 from rosa.export import export_lora, export_merged
 from rosa.model import RosaModel
-from rosa.resample import resample
+from rosa.resample import resample, watch
 
 if TYPE_CHECKING:
     from rosa.callback import RosaCallback
@@ -23,6 +23,7 @@ __all__ = [
     "export_lora",
     "export_merged",
     "resample",
+    "watch",
 ]
 
 

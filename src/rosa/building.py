@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rosa.methods import find_method
@@ -12,14 +14,28 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def build_model(settings: RunSettings, task: Task, pad_token_id: int | None) -> tuple[Any, Any]:
-    """The pretrained model as the method trains it, and a `ChangeRecorder` if one is asked for."""
+@dataclass(frozen=True)
+class Base:
+    """The pretrained model, before a method is put into it.
+
+    Attributes:
+        model: with a head for the task.
+        fresh: names of its modules that the checkpoint had no weights for.
+        task_type: as PEFT calls it.
+    """
+
+    model: Any
+    fresh: list[str]
+    task_type: str
+
+
+def load_base(settings: RunSettings, task: Task, pad_token_id: int | None) -> Base:
+    """The pretrained model for a task."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    method = find_method(settings.method)
     # Weights that are trained need float32; a frozen half-precision base may stay as it is.
-    as_stored = method.config is not None and in_bf16(settings)
+    as_stored = find_method(settings.method).config is not None and in_bf16(settings)
     how: dict[str, Any] = {"dtype": "auto" if as_stored else torch.float32}
     if task.kind == "regression":
         how.update(num_labels=1, problem_type="regression", ignore_mismatched_sizes=True)
@@ -36,17 +52,48 @@ def build_model(settings: RunSettings, task: Task, pad_token_id: int | None) -> 
     model, loading = auto.from_pretrained(settings.model, output_loading_info=True, **how)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = pad_token_id
-    fresh = _fresh_modules(loading)
+    return Base(model, _fresh_modules(loading), task_type)
+
+
+def adapt(
+    settings: RunSettings, base: Base, batches: Callable[[], Iterable[dict[str, Any]]]
+) -> tuple[Any, Any]:
+    """The model as the method trains it, and a `ChangeRecorder` if one is asked for.
+
+    Args:
+        settings: of the run.
+        base: see `load_base`; is changed.
+        batches: a few batches of the training data, for methods that begin with its gradient.
+    """
+    method, model = find_method(settings.method), base.model
     targets = find_targets(model, settings.target_modules)
     recorder = _recorder(settings, model, targets)
     if method.config is None:
         if settings.method == "head":
-            _train_head_only(model, fresh)
+            _train_head_only(model, base.fresh)
         return model, recorder
     from peft import get_peft_model
 
-    shared = {"target_modules": targets, "task_type": task_type, "modules_to_save": fresh or None}
-    return get_peft_model(model, method.config(settings, settings.rank or 0, shared)), recorder
+    shared = {
+        "target_modules": targets,
+        "task_type": base.task_type,
+        "modules_to_save": base.fresh or None,
+    }
+    config = method.config(settings, settings.rank or 0, shared)
+    if settings.method == "lora_ga":
+        _find_gradients(model, config, batches())
+    return get_peft_model(model, config), recorder
+
+
+def _find_gradients(model: Any, config: Any, batches: Iterable[dict[str, Any]]) -> None:
+    """Leave the gradients of some batches where PEFT's LoRA-GA looks for them."""
+    from peft.tuners.lora.loraga import preprocess_loraga
+
+    def train_step() -> None:
+        for batch in batches:
+            model(**batch).loss.backward()
+
+    preprocess_loraga(model, config, train_step)
 
 
 def _recorder(settings: RunSettings, model: Any, targets: list[str] | str) -> Any:

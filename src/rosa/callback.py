@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rosa.resample import check, resample
+from rosa.resample import check, is_informed, resample, watch
 
 
 class RosaCallback(TrainerCallback):
@@ -17,39 +17,57 @@ class RosaCallback(TrainerCallback):
     schedule is the Trainer's own step count) and with `load_best_model_at_end`. Nothing is drawn
     before the first step or after the last one.
 
+    With ``directions="gradient"`` the first steps of each period, from the first of all, are
+    watched, and the draw comes after them. A run that is resumed between the two watches anew, so
+    it draws up to `watch` steps later than it would have.
+
     Args:
         every: ``"epoch"``; or a whole number of optimizer steps; or a fraction or multiple of an
-            epoch as a float, such as 0.5.
+            epoch as a float, such as 0.5; or ``"never"``, which leaves the draw of
+            ``directions="gradient"`` after the first steps.
         clear_state: see `rosa.resample`.
         rewarm: optimizer steps over which the learning rate rises again after a resample, linearly
             up to the schedule's own; 0 leaves the schedule alone.
+        watch: optimizer steps that ``directions="gradient"`` watches before a draw; at most half a
+            period.
 
     Attributes:
         resamples: how many times it has drawn in this process.
         seconds: the time that took.
-        period: optimizer steps between two draws, known once training has begun.
+        period: optimizer steps from one draw to the next, known once training has begun; None for
+            "never".
 
     Raises:
-        ValueError, TypeError: `every` is none of these.
+        ValueError, TypeError: an argument is none of these.
     """
 
     def __init__(
-        self, every: str | int | float = "epoch", *, clear_state: bool = True, rewarm: int = 0
+        self,
+        every: str | int | float = "epoch",
+        *,
+        clear_state: bool = True,
+        rewarm: int = 0,
+        watch: int = 4,
     ) -> None:
-        if isinstance(every, str) and every != "epoch":
-            raise ValueError(f"every must be 'epoch' or a number, got {every!r}")
+        if isinstance(every, str) and every not in ("epoch", "never"):
+            raise ValueError(f"every must be 'epoch', 'never' or a number, got {every!r}")
         if isinstance(every, bool) or not isinstance(every, (str, int, float)):
-            raise TypeError(f"every must be 'epoch' or a number, got {every!r}")
+            raise TypeError(f"every must be 'epoch', 'never' or a number, got {every!r}")
         if not isinstance(every, str) and not 0 < every < float("inf"):
             raise ValueError(f"every must be positive, got {every}")
         if rewarm < 0:
             raise ValueError(f"rewarm must not be negative, got {rewarm}")
+        if watch < 1:
+            raise ValueError(f"watch must be at least 1, got {watch}")
         self.every = every
         self.clear_state = clear_state
         self.rewarm = rewarm
+        self.watch = watch
         self.resamples = 0
         self.seconds = 0.0
-        self.period = 0
+        self.period: int | None = None
+        self._delay = 0  # steps from the begin of a period to its draw
+        self._draw_at: int | None = None
         self._last_step = -1
         self._rates: list[tuple[dict[str, Any], float]] = []  # the schedule's own, to be put back
 
@@ -57,39 +75,69 @@ class RosaCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check model and optimizer before any work, and fix the period in steps."""
-        check(kwargs["model"], kwargs.get("optimizer"))
-        self._last_step = -1
+        jobs = check(kwargs["model"], kwargs.get("optimizer"))
+        self._last_step, self._draw_at = -1, None
+        self.period = self._period_in_steps(args, kwargs.get("train_dataloader"))
+        informed = any(is_informed(job) for job in jobs)
+        longest = self.watch if self.period is None else max(self.period // 2, 1)
+        self._delay = min(self.watch, longest) if informed else 0
+
+    def _period_in_steps(self, args: TrainingArguments, dataloader: Any) -> int | None:
         if isinstance(self.every, int):
-            self.period = self.every
-            return
-        batches = _length(kwargs.get("train_dataloader"))
+            return self.every
+        if self.every == "never":
+            return None
+        batches = _length(dataloader)
         if batches is None:
             raise ValueError(
                 "the training data has no length, so an epoch has no number of steps: "
                 "use RosaCallback(every=<optimizer steps>)"
             )
-        accumulation = args.gradient_accumulation_steps
-        steps_per_epoch = max(-(-batches // accumulation), 1)
+        steps_per_epoch = max(-(-batches // args.gradient_accumulation_steps), 1)
         epochs = 1.0 if self.every == "epoch" else float(self.every)
-        self.period = max(round(epochs * steps_per_epoch), 1)
+        return max(round(epochs * steps_per_epoch), 1)
+
+    def draws_before(self, step: int) -> int:
+        """How many draws a run from the first step on makes before a step."""
+        first = self._delay or self.period
+        if first is None or step <= first:
+            return 0
+        return 1 if self.period is None else 1 + (step - 1 - first) // self.period
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Resample if the steps so far are a multiple of the period; lower the rate after it."""
+        """Watch or resample if it is time to; lower the rate after a resample."""
         step = state.global_step
-        if step and step % self.period == 0 and step != self._last_step:
+        if step != self._last_step:
+            resumed = self._last_step < 0 and step > 0
             self._last_step = step
-            started = time.perf_counter()
-            resample(kwargs["model"], kwargs.get("optimizer"), clear_state=self.clear_state)
-            self.seconds += time.perf_counter() - started
-            self.resamples += 1
-        since = step % self.period
-        if step >= self.period and since < self.rewarm:
+            self._begin_step(step, resumed, kwargs["model"], kwargs.get("optimizer"))
+        since = self._steps_since_draw(step)
+        if since is not None and since < self.rewarm:
             groups = kwargs["optimizer"].param_groups
             self._rates = [(group, group["lr"]) for group in groups]
             for group in groups:
                 group["lr"] = group["lr"] * (since + 1) / (self.rewarm + 1)
+
+    def _begin_step(self, step: int, resumed: bool, model: Any, optimizer: Any) -> None:
+        place = step if self.period is None else step % self.period
+        if self._delay and (place == 0 or (resumed and place <= self._delay)):
+            watch(model)
+            self._draw_at = step + self._delay
+        elif not self._delay and place == 0 and step:
+            self._draw_at = step
+        if step == self._draw_at:
+            started = time.perf_counter()
+            resample(model, optimizer, clear_state=self.clear_state)
+            self.seconds += time.perf_counter() - started
+            self.resamples += 1
+
+    def _steps_since_draw(self, step: int) -> int | None:
+        first = self._delay or self.period
+        if first is None or step < first:
+            return None
+        return step - first if self.period is None else (step - first) % self.period
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -19,12 +19,19 @@ class RosaConfig(PeftConfig):
         r: Rank of the trained subspace of each weight. Capped at min(in, out) of a layer.
         alpha: The product of the factors is scaled by ``alpha / r``; None means r, a scale of 1.
         directions: Where a subspace comes from: ``"svd"`` takes singular triplets of the weight,
-            ``"orthonormal"`` random orthonormal directions (far cheaper to draw), ``"zero"``
-            nothing of the weight: a fresh zero product, as LoRA starts.
+            ``"orthonormal"`` random orthonormal directions (far cheaper to draw), ``"gradient"``
+            orthonormal directions in which the loss falls (random ones until a gradient was seen:
+            see `rosa.watch`), ``"zero"`` nothing of the weight: a fresh zero product, as LoRA
+            starts.
         triplets: Which triplets ``directions="svd"`` takes: a ``"random"`` subset, uniform
             without replacement, the ``"top"`` or the ``"bottom"`` ones.
         split: How the scale is split between the factors: all on ``"B"`` (the paper), ``"even"``,
             or all on ``"A"``. The size of a factor acts as the other's learning rate.
+        informed: The share of the directions that ``directions="gradient"`` takes from the
+            gradient; the rest are random, so that every direction is drawn in the end.
+        temperature: How ``directions="gradient"`` chooses among the gradient's directions: 0 takes
+            those with most of its energy; above, a direction's chance is its energy to the power of
+            1 / temperature.
         seed: Seed of the draws. They depend on nothing else that draws random numbers.
         rosa_dropout: Dropout on the input of the trained factors. Unlike LoRA's, they hold a part
             of the pretrained weight, which is dropped with it: 0 unless you have reason.
@@ -62,6 +69,17 @@ class RosaConfig(PeftConfig):
     split: str = field(
         default="B",
         metadata={"help": f"Which factor gets the scale: one of {', '.join(SPLITS)}."},
+    )
+    informed: float = field(
+        default=1.0,
+        metadata={"help": "Share of the directions that 'gradient' takes from the gradient."},
+    )
+    temperature: float = field(
+        default=0.0,
+        metadata={
+            "help": "0: 'gradient' takes the directions with most of the gradient's energy; above, "
+            "a direction's chance is its energy to the power of 1 / temperature."
+        },
     )
     seed: int = field(default=0, metadata={"help": "Seed of the draws of subspaces."})
     rosa_dropout: float = field(
@@ -145,6 +163,10 @@ class RosaConfig(PeftConfig):
                 "base_fingerprint is written by ROSA when it saves; this one is damaged: remove it "
                 "from adapter_config.json to load without the check of the base weights"
             )
+        if not 0 <= self.informed <= 1:
+            raise ValueError(f"informed is a share, from 0 to 1, got {self.informed}")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be a number, 0 or above, got {self.temperature}")
         if not 0 <= self.rosa_dropout < 1:
             raise ValueError(
                 f"rosa_dropout must be at least 0 and below 1, got {self.rosa_dropout}"

@@ -21,6 +21,7 @@ from rosa.config import RosaConfig
 from rosa.fused import adapted_linear, can_fuse
 from rosa.lowrank import LowRank, full_precision
 from rosa.offset import Offset, OffsetDict
+from rosa.sketch import Sketch, Watch
 from rosa.versions import Versions, same_state
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -76,6 +77,7 @@ class RosaLayer(BaseTunerLayer):
         self._fingerprint: tuple[float, float] | None = None
         self.base_fingerprint()
         self._loaded_marks: dict[str, int] | None = None
+        self._sketches: dict[str, Sketch] = {}  # of the adapters that are watched
 
     # -- the weight in memory ------------------------------------------------------------------
 
@@ -245,7 +247,12 @@ class RosaLayer(BaseTunerLayer):
         """
         config, entry = self.rosa_config[adapter], self.rosa_offset[adapter]
         norm, _ = self.base_fingerprint() or (0.0, 0.0)
+        generator = subspace.generator(config.seed, f"{self.name}.{adapter}", entry.draws)
         try:
+            sketch = self._sketches.pop(adapter, None)
+            known = None
+            if sketch is not None and (count := round(config.informed * self.r[adapter])):
+                known = sketch.directions(count, config.temperature, generator)
             a, b = subspace.draw(
                 weight,
                 self.r[adapter],
@@ -256,7 +263,8 @@ class RosaLayer(BaseTunerLayer):
                 change=change,
                 # Of the pretrained weight: the speed of learning does not drift with the training.
                 size=subspace.root_mean_square_size(norm, weight.shape),
-                generator=subspace.generator(config.seed, f"{self.name}.{adapter}", entry.draws),
+                known=known,
+                generator=generator,
             )
         except RuntimeError as error:  # torch.linalg.LinAlgError is one
             raise ValueError(
@@ -271,6 +279,26 @@ class RosaLayer(BaseTunerLayer):
         if not drawn.B.any():
             return LowRank(drawn.B[:, :0], drawn.A[:0])
         return LowRank(-drawn.B, drawn.A)
+
+    def watch(self, adapter: str) -> None:
+        """Begin to sum up where the loss gradient lies, in backward passes, until the next draw."""
+        config, entry = self.rosa_config[adapter], self.rosa_offset[adapter]
+        self._sketches[adapter] = Sketch(
+            self.out_features,
+            self.in_features,
+            self.r[adapter],
+            # Not the draw's own, which goes on from its beginning.
+            subspace.generator(config.seed, f"{self.name}.{adapter}.watch", entry.draws),
+            like=self._weight().new_empty((), dtype=self._work_dtype()),
+        )
+
+    def forget(self, adapter: str) -> None:
+        """Drop what was summed up since `watch`."""
+        self._sketches.pop(adapter, None)
+
+    def watched(self, adapter: str) -> Sketch | None:
+        """What was summed up since `watch`, if that was called since the last draw."""
+        return self._sketches.get(adapter)
 
     @torch.no_grad()
     def resample(self, adapter: str) -> None:
@@ -297,6 +325,7 @@ class RosaLayer(BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; nothing of it stays in the weight."""
+        self.forget(adapter_name)
         if adapter_name in self.merged_adapters:
             self.merged_adapters.remove(adapter_name)
         self._sync(leaving=adapter_name)
@@ -401,6 +430,14 @@ class RosaLinear(nn.Module, RosaLayer):
                     f"the factors of layer {self.name} are not in memory: load the adapter's file "
                     "first (low_cpu_mem_usage), or use the model without offloading (device_map)"
                 )
+        result = self._compute(x, active, *args, **kwargs)
+        if self._sketches and result.requires_grad:
+            for name in active:
+                if name in self._sketches:
+                    result = Watch.apply(result, x, self._sketches[name])
+        return result
+
+    def _compute(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if len(active) == 1 and not args and not kwargs:
             (name,) = active
             a, b, dropout = self.rosa_A[name], self.rosa_B[name], self.rosa_dropout[name]

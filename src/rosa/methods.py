@@ -43,6 +43,8 @@ def _rosa(settings: RunSettings, rank: int, shared: dict[str, Any]) -> PeftConfi
         directions=settings.directions,
         triplets=settings.triplets,
         split=settings.split,
+        informed=settings.informed,
+        temperature=settings.temperature,
         seed=settings.seed,
         **shared,
     )
@@ -74,6 +76,18 @@ def _lora(**options: Any) -> Config:
         )
 
     return config
+
+
+def _lora_ga(settings: RunSettings, rank: int, shared: dict[str, Any]) -> PeftConfig:
+    from peft import LoraConfig, LoraGAConfig
+
+    return LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank if settings.alpha is None else settings.alpha,  # type: ignore[arg-type]
+        init_lora_weights="lora_ga",  # type: ignore[arg-type]  # its annotation lacks it
+        lora_ga_config=LoraGAConfig(),
+        **shared,
+    )
 
 
 def _adalora(settings: RunSettings, rank: int, shared: dict[str, Any]) -> PeftConfig:
@@ -120,6 +134,7 @@ METHODS: dict[str, Method] = {
     "olora": Method(
         "LoRA started at a QR of the weight", 1e-3, _lora(init_lora_weights="olora"), True
     ),
+    "lora_ga": Method("LoRA started at the loss gradient's triplets", 1e-3, _lora_ga, True),
     "adalora": Method("LoRA with ranks that move between layers", 1e-3, _adalora, True),
     "relora": Method("LoRA merged and started again at zero as it trains", 1e-3, _relora, True),
     "ia3": Method("a scale on keys, values and hidden activations", 1e-2, _ia3),

@@ -2,17 +2,46 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rosa.layer import RosaLinear
 from rosa.model import rosa_layers
 
 
-def resample(model: nn.Module, optimizer: Any = None, *, clear_state: bool = True) -> int:
+def watch(model: nn.Module) -> int:
+    """Begin to look where the loss falls, for the next draw of ``directions="gradient"``.
+
+    From now on every ordinary backward pass adds a projection of each weight's loss gradient to a
+    small sum (see `rosa.sketch`), until the next `resample` draws from it. A few steps are enough;
+    each costs, while it is watched, about what a LoRA of rank r + 8 would add.
+
+    Returns:
+        The number of weights that are watched: those of active adapters with that setting.
+
+    Raises:
+        ValueError: as `resample` does.
+    """
+    jobs = [job for job in check(model) if is_informed(job)]
+    for _, layer, adapter in jobs:
+        layer.watch(adapter)
+    return len(jobs)
+
+
+def resample(
+    model: nn.Module,
+    optimizer: Any = None,
+    *,
+    clear_state: bool = True,
+    batches: Iterable[Any] = (),
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+) -> int:
     """Merge what the active adapters have learned and draw new subspaces, layer by layer.
 
     The model's outputs stay the same to rounding. The factors stay the same Parameter objects;
@@ -27,15 +56,21 @@ def resample(model: nn.Module, optimizer: Any = None, *, clear_state: bool = Tru
             model is not being trained.
         clear_state: False keeps the optimizer's entries of the factors, to see what clearing is
             worth; the moments are then those of the old subspace.
+        batches: for ``directions="gradient"``, batches to find the gradient with, instead of what
+            was seen since `watch`; about four. The factors' own gradients stay as they are.
+        loss: takes the model and a batch and returns the loss; None is ``model(**batch).loss``.
 
     Returns:
         The number of weights whose subspace was drawn.
 
     Raises:
         ValueError: the model has no ROSA, or is merged or disabled; a factor is NaN; the optimizer
-            does not hold the factors. Nothing has been changed then.
+            does not hold the factors; a batch gives no loss. Nothing has been changed then.
     """
     jobs = check(model, optimizer)
+    informed = [job for job in jobs if is_informed(job)]
+    if batches and informed:
+        _look(model, informed, batches, loss)
     state = None if optimizer is None else _unwrap(optimizer).state
     for name, layer, adapter in jobs:
         for factor in (layer.rosa_A[adapter], layer.rosa_B[adapter]):
@@ -44,6 +79,8 @@ def resample(model: nn.Module, optimizer: Any = None, *, clear_state: bool = Tru
                     f"a factor of layer {name} has NaN or infinity: the training has diverged. Go "
                     "back to a checkpoint and lower the learning rate"
                 )
+    _agree(informed)
+    _warn_of_blind(informed)
     for _, layer, adapter in jobs:
         layer.resample(adapter)
         for factor in (layer.rosa_A[adapter], layer.rosa_B[adapter]):
@@ -54,7 +91,80 @@ def resample(model: nn.Module, optimizer: Any = None, *, clear_state: bool = Tru
     return len(jobs)
 
 
-def check(model: nn.Module, optimizer: Any = None) -> list[tuple[str, RosaLinear, str]]:
+Job = tuple[str, RosaLinear, str]
+
+
+def is_informed(job: Job) -> bool:
+    """Whether a layer's adapter draws where the gradient lies."""
+    _, layer, adapter = job
+    return layer.rosa_config[adapter].directions == "gradient"
+
+
+def _look(
+    model: nn.Module,
+    jobs: list[Job],
+    batches: Iterable[Any],
+    loss: Callable[[nn.Module, Any], Tensor] | None,
+) -> None:
+    """Watch the backward passes of some batches; every parameter's gradient is left as it was."""
+    for _, layer, adapter in jobs:
+        layer.watch(adapter)
+    gradients = [(p, p.grad) for p in model.parameters() if p.requires_grad]
+    device = next(model.parameters()).device
+    try:
+        for parameter, _ in gradients:
+            parameter.grad = None
+        for batch in batches:
+            with torch.enable_grad():
+                value = (loss or _own_loss)(model, send_to_device(batch, device))
+            if not isinstance(value, Tensor) or not value.requires_grad:
+                raise ValueError(
+                    "a batch gave no loss to differentiate: give batches with labels that "
+                    "model(**batch) computes a loss of, or loss=function(model, batch)"
+                )
+            value.backward()
+    except Exception:
+        for _, layer, adapter in jobs:
+            layer.forget(adapter)
+        raise
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+def _own_loss(model: nn.Module, batch: Any) -> Tensor:
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"a batch is a {type(batch).__name__}, not the model's arguments by name: give "
+            "loss=function(model, batch) to say how its loss is computed"
+        )
+    return getattr(model(**batch), "loss", None)  # type: ignore[return-value]  # is checked
+
+
+def _agree(jobs: list[Job]) -> None:
+    """Sum what data-parallel processes have seen, so that all draw the same."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for _, layer, adapter in jobs:
+            if (sketch := layer.watched(adapter)) is not None:
+                torch.distributed.all_reduce(sketch.sum)
+
+
+def _warn_of_blind(jobs: list[Job]) -> None:
+    blind = [
+        name
+        for name, layer, adapter in jobs
+        if (sketch := layer.watched(adapter)) is None or not sketch.sum.any()
+    ]
+    if blind:
+        warnings.warn(
+            f"no gradient was seen of {len(blind)} of {len(jobs)} weights, such as {blind[0]}: "
+            "random directions are drawn for them. Call rosa.watch(model) a few steps before "
+            "rosa.resample, or give it batches; if you did, their loss is 0, NaN or infinite",
+            stacklevel=3,
+        )
+
+
+def check(model: nn.Module, optimizer: Any = None) -> list[Job]:
     """The (name, layer, adapter) that a resample would draw; raises as `resample` does."""
     layers = list(rosa_layers(model))
     if not layers:
@@ -111,7 +221,7 @@ def _unwrap(optimizer: Any) -> Optimizer:
     return optimizer
 
 
-def _check_optimizer(optimizer: Any, jobs: list[tuple[str, RosaLinear, str]]) -> None:
+def _check_optimizer(optimizer: Any, jobs: list[Job]) -> None:
     held = {id(p) for group in _unwrap(optimizer).param_groups for p in group["params"]}
     for name, layer, adapter in jobs:
         for factor in (layer.rosa_A[adapter], layer.rosa_B[adapter]):

@@ -43,6 +43,8 @@ class RunSettings:
     directions: str = "svd"
     triplets: str = "random"
     split: str = "B"
+    informed: float = 1.0
+    temperature: float = 0.0
     resample_every: str = "epoch"
     keep_state: bool = False
     rewarm: int = 0
@@ -107,11 +109,9 @@ def check(settings: RunSettings) -> RunSettings:
     return settings
 
 
-def parse_period(every: str) -> str | int | float | None:
-    """What `RosaCallback` takes, from "epoch", "100" (steps) or "0.5epochs"; None for "never"."""
-    if every == "never":
-        return None
-    if every == "epoch":
+def parse_period(every: str) -> str | int | float:
+    """What `RosaCallback` takes, from "epoch", "never", "100" (steps) or "0.5epochs"."""
+    if every in ("epoch", "never"):
         return every
     number, kind = (every[:-6], float) if every.endswith("epochs") else (every, int)
     try:

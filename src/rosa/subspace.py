@@ -19,7 +19,7 @@ from torch import Tensor
 from rosa.lowrank import LowRank, full_precision
 from rosa.triplets import singular_triplets
 
-Directions = Literal["svd", "orthonormal", "zero"]
+Directions = Literal["svd", "orthonormal", "gradient", "zero"]
 Triplets = Literal["random", "top", "bottom"]
 Split = Literal["B", "even", "A"]
 
@@ -42,13 +42,19 @@ def generator(seed: int, name: str, draws: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
 
-def orthonormal_basis(size: int, rank: int, generator: torch.Generator, like: Tensor) -> Tensor:
-    """Random orthonormal columns, (size, rank), uniform over all subspaces of that rank.
+def orthonormal_basis(
+    size: int, rank: int, generator: torch.Generator, like: Tensor, known: Tensor | None = None
+) -> Tensor:
+    """Orthonormal columns, (size, rank): some that are known, and random ones.
 
-    Drawn on the CPU, so that every device gets the same, then moved to the device of `like`.
+    The random ones are uniform over all subspaces (orthogonal to what is known), and drawn on the
+    CPU, so that every device gets the same, then moved to the device of `like`.
     """
-    gaussian = torch.randn(size, rank, generator=generator, dtype=like.dtype)
-    return torch.linalg.qr(gaussian.to(like.device)).Q
+    count = rank if known is None else rank - known.shape[1]
+    columns = torch.randn(size, count, generator=generator, dtype=like.dtype).to(like.device)
+    if known is not None:
+        columns = torch.cat([known, columns], dim=1)
+    return torch.linalg.qr(columns).Q
 
 
 def _svd_directions(
@@ -68,32 +74,37 @@ def _svd_directions(
 def _orthonormal_directions(
     weight: Tensor,
     change: LowRank | None,
-    rank: int,
+    basis: Tensor,
+    left: bool,
     size: float | None,
-    generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Project the weight, with the change, onto random orthonormal directions of its smaller side.
+    """Project the weight, with the change, onto orthonormal directions of one of its sides.
 
     Each direction takes the weight's root-mean-square singular value as its size, so that it
     learns at the speed of a typical singular triplet. On the smaller side the projection carries
     rank / min(out, in) of the weight's energy, as random triplets do.
+
+    Args:
+        weight: (out, in).
+        change: added to it first.
+        basis: orthonormal columns, (out, r) for the left side, (in, r) for the right one.
+        left: the side.
+        size: see `draw`.
     """
     if size is None:
         whole = weight if change is None else weight + change.dense()
         size = root_mean_square_size(float(torch.linalg.vector_norm(whole)), weight.shape)
-    sizes = weight.new_full((rank,), size)
+    sizes = weight.new_full((basis.shape[1],), size)
     # The weight and the change are projected one by one: their sum is never written down.
-    if weight.shape[0] <= weight.shape[1]:
-        basis = orthonormal_basis(weight.shape[0], rank, generator, weight)
+    if left:
         right = basis.T @ weight
         if change is not None:
             right.addmm_(basis.T @ change.B, change.A)
         return basis, sizes, right / size
-    basis = orthonormal_basis(weight.shape[1], rank, generator, weight)
-    left = weight @ basis
+    columns = weight @ basis
     if change is not None:
-        left.addmm_(change.B, change.A @ basis)
-    return left / size, sizes, basis.T
+        columns.addmm_(change.B, change.A @ basis)
+    return columns / size, sizes, basis.T
 
 
 def root_mean_square_size(norm: float, shape: Sequence[int]) -> float:
@@ -112,6 +123,7 @@ def draw(
     scaling: float = 1.0,
     change: LowRank | None = None,
     size: float | None = None,
+    known: Tensor | None = None,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Draw a subspace of a weight: ``scaling * B @ A`` is the weight's part in it.
@@ -119,14 +131,17 @@ def draw(
     Args:
         weight: (out, in), in float32 or float64.
         rank: r, at most min(out, in).
-        directions: singular triplets of the weight; random orthonormal directions; or "zero", which
-            takes nothing of the weight: a random A and a zero B, as LoRA starts.
+        directions: singular triplets of the weight; random orthonormal directions; orthonormal
+            directions of the loss gradient (`known`); or "zero", which takes nothing of the weight:
+            a random A and a zero B, as LoRA starts.
         triplets: which triplets, for ``directions="svd"``.
         split: where the scale goes: all on B (the paper), half on each, all on A.
         scaling: the factor s that the layer multiplies the product with.
         change: to be added to the weight first, such as what was learned since the last draw.
         size: the size of an orthonormal direction; None takes the root mean square of the weight's
             singular values.
+        known: orthonormal directions of the outputs, (out, k) with k at most r, that the subspace
+            shall have; random ones complete it. For ``directions="gradient"``.
         generator: see `generator`.
 
     Returns:
@@ -148,7 +163,9 @@ def draw(
         whole = weight if change is None else torch.addmm(weight, change.B, change.A)
         left, sizes, right = _svd_directions(whole, rank, triplets, generator)
     else:
-        left, sizes, right = _orthonormal_directions(weight, change, rank, size, generator)
+        on_left = known is not None or weight.shape[0] <= weight.shape[1]
+        basis = orthonormal_basis(weight.shape[not on_left], rank, generator, weight, known)
+        left, sizes, right = _orthonormal_directions(weight, change, basis, on_left, size)
     sizes = sizes / scaling
     share = _SHARE_OF_B[split]
     if share == 0.5:

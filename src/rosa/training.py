@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rosa import runs, tasks
-from rosa.building import build_model
+from rosa.building import adapt, load_base
 from rosa.methods import find_method
 from rosa.settings import RESAMPLED, RunSettings, check, in_bf16, parse_period
 from rosa.tasks import DataSettings, Generation, Task
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+FIRST_BATCHES = 4
+"""Batches that a method sees which begins with the training data's gradient."""
+
+
 def train(settings: RunSettings, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
     """Run one training; returns the result record, which is also `<output>/metrics.json`.
 
@@ -29,6 +34,8 @@ def train(settings: RunSettings, resume: bool = False, overwrite: bool = False) 
         ValueError, TypeError, FileNotFoundError: a setting, a file or the output folder is of no
             use; said before any work is done.
     """
+    import torch
+    from torch.utils.data import DataLoader
     from transformers import AutoTokenizer, set_seed
 
     settings = check(settings)
@@ -45,8 +52,17 @@ def train(settings: RunSettings, resume: bool = False, overwrite: bool = False) 
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     set_seed(settings.seed)
-    model, recorder = build_model(settings, task, tokenizer.pad_token_id)
-    rows = tokenize(settings, task, model.config, tokenizer)
+    base = load_base(settings, task, tokenizer.pad_token_id)
+    rows = tokenize(settings, task, base.model.config, tokenizer)
+
+    def batches() -> Iterable[dict[str, Any]]:
+        order = torch.Generator().manual_seed(settings.seed)
+        collate = _collator(task, tokenizer)
+        size = settings.batch_size
+        loader = DataLoader(rows["train"], size, shuffle=True, generator=order, collate_fn=collate)
+        return itertools.islice(loader, FIRST_BATCHES)
+
+    model, recorder = adapt(settings, base, batches)
     runs.begin(settings.output, settings.to_json(), overwrite)  # nothing was written before
     trainer, callback = build_trainer(settings, task, rows, model, tokenizer)
     if recorder is not None:
@@ -66,7 +82,7 @@ def train(settings: RunSettings, resume: bool = False, overwrite: bool = False) 
         "steps": trainer.state.global_step,
         "train_seconds": seconds,
         # Counted from the steps: the callback knows of this process only, not of one resumed.
-        "resamples": max(trainer.state.global_step - 1, 0) // callback.period if callback else 0,
+        "resamples": callback.draws_before(trainer.state.global_step) if callback else 0,
         "resample_seconds": callback.seconds if callback else 0.0,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "adapter_bytes": sum(p.stat().st_size for p in place.glob("*.safetensors")),
@@ -136,8 +152,6 @@ def build_trainer(
     """Transformers' Trainer for the run, and its `RosaCallback` if it has one."""
     import torch
     from transformers import (
-        DataCollatorForSeq2Seq,
-        DataCollatorWithPadding,
         PrinterCallback,
         ProgressCallback,
         Trainer,
@@ -154,8 +168,6 @@ def build_trainer(
             if logs and "eval_loss" in logs:
                 super().on_log(args, state, control, logs=logs, **kwargs)
 
-    language = task.kind == "language"
-    collator = (DataCollatorForSeq2Seq if language else DataCollatorWithPadding)(tokenizer)
     batches = -(-len(rows["train"]) // settings.batch_size)
     steps_per_epoch = -(-batches // settings.gradient_accumulation)
     args = TrainingArguments(
@@ -194,14 +206,17 @@ def build_trainer(
         answers = predicted[:, 0] if task.kind == "regression" else predicted.argmax(-1)
         return task.compute(answers, labels)  # type: ignore[misc]
 
-    period = parse_period(settings.resample_every)
     callback = None
-    if settings.method in RESAMPLED and period:
-        callback = RosaCallback(period, clear_state=not settings.keep_state, rewarm=settings.rewarm)
+    if settings.method in RESAMPLED:
+        callback = RosaCallback(
+            parse_period(settings.resample_every),
+            clear_state=not settings.keep_state,
+            rewarm=settings.rewarm,
+        )
     trainer = Trainer(
         model=model,
         args=args,
-        data_collator=collator,
+        data_collator=_collator(task, tokenizer),
         train_dataset=rows["train"],
         eval_dataset=rows["validation"],
         compute_metrics=compute if task.compute else None,
@@ -213,6 +228,14 @@ def build_trainer(
         trainer.add_callback(EpochProgress())
     trainer.pop_callback(PrinterCallback)  # what is there without a bar prints every loss
     return trainer, callback
+
+
+def _collator(task: Task, tokenizer: Any) -> Any:
+    from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
+
+    return (DataCollatorForSeq2Seq if task.kind == "language" else DataCollatorWithPadding)(
+        tokenizer
+    )
 
 
 def _rank_allocation(model: Any, steps: int) -> Any:
