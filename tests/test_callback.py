@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -33,8 +34,10 @@ class Draws(TrainerCallback):
         self.at[state.global_step] = layer.rosa_offset["default"].draws
 
 
-def train(folder, data, every="epoch", base=None, resume=None, **options):
-    config = RosaConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS")
+def train(folder, data, every="epoch", base=None, resume=None, directions="svd", **options):
+    config = RosaConfig(
+        r=2, directions=directions, target_modules=["query", "value"], task_type="SEQ_CLS"
+    )
     model = get_peft_model(copy.deepcopy(base) if base else tiny_bert(), config)
     args = TrainingArguments(
         **{
@@ -62,6 +65,50 @@ def train(folder, data, every="epoch", base=None, resume=None, **options):
 @pytest.mark.parametrize(
     ("every", "options", "expected"),
     [
+        ("epoch", {}, {3, 9, 15}),
+        (12, {}, {4, 16}),
+        (2, {}, {1, 3, 5, 7, 9, 11, 13, 15, 17}),
+        ("never", {}, {4}),
+        ("epoch", {"gradient_accumulation_steps": 2}, {1, 4, 7}),
+        ("epoch", {"max_steps": 3}, set()),
+    ],
+)
+def test_when_informed_subspaces_are_drawn(tmp_path, data, every, options, expected):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="no gradient was seen")
+        trainer, callback, draws = train(tmp_path, data, every, directions="gradient", **options)
+    steps = sorted(draws)
+    assert {s for s in steps if s and draws[s] > draws[s - 1]} == expected
+    assert callback.resamples == len(expected)
+    assert callback.draws_before(trainer.state.global_step) == len(expected)
+
+
+def test_an_informed_run_resumed_at_the_begin_of_a_period_is_the_same_run(tmp_path, data):
+    base = tiny_bert()
+    options = {"base": base, "directions": "gradient", "save_strategy": "epoch"}
+    whole, _, _ = train(tmp_path / "whole", data, **options)
+    checkpoint = str(tmp_path / "whole" / "checkpoint-6")
+    resumed, callback, _ = train(tmp_path / "resumed", data, resume=checkpoint, **options)
+    assert callback.resamples == 2
+    for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_an_informed_run_resumed_while_it_watches_watches_anew(tmp_path, data):
+    options = {"base": tiny_bert(), "directions": "gradient", "save_strategy": "steps"}
+    options["save_steps"] = 8  # two steps into the second period of six, whose draw is at nine
+    train(tmp_path / "whole", data, **options)
+    checkpoint = str(tmp_path / "whole" / "checkpoint-8")
+    _, _, draws = train(tmp_path / "resumed", data, resume=checkpoint, **options)
+    steps = sorted(draws)
+    assert steps[0] == 8
+    assert {s for s in steps[1:] if draws[s] > draws[s - 1]} == {11, 15}
+
+
+@pytest.mark.parametrize(
+    ("every", "options", "expected"),
+    [
+        ("never", {}, set()),
         ("epoch", {}, {6, 12}),
         (4, {}, {4, 8, 12, 16}),
         (0.5, {}, {3, 6, 9, 12, 15}),
