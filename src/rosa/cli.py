@@ -140,7 +140,11 @@ def train(
     ] = None,
     directions: Annotated[
         str,
-        _option(METHOD, "ROSA: svd (singular triplets), orthonormal (cheap to draw) or zero."),
+        _option(
+            METHOD,
+            "ROSA: svd (singular triplets), orthonormal (random), gradient (where the loss falls) "
+            "or zero.",
+        ),
     ] = RunSettings.directions,
     triplets: Annotated[
         str, _option(METHOD, "ROSA with svd: which triplets: random, top or bottom.")
@@ -148,6 +152,12 @@ def train(
     split: Annotated[
         str, _option(METHOD, "ROSA: which factor holds the scale: B, even or A.")
     ] = RunSettings.split,
+    informed: Annotated[
+        float, _option(METHOD, "ROSA with gradient: share of directions from it; rest random.")
+    ] = RunSettings.informed,
+    temperature: Annotated[
+        float, _option(METHOD, "ROSA with gradient: 0 takes the strongest; above, by chance.")
+    ] = RunSettings.temperature,
     resample_every: ResampleEvery = RunSettings.resample_every,
     keep_state: Annotated[
         bool, _option(METHOD, "ROSA: keep the optimizer's state over a resample.", "--keep-state")

@@ -72,13 +72,7 @@ def resample(
     if batches and informed:
         _look(model, informed, batches, loss)
     state = None if optimizer is None else _unwrap(optimizer).state
-    for name, layer, adapter in jobs:
-        for factor in (layer.rosa_A[adapter], layer.rosa_B[adapter]):
-            if not torch.isfinite(factor).all():
-                raise ValueError(
-                    f"a factor of layer {name} has NaN or infinity: the training has diverged. Go "
-                    "back to a checkpoint and lower the learning rate"
-                )
+    _check_finite(jobs)
     _agree(informed)
     _warn_of_blind(informed)
     for _, layer, adapter in jobs:
@@ -98,6 +92,20 @@ def is_informed(job: Job) -> bool:
     """Whether a layer's adapter draws where the gradient lies."""
     _, layer, adapter = job
     return layer.rosa_config[adapter].directions == "gradient"
+
+
+def _check_finite(jobs: list[Job]) -> None:
+    factors = [f.detach() for _, layer, a in jobs for f in (layer.rosa_A[a], layer.rosa_B[a])]
+    norms = torch._foreach_norm(factors)  # type: ignore[attr-defined]  # one call for all
+    if all(bool(norm.isfinite()) for norm in norms):
+        return
+    for name, layer, adapter in jobs:
+        for factor in (layer.rosa_A[adapter], layer.rosa_B[adapter]):
+            if not torch.isfinite(factor).all():
+                raise ValueError(
+                    f"a factor of layer {name} has NaN or infinity: the training has diverged. Go "
+                    "back to a checkpoint and lower the learning rate"
+                )
 
 
 def _look(

@@ -1,0 +1,56 @@
+"""Data-parallel training in two real processes: every one draws the same subspaces."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import multiprocessing, nn
+
+from rosa import RosaConfig, resample, watch
+from rosa.model import rosa_layers
+from tests.models import tiny_bert
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+    reason="torch was built without gloo",
+)
+
+
+def train(rank: int, store: str, directions: str) -> None:
+    """Each process on data of its own; fails unless both hold the same model at the end."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
+    )
+    torch.manual_seed(0)
+    base = tiny_bert()
+    config = RosaConfig(
+        r=2, directions=directions, target_modules=["query", "value"], task_type="SEQ_CLS"
+    )
+    model = get_peft_model(base, config)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    torch.manual_seed(100 + rank)
+    for step in range(6):
+        if step % 2 == 0:
+            watch(wrapped)
+        elif step > 1:
+            resample(wrapped, optimizer)
+        ids = torch.randint(50, (4, 6))
+        optimizer.zero_grad()
+        wrapped(input_ids=ids, labels=ids[:, 0] % 2).loss.backward()
+        optimizer.step()
+    parts = [p.detach().flatten() for p in model.parameters()]
+    for _, layer in rosa_layers(model):
+        parts.append(layer.rosa_offset["default"].terms.A.flatten())
+    mine = torch.cat(parts)
+    both = [torch.empty_like(mine) for _ in range(2)]
+    torch.distributed.all_gather(both, mine)
+    assert torch.equal(*both), float((both[0] - both[1]).abs().max())
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("directions", ["orthonormal", "gradient"])
+def test_processes_agree(tmp_path, directions):
+    multiprocessing.spawn(train, (str(tmp_path / "store"), directions), nprocs=2)
