@@ -89,7 +89,7 @@ def train(settings: RunSettings, resume: bool = False, overwrite: bool = False) 
         "peak_memory_mib": _peak_memory_mib(),
         "train_examples": len(task.train),
         "validation_examples": len(task.validation),
-        "test_examples": 0 if task.test is None else len(task.test),
+        "test_examples": _reported_examples(task),
         "method": settings.method,
         **({} if settings.rank is None else {"rank": settings.rank}),
         "lr": settings.lr,
@@ -287,6 +287,12 @@ def _evaluate(
     if task.generation is not None:
         metrics.update(_write_texts(settings, task.generation, trainer.model, tokenizer))
     return metrics
+
+
+def _reported_examples(task: Task) -> int:
+    if task.generation is not None:
+        return len(task.generation.prompts)
+    return 0 if task.test is None else len(task.test)
 
 
 def _write_texts(
