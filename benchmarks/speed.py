@@ -34,6 +34,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 import rosa
+from rosa.model import rosa_layers
 
 RANK = 8
 ATTENTION = ["query", "key", "value", "attention.output.dense"]
@@ -73,6 +74,14 @@ def resample_jobs(count: int, width: int, rank: int, directions: str) -> Jobs:
     )
     weights = [layer.weight.detach() for layer in square_layers(count, width)]
     thin = torch.linalg.qr(torch.randn(width, rank)).Q
+    layers, rows = list(rosa_layers(model)), torch.randn(64, width)
+
+    def resample() -> None:
+        if directions == "gradient":  # as after a backward pass over 64 rows
+            for _, layer in layers:
+                layer.watch("default")
+                layer.watched("default").add(rows, rows)
+        rosa.resample(model)
 
     def svd() -> None:
         for weight in weights:
@@ -83,7 +92,7 @@ def resample_jobs(count: int, width: int, rank: int, directions: str) -> Jobs:
         for weight in weights:
             weight.addmm_(thin, thin.T @ weight, alpha=-1)
 
-    return {"rosa": lambda: rosa.resample(model), "peer": svd, "floor": floor}
+    return {"rosa": resample, "peer": svd, "floor": floor}
 
 
 def attach_jobs() -> Jobs:
@@ -257,6 +266,11 @@ ROWS = {
     "orthonormal": Row(
         "the same, orthonormal", lambda: resample_jobs(48, 768, 8, "orthonormal"), 1 / 100
     ),
+    "gradient": Row(
+        "the same, gradient (seen in 64 rows)",
+        lambda: resample_jobs(48, 768, 8, "gradient"),
+        1 / 10,
+    ),
     "svd-4096": Row(
         "resample, one weight of 4096 x 4096, r 16, svd; peer: its SVD",
         lambda: resample_jobs(1, 4096, 16, "svd"),
@@ -265,6 +279,9 @@ ROWS = {
     ),
     "orthonormal-4096": Row(
         "the same, orthonormal", lambda: resample_jobs(1, 4096, 16, "orthonormal"), 1 / 500, 3
+    ),
+    "gradient-4096": Row(
+        "the same, gradient", lambda: resample_jobs(1, 4096, 16, "gradient"), 1 / 15, 3
     ),
     "attach": Row(
         "get_peft_model, RoBERTa-base, all linear layers, defaults; peer: PEFT's PiSSA",

@@ -27,6 +27,7 @@ METHODS = {
     "lora": "LoRA",
     "rosa": "ROSA, singular directions",
     "rosa-orthonormal": "ROSA, random directions",
+    "rosa-gradient": "ROSA, gradient directions",
     "full": "full fine-tuning",
 }
 INPUTS, HIDDEN, OUTPUTS, TRUE_RANK = 512, 64, 32, 24
@@ -70,8 +71,16 @@ def train(run: Run) -> dict[str, Any]:
     x, y = data["train"]
     losses = []
     for epoch in range(run.epochs):
-        if epoch and run.method.startswith("rosa") and epoch % run.resample_every == 0:
-            rosa.resample(model, optimizer)
+        if _draws(run, epoch):
+            seen = ()
+            if run.method == "rosa-gradient":
+                seen = torch.randperm(len(x))[: 4 * run.batch_size].split(run.batch_size)
+            rosa.resample(
+                model,
+                optimizer,
+                batches=seen,
+                loss=lambda model, batch: mse_loss(model(x[batch]), y[batch]),
+            )
         for batch in torch.randperm(len(x)).split(run.batch_size):
             loss = mse_loss(model(x[batch]), y[batch])
             optimizer.zero_grad()
@@ -84,6 +93,12 @@ def train(run: Run) -> dict[str, Any]:
         before = float(mse_loss(start(data["test"][0]), data["test"][1]))
     trained = sum(p.numel() for p in factors)
     return {"validation": losses, "test": test, "before": before, "trainable_parameters": trained}
+
+
+def _draws(run: Run, epoch: int) -> bool:
+    """Whether subspaces are drawn at the begin of an epoch; by the gradient, at the first too."""
+    first = 0 if run.method == "rosa-gradient" else run.resample_every
+    return run.method.startswith("rosa") and epoch >= first and epoch % run.resample_every == 0
 
 
 def _problem(kind: str) -> tuple[Any, dict[str, Any]]:
@@ -124,7 +139,7 @@ def _adapt(start: Any, run: Run) -> Any:
     if run.method == "lora":
         config = LoraConfig(r=run.rank, lora_alpha=run.rank, target_modules=layers)
     else:
-        directions = "orthonormal" if run.method == "rosa-orthonormal" else "svd"
+        directions = run.method.partition("-")[2] or "svd"
         config = rosa.RosaConfig(
             r=run.rank, directions=directions, target_modules=layers, seed=run.seed
         )
