@@ -25,9 +25,10 @@ def test_an_experiment_goes_on_where_it_was_and_sums_up(tmp_path, monkeypatch):
     options = {"models": ["linear"], "ranks": [4], "epochs": 2, "resample_every": 1, "jobs": 1}
     experiment(tmp_path, **options, lrs=[1e-3], seeds=[0])
     found = experiment(tmp_path, **options, lrs=[1e-3, 1e-2], seeds=[0, 1])
-    assert len(found["runs"]) == 4 * 3  # two rates with one seed, the best with the other
+    assert len(found["runs"]) == 5 * 3  # two rates with one seed, the best with the other
     rows = list(summary(found))
-    assert [row["method"] for row in rows] == ["full", "lora", "rosa", "rosa-orthonormal"]
+    names = [row["method"] for row in rows]
+    assert names == ["full", "lora", "rosa", "rosa-gradient", "rosa-orthonormal"]
     assert rows[0]["over_full"] == 1
     for row in rows:
         group = row["model"], row["method"], row["rank"]
