@@ -10,6 +10,9 @@ rows. The share of the energy of the weight's full gradient G that lies there is
 with P and Q the projections onto the columns of B and the rows of A. The built-in demo task
 (paragraphs of Python's documentation, ten classes) on a pretrained MiniLM; the gradient is of 64
 held-out examples, summed over all adapted weights. Writes energy.json and energy.png.
+
+Also recorded: how much of the gradient at a step lies in the r largest left, and in the r largest
+right, singular directions of another batch's gradient ten steps before.
 """
 
 from __future__ import annotations
@@ -41,30 +44,43 @@ VARIANTS = {
 class EnergyRecorder(TrainerCallback):
     """Records the share at every tenth step."""
 
-    def __init__(self, model: Any, batch: dict[str, Any]) -> None:
-        self.batch = batch
+    def __init__(self, model: Any, batch: dict[str, Any], other: dict[str, Any], rank: int) -> None:
+        self.batch, self.other, self.rank = batch, other, rank
         self.points: list[tuple[int, float]] = []
+        self.lasting: list[tuple[int, float, float]] = []
+        self.before: list[torch.Tensor] = []
         self.adapted = [m for m in model.modules() if hasattr(m, "base_layer") and hasattr(m, "r")]
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if state.global_step % 10 == 0:
-            self.points.append((state.global_step, self.share(kwargs["model"])))
+            gradients = self.gradients(kwargs["model"], self.batch)
+            total = float(sum(g.square().sum() for g in gradients))
+            inside = sum(
+                float(energy_inside(gradient, *factors(layer)))
+                for gradient, layer in zip(gradients, self.adapted, strict=True)
+            )
+            self.points.append((state.global_step, inside / total))
+            if self.before:
+                left = right = 0.0
+                for gradient, before in zip(gradients, self.before, strict=True):
+                    u, _, vh = torch.linalg.svd(before)
+                    left += float((u[:, : self.rank].T @ gradient).square().sum())
+                    right += float((gradient @ vh[: self.rank].T).square().sum())
+                self.lasting.append((state.global_step, left / total, right / total))
+            self.before = self.gradients(kwargs["model"], self.other)
 
-    def share(self, model: Any) -> float:
+    def gradients(self, model: Any, batch: dict[str, Any]) -> list[torch.Tensor]:
+        """Of the adapted layers' weights as they stand, in evaluation mode."""
         weights = [layer.get_base_layer().weight for layer in self.adapted]
         training = model.training
         model.eval()
         for weight in weights:
             weight.requires_grad_(True)
-        gradients = torch.autograd.grad(model(**self.batch).loss, weights)
+        found = torch.autograd.grad(model(**batch).loss, weights)
         for weight in weights:
             weight.requires_grad_(False)
         model.train(training)
-        inside = sum(
-            energy_inside(gradient, *factors(layer))
-            for gradient, layer in zip(gradients, self.adapted, strict=True)
-        )
-        return float(inside / sum(gradient.square().sum() for gradient in gradients))
+        return list(found)
 
 
 def factors(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,12 +108,15 @@ def run(settings: RunSettings, steps: int) -> dict[str, Any]:
     trainer, _ = build_trainer(settings, task, rows, model, tokenizer)
     trainer.args.max_steps, trainer.args.eval_strategy = steps, "no"
     trainer.args.save_strategy, trainer.args.load_best_model_at_end = "no", False
-    held_out = [rows["validation"][i] for i in range(64)]
-    recorder = EnergyRecorder(model, trainer.data_collator(held_out))
+    batches = [
+        trainer.data_collator([rows["validation"][i] for i in range(start, start + 64)])
+        for start in (0, 64)
+    ]
+    recorder = EnergyRecorder(model, *batches, rank=settings.rank or 0)
     trainer.add_callback(recorder)
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    return {"points": recorder.points, "losses": losses}
+    return {"points": recorder.points, "lasting": recorder.lasting, "losses": losses}
 
 
 def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
@@ -143,9 +162,13 @@ def main() -> None:
                     **variant,
                 )
                 found.setdefault(name, []).append(run(settings, options.steps))
-                share = statistics.mean(s for _, s in found[name][-1]["points"])
+                last = found[name][-1]
+                share = statistics.mean(share for _, share in last["points"])
+                left, right = (statistics.mean(p[i] for p in last["lasting"]) for i in (1, 2))
                 print(
-                    f"{name}, seed {seed}: mean share {share:.3f}, {found[name][-1]['losses'][-1]}"
+                    f"{name}, seed {seed}: mean share {share:.3f}, last loss "
+                    f"{last['losses'][-1]:.3f}; lasting ten steps: left {left:.3f}, "
+                    f"right {right:.3f}"
                 )
     options.output.mkdir(parents=True, exist_ok=True)
     record = {

@@ -35,12 +35,11 @@ def low_rank_gradient(out_features, in_features, sizes):
     return u, u * torch.tensor(sizes).double() @ v.T
 
 
-def sketch_of(gradient, rank, passes=3):
+def sketch_of(gradient, rank, left=True, passes=3):
     """A sketch that saw a gradient as a sum of passes, none of which shows it."""
     out_features, in_features = gradient.shape
-    sketch = Sketch(
-        out_features, in_features, rank, generator(0, "layer", 0), torch.empty(0).double()
-    )
+    like = torch.empty(0).double()
+    sketch = Sketch(out_features, in_features, rank, left, generator(0, "layer", 0), like)
     rest = gradient
     for number in range(passes):
         part = torch.randn_like(gradient) if number < passes - 1 else rest
@@ -49,10 +48,12 @@ def sketch_of(gradient, rank, passes=3):
     return sketch
 
 
-def test_a_gradient_of_low_rank_is_found_exactly():
+@pytest.mark.parametrize("left", [True, False])
+def test_a_gradient_of_low_rank_is_found_exactly(left):
     u, gradient = low_rank_gradient(30, 20, [5.0, 3.0, 0.1])
-    found = sketch_of(gradient, 3).directions(3, 0.0, generator(0, "draw", 0))
-    torch.testing.assert_close(found @ found.T, u @ u.T)
+    found = sketch_of(gradient, 3, left).directions(3, 0.0, generator(0, "draw", 0))
+    best = u if left else torch.linalg.svd(gradient)[2][:3].T
+    torch.testing.assert_close(found @ found.T, best @ best.T)
 
 
 def test_the_sketch_keeps_nearly_all_that_the_best_directions_hold():
@@ -100,23 +101,29 @@ def weights_gradients(model, x):
     }
 
 
-def check_against(model, gradients):
-    """Every layer's B spans the left singular directions of its gradient."""
+def check_against(model, gradients, side="left"):
+    """Every layer's B spans the left singular directions of its gradient, or A the right ones."""
     for name, layer in rosa_layers(model):
+        if side == "right":
+            a = torch.linalg.qr(layer.rosa_A["default"].detach().T).Q
+            best = torch.linalg.svdvals(gradients[name])[: a.shape[1]].norm()
+            assert (gradients[name] @ a).norm() > 0.95 * best, name
+            continue
         b = torch.linalg.qr(layer.rosa_B["default"].detach()).Q
         best = torch.linalg.svdvals(gradients[name])[: b.shape[1]].norm()
         assert (b.T @ gradients[name]).norm() > 0.95 * best, name
 
 
-def test_watched_backward_passes_find_the_full_gradients_directions():
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_watched_backward_passes_find_the_full_gradients_directions(side):
     """The loss is over so few rows that every gradient is of the rank drawn, and is found whole."""
-    model, x = adapted(), torch.randn(2, 7).double()
+    model, x = adapted(side=side), torch.randn(2, 7).double()
     before = model(x)
     gradients = weights_gradients(model, x)
     assert watch(model) == 3
     loss_of(model, x).backward()
     resample(model)
-    check_against(model, gradients)
+    check_against(model, gradients, side)
     torch.testing.assert_close(model(x), before)
     assert all(layer.watched("default") is None for _, layer in rosa_layers(model))
 

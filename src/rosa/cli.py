@@ -158,6 +158,9 @@ def train(
     temperature: Annotated[
         float, _option(METHOD, "ROSA with gradient: 0 takes the strongest; above, by chance.")
     ] = RunSettings.temperature,
+    side: Annotated[
+        str, _option(METHOD, "ROSA with gradient: directions of the outputs (left) or right.")
+    ] = RunSettings.side,
     resample_every: ResampleEvery = RunSettings.resample_every,
     keep_state: Annotated[
         bool, _option(METHOD, "ROSA: keep the optimizer's state over a resample.", "--keep-state")

@@ -8,7 +8,7 @@ from typing import Literal
 from peft import PeftConfig
 
 from rosa.registration import ROSA
-from rosa.subspace import DIRECTIONS, SPLITS, TRIPLETS
+from rosa.subspace import DIRECTIONS, SIDES, SPLITS, TRIPLETS
 
 
 @dataclass
@@ -32,6 +32,8 @@ class RosaConfig(PeftConfig):
         temperature: How ``directions="gradient"`` chooses among the gradient's directions: 0 takes
             those with most of its energy; above, a direction's chance is its energy to the power of
             1 / temperature.
+        side: Which side's directions ``directions="gradient"`` takes: the outputs' (``"left"``) or
+            the inputs' (``"right"``).
         seed: Seed of the draws. They depend on nothing else that draws random numbers.
         rosa_dropout: Dropout on the input of the trained factors. Unlike LoRA's, they hold a part
             of the pretrained weight, which is dropped with it: 0 unless you have reason.
@@ -80,6 +82,10 @@ class RosaConfig(PeftConfig):
             "help": "0: 'gradient' takes the directions with most of the gradient's energy; above, "
             "a direction's chance is its energy to the power of 1 / temperature."
         },
+    )
+    side: str = field(
+        default="left",
+        metadata={"help": "Side of the gradient's directions: left (outputs) or right (inputs)."},
     )
     seed: int = field(default=0, metadata={"help": "Seed of the draws of subspaces."})
     rosa_dropout: float = field(
@@ -155,6 +161,7 @@ class RosaConfig(PeftConfig):
         _check_choice("directions", self.directions, DIRECTIONS)
         _check_choice("triplets", self.triplets, TRIPLETS)
         _check_choice("split", self.split, SPLITS)
+        _check_choice("side", self.side, SIDES)
         _check_choice("bias", self.bias, ("none", "all", "rosa_only"))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed must be an integer, got {self.seed!r}")

@@ -263,6 +263,7 @@ class RosaLayer(BaseTunerLayer):
                 change=change,
                 # Of the pretrained weight: the speed of learning does not drift with the training.
                 size=subspace.root_mean_square_size(norm, weight.shape),
+                left=None if sketch is None else sketch.left,
                 known=known,
                 generator=generator,
             )
@@ -287,6 +288,7 @@ class RosaLayer(BaseTunerLayer):
             self.out_features,
             self.in_features,
             self.r[adapter],
+            config.side == "left",
             # Not the draw's own, which goes on from its beginning.
             subspace.generator(config.seed, f"{self.name}.{adapter}.watch", entry.draws),
             like=self._weight().new_empty((), dtype=self._work_dtype()),

@@ -45,6 +45,7 @@ def _rosa(settings: RunSettings, rank: int, shared: dict[str, Any]) -> PeftConfi
         split=settings.split,
         informed=settings.informed,
         temperature=settings.temperature,
+        side=settings.side,
         seed=settings.seed,
         **shared,
     )

@@ -45,6 +45,7 @@ class RunSettings:
     split: str = "B"
     informed: float = 1.0
     temperature: float = 0.0
+    side: str = "left"
     resample_every: str = "epoch"
     keep_state: bool = False
     rewarm: int = 0

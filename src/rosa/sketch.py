@@ -3,10 +3,8 @@
 Ordinary backward passes compute, for a linear layer, the gradient g (n, out) of its outputs and
 know its inputs x (n, in). The weight's gradient G = g^T x (out, in) is never formed: for a random
 Gaussian T (in, p), ``g^T (x T) = G T`` costs what LoRA of rank p costs, and its column space is
-nearly that of G's p largest left singular directions.
-
-The left side, the outputs', and not the inputs': what the loss asks of a layer's outputs changes
-more slowly from batch to batch than what comes in.
+nearly that of G's p largest left singular directions. Likewise ``(g T)^T x`` with T (out, p) and
+the right ones.
 
 Source: Halko, Martinsson and Tropp, "Finding structure with randomness", SIAM Review 53 (2011),
 section 4 (the range finder).
@@ -24,12 +22,13 @@ OVERSAMPLING = 8
 
 
 class Sketch:
-    """Sums ``(G T)^T`` over backward passes.
+    """Sums ``(G T)^T`` over backward passes, or ``T^T G`` for the right side.
 
     Args:
         out_features: of the layer.
         in_features: of the layer.
         rank: how many directions will be asked of it.
+        left: whether they are the outputs' or the inputs'.
         generator: draws the projections.
         like: a tensor of the precision and on the device to sum in.
     """
@@ -39,24 +38,27 @@ class Sketch:
         out_features: int,
         in_features: int,
         rank: int,
+        left: bool,
         generator: torch.Generator,
         like: Tensor,
     ) -> None:
         width = min(rank + OVERSAMPLING, out_features, in_features)
-        test = torch.randn(in_features, width, generator=generator, dtype=like.dtype)
+        seen, other = (out_features, in_features) if left else (in_features, out_features)
+        test = torch.randn(other, width, generator=generator, dtype=like.dtype)
+        self.left = left
         self.test = test.to(like.device)
-        self.sum = like.new_zeros(width, out_features)
+        self.sum = like.new_zeros(width, seen)
 
     def add(self, grad: Tensor, x: Tensor) -> None:
         """Add a backward pass: the gradient of the outputs (..., out) and the inputs (..., in)."""
         grad = grad.reshape(-1, grad.shape[-1]).to(self.sum.dtype)
         x = x.reshape(-1, x.shape[-1]).to(self.sum.dtype)
-        found = (x @ self.test).T @ grad
+        found = (x @ self.test).T @ grad if self.left else (grad @ self.test).T @ x
         # A pass that overflowed, as under loss scaling, is left out: without a wait for the device.
         self.sum += torch.where(torch.isfinite(found).all(), found, 0.0)
 
     def directions(self, count: int, temperature: float, generator: torch.Generator) -> Tensor:
-        """Left singular directions of G, (out, k) with orthonormal columns and k at most `count`.
+        """Singular directions of G, (out, k) or (in, k), with orthonormal columns; k <= `count`.
 
         k is smaller where the gradient has fewer directions, and 0 where none was seen.
 

@@ -26,6 +26,7 @@ Split = Literal["B", "even", "A"]
 DIRECTIONS: tuple[str, ...] = get_args(Directions)
 TRIPLETS: tuple[str, ...] = get_args(Triplets)
 SPLITS: tuple[str, ...] = get_args(Split)
+SIDES = ("left", "right")
 
 # The share of the scale that each split gives to B; A takes the rest.
 _SHARE_OF_B = {"B": 1.0, "even": 0.5, "A": 0.0}
@@ -123,6 +124,7 @@ def draw(
     scaling: float = 1.0,
     change: LowRank | None = None,
     size: float | None = None,
+    left: bool | None = None,
     known: Tensor | None = None,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
@@ -140,8 +142,10 @@ def draw(
         change: to be added to the weight first, such as what was learned since the last draw.
         size: the size of an orthonormal direction; None takes the root mean square of the weight's
             singular values.
-        known: orthonormal directions of the outputs, (out, k) with k at most r, that the subspace
-            shall have; random ones complete it. For ``directions="gradient"``.
+        left: whether orthonormal directions are the outputs' or the inputs'; None takes the smaller
+            side.
+        known: orthonormal directions of that side, (out, k) or (in, k) with k at most r, that the
+            subspace shall have; random ones complete it. For ``directions="gradient"``.
         generator: see `generator`.
 
     Returns:
@@ -161,18 +165,19 @@ def draw(
         return (a * bound).to(weight.device), weight.new_zeros(weight.shape[0], rank)
     if directions == "svd":
         whole = weight if change is None else torch.addmm(weight, change.B, change.A)
-        left, sizes, right = _svd_directions(whole, rank, triplets, generator)
+        u, sizes, v = _svd_directions(whole, rank, triplets, generator)
     else:
-        on_left = known is not None or weight.shape[0] <= weight.shape[1]
-        basis = orthonormal_basis(weight.shape[not on_left], rank, generator, weight, known)
-        left, sizes, right = _orthonormal_directions(weight, change, basis, on_left, size)
+        if left is None:
+            left = weight.shape[0] <= weight.shape[1]
+        basis = orthonormal_basis(weight.shape[not left], rank, generator, weight, known)
+        u, sizes, v = _orthonormal_directions(weight, change, basis, left, size)
     sizes = sizes / scaling
     share = _SHARE_OF_B[split]
     if share == 0.5:
         # A triplet of size 0 split evenly would have two zero factors, which never get a gradient.
         largest = float(sizes.max())
         sizes = sizes.clamp_min(largest * torch.finfo(sizes.dtype).eps if largest > 0 else 1.0)
-    return sizes.pow(1 - share)[:, None] * right, left * sizes.pow(share)
+    return sizes.pow(1 - share)[:, None] * v, u * sizes.pow(share)
 
 
 @full_precision()
