@@ -63,6 +63,24 @@ def train(folder, data, every="epoch", base=None, resume=None, directions="svd",
 
 
 @pytest.mark.parametrize(
+    ("shortest", "options", "expected"),
+    [
+        (2, {}, {4, 8, 12, 16}),  # a fifth of 18 steps
+        (2, {"num_train_epochs": 10}, set(range(6, 60, 6))),  # an epoch of 6
+        (9, {}, {9}),  # the shortest round
+        (128, {}, set()),
+    ],
+)
+def test_auto_is_an_epoch_or_a_fifth_but_no_short_round(
+    tmp_path, data, monkeypatch, shortest, options, expected
+):
+    monkeypatch.setattr("rosa.callback.SHORTEST_ROUND", shortest)
+    _, _, draws = train(tmp_path, data, "auto", **options)
+    steps = sorted(draws)
+    assert {s for s in steps if s and draws[s] > draws[s - 1]} == expected
+
+
+@pytest.mark.parametrize(
     ("every", "options", "expected"),
     [
         ("epoch", {}, {3, 9, 15}),

@@ -63,7 +63,7 @@ def basics(encoder, tmp_path):
     return ["--model", encoder, "--train", write_csv(tmp_path / "t.csv")]
 
 
-QUICK = ["--epochs", 2, "--batch-size", 8, "--lr", 0.01]
+QUICK = ["--epochs", 2, "--batch-size", 8, "--lr", 0.01, "--resample-every", "epoch"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -309,7 +309,7 @@ def test_bad_training_files(encoder, tmp_path, capsys, content, message):
         (["--rank", "many"], "Invalid value for '--rank'"),
         (["--method", "loraa"], "unknown method 'loraa'; there are: rosa, lora, rslora"),
         (["--directions", "up"], "directions must be one of svd, orthonormal"),
-        (["--resample-every", "often"], "resample_every must be epoch, never"),
+        (["--resample-every", "often"], "resample_every must be auto, epoch, never"),
         (["--target-modules", "qurey"], "Did you mean query"),
         (["--task", "mnli"], "give a task by name or a training file of your own, not both"),
         (["--lr", 0], "lr must be positive"),

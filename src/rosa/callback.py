@@ -9,6 +9,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rosa.resample import check, is_informed, resample, watch
 
+ROUNDS, SHORTEST_ROUND = 5, 128
+"""What "auto" goes by: subspaces in a training, and the fewest optimizer steps for each."""
+
 
 class RosaCallback(TrainerCallback):
     """Resamples the model's active ROSA adapters at the start of a step, every so often.
@@ -22,9 +25,11 @@ class RosaCallback(TrainerCallback):
     it draws up to `watch` steps later than it would have.
 
     Args:
-        every: ``"epoch"``; or a whole number of optimizer steps; or a fraction or multiple of an
-            epoch as a float, such as 0.5; or ``"never"``, which leaves the draw of
-            ``directions="gradient"`` after the first steps.
+        every: ``"auto"``, an epoch or a fifth of the training, whichever is shorter, but 128
+            optimizer steps at least, since a subspace needs some to learn; or ``"epoch"``; or a
+            whole number of optimizer steps; or a fraction or multiple of an epoch as a float, such
+            as 0.5; or ``"never"``, which leaves the draw of ``directions="gradient"`` after the
+            first steps.
         clear_state: see `rosa.resample`.
         rewarm: optimizer steps over which the learning rate rises again after a resample, linearly
             up to the schedule's own; 0 leaves the schedule alone.
@@ -43,16 +48,17 @@ class RosaCallback(TrainerCallback):
 
     def __init__(
         self,
-        every: str | int | float = "epoch",
+        every: str | int | float = "auto",
         *,
         clear_state: bool = True,
         rewarm: int = 0,
         watch: int = 4,
     ) -> None:
-        if isinstance(every, str) and every not in ("epoch", "never"):
-            raise ValueError(f"every must be 'epoch', 'never' or a number, got {every!r}")
+        message = f"every must be 'auto', 'epoch', 'never' or a number, got {every!r}"
+        if isinstance(every, str) and every not in ("auto", "epoch", "never"):
+            raise ValueError(message)
         if isinstance(every, bool) or not isinstance(every, (str, int, float)):
-            raise TypeError(f"every must be 'epoch', 'never' or a number, got {every!r}")
+            raise TypeError(message)
         if not isinstance(every, str) and not 0 < every < float("inf"):
             raise ValueError(f"every must be positive, got {every}")
         if rewarm < 0:
@@ -77,25 +83,31 @@ class RosaCallback(TrainerCallback):
         """Check model and optimizer before any work, and fix the period in steps."""
         jobs = check(kwargs["model"], kwargs.get("optimizer"))
         self._last_step, self._draw_at = -1, None
-        self.period = self._period_in_steps(args, kwargs.get("train_dataloader"))
+        self.period = self._period_in_steps(args, state, kwargs.get("train_dataloader"))
         informed = any(is_informed(job) for job in jobs)
         longest = self.watch if self.period is None else max(self.period // 2, 1)
         self._delay = min(self.watch, longest) if informed else 0
 
-    def _period_in_steps(self, args: TrainingArguments, dataloader: Any) -> int | None:
+    def _period_in_steps(
+        self, args: TrainingArguments, state: TrainerState, dataloader: Any
+    ) -> int | None:
         if isinstance(self.every, int):
             return self.every
         if self.every == "never":
             return None
         batches = _length(dataloader)
-        if batches is None:
+        epoch = None
+        if batches is not None:
+            epoch = max(-(-batches // args.gradient_accumulation_steps), 1)
+        if self.every == "auto":
+            share = -(-state.max_steps // ROUNDS)
+            return max(share if epoch is None else min(share, epoch), SHORTEST_ROUND)
+        if epoch is None:
             raise ValueError(
                 "the training data has no length, so an epoch has no number of steps: "
-                "use RosaCallback(every=<optimizer steps>)"
+                "use RosaCallback(every='auto') or every=<optimizer steps>"
             )
-        steps_per_epoch = max(-(-batches // args.gradient_accumulation_steps), 1)
-        epochs = 1.0 if self.every == "epoch" else float(self.every)
-        return max(round(epochs * steps_per_epoch), 1)
+        return max(round((1.0 if self.every == "epoch" else float(self.every)) * epoch), 1)
 
     def draws_before(self, step: int) -> int:
         """How many draws a run from the first step on makes before a step."""

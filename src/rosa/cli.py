@@ -103,7 +103,7 @@ Warmup = Annotated[float, _option(TRAINING, "Share of the steps with rising rate
 Precision = Annotated[str, _option(TRAINING, "auto (bf16 where a GPU has it), fp32 or bf16.")]
 ResampleEvery = Annotated[
     str,
-    _option(METHOD, "ROSA: draw new subspaces every: epoch, never, 200 (steps), 0.5epochs."),
+    _option(METHOD, "ROSA: draw new subspaces every: auto, epoch, never, 200 (steps), 0.5epochs."),
 ]
 ReportTo = Annotated[str, _option(OUTPUT, "Trackers as in Trainer: none, tensorboard, wandb, ...")]
 

@@ -46,6 +46,7 @@ def run(output: Path, seed: int, overwrite: bool, say: Any) -> None:
             lr=LR,
             epochs=EPOCHS,
             max_length=MAX_LENGTH,
+            resample_every="epoch",  # shorter than "auto" would take, so that it is seen
             seed=seed,
         )
         records[name] = train(settings, overwrite=overwrite)

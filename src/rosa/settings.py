@@ -19,11 +19,11 @@ RESAMPLED = ("rosa", "relora")
 class RunSettings:
     """Every setting of a run, each with its default; saved as settings.json.
 
-    `lr` None takes the method's own. `resample_every` is "epoch", "never", a number of optimizer
-    steps, or epochs as in "0.5epochs". `target_modules` is "attention" (the paper's choice: the
-    projections of attention), "all-linear", or names. `warmup` is a share of all steps. `rank` None
-    takes 8 where the method has a rank. `rewarm` is a number of steps; `keep_state` keeps the
-    optimizer's state over a resample.
+    `lr` None takes the method's own. `resample_every` is "auto" (see `RosaCallback`), "epoch",
+    "never", a number of optimizer steps, or epochs as in "0.5epochs". `target_modules` is
+    "attention" (the paper's choice: the projections of attention), "all-linear", or names. `warmup`
+    is a share of all steps. `rank` None takes 8 where the method has a rank. `rewarm` is a number
+    of steps; `keep_state` keeps the optimizer's state over a resample.
     """
 
     model: str
@@ -46,7 +46,7 @@ class RunSettings:
     informed: float = 1.0
     temperature: float = 0.0
     side: str = "left"
-    resample_every: str = "epoch"
+    resample_every: str = "auto"
     keep_state: bool = False
     rewarm: int = 0
     target_modules: tuple[str, ...] = ("attention",)
@@ -111,8 +111,8 @@ def check(settings: RunSettings) -> RunSettings:
 
 
 def parse_period(every: str) -> str | int | float:
-    """What `RosaCallback` takes, from "epoch", "never", "100" (steps) or "0.5epochs"."""
-    if every in ("epoch", "never"):
+    """What `RosaCallback` takes, from "auto", "epoch", "never", "100" (steps) or "0.5epochs"."""
+    if every in ("auto", "epoch", "never"):
         return every
     number, kind = (every[:-6], float) if every.endswith("epochs") else (every, int)
     try:
@@ -121,8 +121,8 @@ def parse_period(every: str) -> str | int | float:
         period = 0
     if not 0 < period < math.inf:
         raise ValueError(
-            f"resample_every must be epoch, never, a number of steps such as 200, or epochs such "
-            f"as 0.5epochs; got {every!r}"
+            f"resample_every must be auto, epoch, never, a number of steps such as 200, or epochs "
+            f"such as 0.5epochs; got {every!r}"
         )
     return period
 
