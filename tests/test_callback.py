@@ -214,7 +214,9 @@ def test_the_rate_rises_again_after_a_resample_and_the_schedule_goes_on(tmp_path
 
     found = {}
     for rewarm in (0, 3):
-        config = RosaConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+        config = RosaConfig(
+            r=2, directions="orthonormal", target_modules=["query"], task_type="SEQ_CLS"
+        )
         args = TrainingArguments(
             output_dir=str(tmp_path),
             max_steps=12,

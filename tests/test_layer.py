@@ -41,7 +41,7 @@ def test_training_follows_the_plain_algorithm_through_resamples(alpha):
             inputs = inputs if name == "last" else torch.tanh(inputs)
         return inputs
 
-    model = adapt(base, alpha=alpha, seed=5)
+    model = adapt(base, directions="svd", alpha=alpha, seed=5)
     factors = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(factors, lr=0.02)
     for round_ in range(4):

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftType, get_peft_model
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
-from rosa import RosaConfig, resample
+from rosa import RosaConfig, resample, watch
 from rosa.model import rosa_layers
 from rosa.registration import check_peft_version
 from tests.models import Mlp, tiny_bert, tiny_gpt2
@@ -157,7 +157,7 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch):
 
     monkeypatch.setattr(torch.linalg, "svd", failing)
     with pytest.raises(ValueError, match=r"no subspace of layer middle could be drawn"):
-        attach(base, target_modules=["first", "middle", "last"])
+        attach(base, target_modules=["first", "middle", "last"], directions="svd")
     assert type(base.first) is nn.Linear
     for name, value in base.state_dict().items():
         torch.testing.assert_close(value, before[name])
@@ -285,5 +285,7 @@ def test_nothing_warns_on_ordinary_use():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = attach(Mlp(), target_modules=["first"])
+        watch(model)
+        model(torch.randn(4, 7).double()).sum().backward()
         resample(model)
         model.merge_and_unload()

@@ -61,7 +61,7 @@ class RosaConfig(PeftConfig):
         metadata={"help": "The factors' product is scaled by alpha / r; None means r (scale 1)."},
     )
     directions: str = field(
-        default="svd",
+        default="gradient",
         metadata={"help": f"Where a subspace comes from: one of {', '.join(DIRECTIONS)}."},
     )
     triplets: str = field(

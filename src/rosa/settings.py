@@ -40,7 +40,7 @@ class RunSettings:
     hold_out: bool = False
     rank: int | None = None
     alpha: float | None = None
-    directions: str = "svd"
+    directions: str = "gradient"
     triplets: str = "random"
     split: str = "B"
     informed: float = 1.0
