@@ -429,7 +429,7 @@ def main() -> None:
         values[name] = found = measure(row, row.rounds or options.rounds)
         table.append(line_of(row.about, found, row.target, "ms"))
     if "memory" in wanted:
-        values["memory"] = found = measure_memory(3)
+        values["memory"] = found = measure_memory(2)
         about = "peak process memory, eleven steps with ten resamples; peer: PEFT's LoRA"
         table.append(line_of(about, found, 1.01, "MiB"))
     if "import" in wanted:
