@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -24,6 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -221,7 +223,9 @@ def train_and_tell(method: str) -> None:
     torch.manual_seed(0)
     ids, labels = torch.randint(1000, (16, 64)), torch.randint(2, (16,))
     options = {"target_modules": ATTENTION, "task_type": "SEQ_CLS"}
-    config = rosa.RosaConfig(r=RANK, **options) if method == "rosa" else LoraConfig(RANK, **options)
+    config = (
+        rosa.RosaConfig(r=RANK, **options) if method == "rosa" else LoraConfig(r=RANK, **options)
+    )
     model = get_peft_model(BertForSequenceClassification(BertConfig()), config).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     for step in range(11):
@@ -230,7 +234,15 @@ def train_and_tell(method: str) -> None:
         optimizer.zero_grad()
         model(input_ids=ids, labels=labels).loss.backward()
         optimizer.step()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(peak_memory_mib())
+
+
+def peak_memory_mib() -> float:
+    """Of this process alone: what `resource` tells begins with the parent's memory on Linux."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def in_a_process(*arguments: str) -> float:
@@ -311,7 +323,7 @@ def growth(say: Callable[[str], object]) -> Iterator[dict[str, object]]:
         "r": [1, 4, 16, 64, 256],
         "width": [256, 512, 1024, 2048, 4096, 8192],
         "layers": [1, 4, 16, 64],
-        "resamples": [1, 10, 100, 200],
+        "resamples": [1, 10, 30, 100],
     }
     for name, sizes in grids.items():
         for size in sizes:
@@ -419,50 +431,61 @@ def main() -> None:
     wanted = options.rows.split(",") if options.rows else list(ALL)
     if unknown := set(wanted) - set(ALL):
         parser.error(f"no row {', '.join(sorted(unknown))}: there are {', '.join(ALL)}")
-    if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-    console = Console()
-    values: dict[str, object] = {}
-    table: list[list[str]] = []
+    record = Record(options.output)
     for name in (n for n in ROWS if n in wanted):
         row = ROWS[name]
-        values[name] = found = measure(row, row.rounds or options.rounds)
-        table.append(line_of(row.about, found, row.target, "ms"))
+        values = measure(row, row.rounds or options.rounds)
+        record.keep(name, values, line_of(row.about, values, row.target, "ms"))
     if "memory" in wanted:
-        values["memory"] = found = measure_memory(2)
+        values = measure_memory(2)
         about = "peak process memory, eleven steps with ten resamples; peer: PEFT's LoRA"
-        table.append(line_of(about, found, 1.01, "MiB"))
+        record.keep("memory", values, line_of(about, values, 1.01, "MiB"))
     if "import" in wanted:
-        values["import"] = times = measure_import(options.rounds)
+        times = measure_import(options.rounds)
         middle = statistics.median(times)
         met = "yes" if middle <= 50 else "no"
         about = "import rosa, after import peft"
-        table.append([about, f"{middle:.0f} ms", "", "", "", "50 ms", met, ""])
+        line = [about, f"{middle:.0f} ms", "", "", "", "50 ms", met, ""]
+        record.keep("import", {"milliseconds": times}, line)
     if "growth" in wanted:
-        values["growth"] = points = list(growth(console.print))
+        points = list(growth(print))
+        record.keep("growth", points, None)
         if options.output:
             draw_growth(points, options.output / "growth.png")
     shown = Table(*HEAD)
-    for cells in table:
+    for cells in record.table():
         shown.add_row(*cells)
-    console.print(shown)
-    if options.output:
-        write(options.output, values, table)
+    Console(width=180).print(shown)
 
 
-def write(folder: Path, values: dict[str, object], table: list[list[str]]) -> None:
-    packages = ("torch", "peft", "transformers", "scipy", "rosa-finetune")
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in packages},
-    }
-    record = {"machine": machine, "rank": RANK, "values": values}
-    (folder / "speed.json").write_text(json.dumps(record, indent=1) + "\n")
-    lines = [HEAD, ["---"] * len(HEAD), *table]
-    text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    (folder / "speed.md").write_text(text + "\n")
+class Record:
+    """What was measured, on disk after every row; rows measured before stay until measured anew."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.rows: dict[str, Any] = {}
+        if folder is not None and (folder / "speed.json").is_file():
+            self.rows = json.loads((folder / "speed.json").read_text())["rows"]
+
+    def keep(self, name: str, values: object, line: list[str] | None) -> None:
+        packages = ("torch", "peft", "transformers", "scipy", "rosa-finetune")
+        machine = {
+            "processor": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "packages": {name: version(name) for name in packages},
+        }
+        self.rows[name] = {"line": line, "machine": machine, "values": values}
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "speed.json").write_text(json.dumps({"rows": self.rows}, indent=1) + "\n")
+        lines = [HEAD, ["---"] * len(HEAD), *self.table()]
+        text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        (self.folder / "speed.md").write_text(text + "\n")
+
+    def table(self) -> list[list[str]]:
+        return [self.rows[n]["line"] for n in ALL if n in self.rows and self.rows[n]["line"]]
 
 
 if __name__ == "__main__":

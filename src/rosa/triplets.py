@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TOLERANCE = 1e-5
+TOLERANCE = 5e-5
 """Largest residual ||W^T u - sigma v|| of a float32 computation, over the largest sigma."""
 
 # With more of all triplets than this, the full decomposition is the cheaper one.
