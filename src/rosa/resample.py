@@ -57,7 +57,7 @@ def resample(
         clear_state: False keeps the optimizer's entries of the factors, to see what clearing is
             worth; the moments are then those of the old subspace.
         batches: for ``directions="gradient"``, batches to find the gradient with, instead of what
-            was seen since `watch`; about four. The factors' own gradients stay as they are.
+            was seen since `watch`; about four. All other parameters' gradients stay as they are.
         loss: takes the model and a batch and returns the loss; None is ``model(**batch).loss``.
 
     Returns:
@@ -91,7 +91,8 @@ Job = tuple[str, RosaLinear, str]
 def is_informed(job: Job) -> bool:
     """Whether a layer's adapter draws where the gradient lies."""
     _, layer, adapter = job
-    return layer.rosa_config[adapter].directions == "gradient"
+    config = layer.rosa_config[adapter]
+    return config.directions == "gradient" and config.informed > 0
 
 
 def _check_finite(jobs: list[Job]) -> None:
