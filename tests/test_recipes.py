@@ -61,7 +61,7 @@ def test_gpt2s_path(tmp_path):
     run("train", *options, "--epochs", 2, "--limit-test", 2, "--output", tmp_path / "run")
     record = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert "bleu" in record
-    assert record["resamples"] == 1
+    assert record["resamples"] == 2
 
 
 def test_bad_recipes_are_refused(tmp_path, capsys):
