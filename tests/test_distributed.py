@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -48,9 +50,14 @@ def train(rank: int, store: str, directions: str) -> None:
     both = [torch.empty_like(mine) for _ in range(2)]
     torch.distributed.all_gather(both, mine)
     assert torch.equal(*both), float((both[0] - both[1]).abs().max())
+    # The wrapper's reducer must not be the last to hold the group: its destructor waits, with
+    # Python's lock, for a thread that wants that lock to let go of its last tensors.
+    del wrapped
+    gc.collect()
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("directions", ["orthonormal", "gradient"])
 def test_processes_agree(tmp_path, directions):
-    multiprocessing.spawn(train, (str(tmp_path / "store"), directions), nprocs=2)
+    arguments = (str(tmp_path / "store"), directions)
+    multiprocessing.spawn(train, arguments, nprocs=2, daemon=True)
