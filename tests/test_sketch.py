@@ -211,7 +211,9 @@ def test_the_same_seed_draws_the_same():
 
 def test_part_of_the_subspace_stays_random():
     """With half of it informed, two draws from one gradient share that half and no more."""
-    model, x = adapted(informed=0.5), torch.randn(1, 7).double()
+    # In the three outputs of `last`, two random halves would come near each other too often.
+    model = adapted(informed=0.5, target_modules=["first", "middle"])
+    x = torch.randn(1, 7).double()
     spans = []
     for _ in range(2):
         resample(model, batches=[x], loss=loss_of)

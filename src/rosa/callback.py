@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rosa.resample import check, is_informed, resample, watch
+from rosa.decay import DecayTowardDrawn
+from rosa.resample import check, is_informed, resample, unwrap, watch
 
 ROUNDS, SHORTEST_ROUND = 5, 128
 """What "auto" goes by: subspaces in a training, and the fewest optimizer steps for each."""
@@ -33,6 +34,9 @@ class RosaCallback(TrainerCallback):
         clear_state: see `rosa.resample`.
         rewarm: optimizer steps over which the learning rate rises again after a resample, linearly
             up to the schedule's own; 0 leaves the schedule alone.
+        decay_toward: what weight decay pulls the factors to: what they were ``"drawn"`` as, or
+            ``"zero"``, which wears away the part of the pretrained weight that they hold. See
+            `rosa.decay`; it is AdamW's decay that is meant.
         watch: optimizer steps that ``directions="gradient"`` watches before a draw; at most half a
             period.
 
@@ -52,6 +56,7 @@ class RosaCallback(TrainerCallback):
         *,
         clear_state: bool = True,
         rewarm: int = 0,
+        decay_toward: str = "drawn",
         watch: int = 4,
     ) -> None:
         message = f"every must be 'auto', 'epoch', 'never' or a number, got {every!r}"
@@ -63,11 +68,14 @@ class RosaCallback(TrainerCallback):
             raise ValueError(f"every must be positive, got {every}")
         if rewarm < 0:
             raise ValueError(f"rewarm must not be negative, got {rewarm}")
+        if decay_toward not in ("drawn", "zero"):
+            raise ValueError(f"decay_toward must be 'drawn' or 'zero', got {decay_toward!r}")
         if watch < 1:
             raise ValueError(f"watch must be at least 1, got {watch}")
         self.every = every
         self.clear_state = clear_state
         self.rewarm = rewarm
+        self.decay_toward = decay_toward
         self.watch = watch
         self.resamples = 0
         self.seconds = 0.0
@@ -75,6 +83,7 @@ class RosaCallback(TrainerCallback):
         self._delay = 0  # steps from the begin of a period to its draw
         self._draw_at: int | None = None
         self._last_step = -1
+        self._decay: DecayTowardDrawn | None = None
         self._rates: list[tuple[dict[str, Any], float]] = []  # the schedule's own, to be put back
 
     def on_train_begin(
@@ -87,6 +96,15 @@ class RosaCallback(TrainerCallback):
         informed = any(is_informed(job) for job in jobs)
         longest = self.watch if self.period is None else max(self.period // 2, 1)
         self._delay = min(self.watch, longest) if informed else 0
+        self.on_train_end()
+        if self.decay_toward == "drawn" and kwargs.get("optimizer") is not None:
+            self._decay = DecayTowardDrawn(unwrap(kwargs["optimizer"]), jobs)
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Leave the optimizer's weight decay as it was."""
+        if self._decay is not None:
+            self._decay.stop()
+            self._decay = None
 
     def _period_in_steps(
         self, args: TrainingArguments, state: TrainerState, dataloader: Any
@@ -109,9 +127,14 @@ class RosaCallback(TrainerCallback):
             )
         return max(round((1.0 if self.every == "epoch" else float(self.every)) * epoch), 1)
 
+    @property
+    def _first_draw(self) -> int | None:
+        """The step that begins with the first draw; None if there is none."""
+        return self._delay or self.period
+
     def draws_before(self, step: int) -> int:
         """How many draws a run from the first step on makes before a step."""
-        first = self._delay or self.period
+        first = self._first_draw
         if first is None or step <= first:
             return 0
         return 1 if self.period is None else 1 + (step - 1 - first) // self.period
@@ -142,11 +165,13 @@ class RosaCallback(TrainerCallback):
         if step == self._draw_at:
             started = time.perf_counter()
             resample(model, optimizer, clear_state=self.clear_state)
+            if self._decay is not None:
+                self._decay.refresh()
             self.seconds += time.perf_counter() - started
             self.resamples += 1
 
     def _steps_since_draw(self, step: int) -> int | None:
-        first = self._delay or self.period
+        first = self._first_draw
         if first is None or step < first:
             return None
         return step - first if self.period is None else (step - first) % self.period

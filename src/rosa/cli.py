@@ -97,7 +97,7 @@ BatchSize = Annotated[int, _option(TRAINING, "Examples per device and step.")]
 EvalBatchSize = Annotated[int, _option(TRAINING, "Examples per step of evaluation.")]
 Accumulation = Annotated[int, _option(TRAINING, "Batches per optimizer step.")]
 WeightDecay = Annotated[
-    float, _option(TRAINING, "AdamW's; on ROSA's factors it pulls at the pretrained weight.")
+    float, _option(TRAINING, "AdamW's; ROSA's factors decay toward what they were drawn as.")
 ]
 Warmup = Annotated[float, _option(TRAINING, "Share of the steps with rising rate.")]
 Precision = Annotated[str, _option(TRAINING, "auto (bf16 where a GPU has it), fp32 or bf16.")]
@@ -168,6 +168,10 @@ def train(
     rewarm: Annotated[
         int, _option(METHOD, "ROSA: steps over which the rate rises again after a resample.")
     ] = 0,
+    decay_toward: Annotated[
+        str,
+        _option(METHOD, "ROSA: what weight decay pulls its factors to: drawn (their start), zero."),
+    ] = RunSettings.decay_toward,
     target_modules: TargetModules = ["attention"],  # noqa: B006
     lr: Annotated[
         float | None,

@@ -185,6 +185,21 @@ class RosaLayer(BaseTunerLayer):
         """All that the adapter changes about the pretrained weight: O + s B A, in main memory."""
         return self.rosa_offset[adapter].terms + self.learned(adapter).to("cpu")
 
+    def drawn(self, adapter: str) -> LowRank | None:
+        """S B A as the factors were last drawn: the offset's last r terms take it out again.
+
+        None where nothing is taken out: the factors were drawn at zero, or with ``init_weights``
+        off, or were not drawn yet.
+        """
+        config, terms, r = (
+            self.rosa_config[adapter],
+            self.rosa_offset[adapter].terms,
+            self.r[adapter],
+        )
+        if config.directions == "zero" or not config.init_weights or terms.rank < r:
+            return None
+        return LowRank(-terms.B[:, -r:], terms.A[-r:])
+
     def is_untouched(self, adapter: str) -> bool:
         """Whether the adapter is as it was made: not trained, not resampled, not loaded."""
         start, draws = self.rosa_offset[adapter].terms, self.rosa_offset[adapter].draws
@@ -311,10 +326,11 @@ class RosaLayer(BaseTunerLayer):
         """
         entry = self.rosa_offset[adapter]
         learned, weight = self.learned(adapter), self._weight()
-        change = learned + self._draw(adapter, weight.to(self._work_dtype()), learned)
-        entry.terms = entry.terms + change.to("cpu")
-        if entry.terms.rank > _MOST_TERMS * min(self.out_features, self.in_features):
-            entry.terms = entry.terms.compressed()
+        start = self._draw(adapter, weight.to(self._work_dtype()), learned)
+        change, settled = learned + start, entry.terms + learned.to("cpu")
+        if settled.rank + start.rank > _MOST_TERMS * min(self.out_features, self.in_features):
+            settled = settled.compressed()
+        entry.terms = settled + start.to("cpu")  # in this order: see `drawn`
         if self._pretrained is None and (before := self.standing())[adapter] is not None:
             # In one pass over the weight: cheaper than the old offset out and the new one in.
             self._versions.leaving(weight, before)

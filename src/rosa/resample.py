@@ -71,7 +71,7 @@ def resample(
     informed = [job for job in jobs if is_informed(job)]
     if batches and informed:
         _look(model, informed, batches, loss)
-    state = None if optimizer is None else _unwrap(optimizer).state
+    state = None if optimizer is None else unwrap(optimizer).state
     _check_finite(jobs)
     _agree(informed)
     _warn_of_blind(informed)
@@ -218,7 +218,7 @@ def check(model: nn.Module, optimizer: Any = None) -> list[Job]:
     return jobs
 
 
-def _unwrap(optimizer: Any) -> Optimizer:
+def unwrap(optimizer: Any) -> Optimizer:
     """The torch optimizer inside wrappers such as Accelerate's."""
     while not isinstance(optimizer, Optimizer) or hasattr(optimizer, "optimizer"):
         inner = getattr(optimizer, "optimizer", None)
@@ -231,7 +231,7 @@ def _unwrap(optimizer: Any) -> Optimizer:
 
 
 def _check_optimizer(optimizer: Any, jobs: list[Job]) -> None:
-    held = {id(p) for group in _unwrap(optimizer).param_groups for p in group["params"]}
+    held = {id(p) for group in unwrap(optimizer).param_groups for p in group["params"]}
     for name, layer, adapter in jobs:
         for factor in (layer.rosa_A[adapter], layer.rosa_B[adapter]):
             if factor.requires_grad and id(factor) not in held:

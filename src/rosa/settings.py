@@ -6,9 +6,12 @@ import math
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rosa.methods import find_method
+
+if TYPE_CHECKING:
+    from rosa.callback import RosaCallback
 
 PRECISIONS = ("auto", "fp32", "bf16")
 RESAMPLED = ("rosa", "relora")
@@ -23,7 +26,8 @@ class RunSettings:
     "never", a number of optimizer steps, or epochs as in "0.5epochs". `target_modules` is
     "attention" (the paper's choice: the projections of attention), "all-linear", or names. `warmup`
     is a share of all steps. `rank` None takes 8 where the method has a rank. `rewarm` is a number
-    of steps; `keep_state` keeps the optimizer's state over a resample.
+    of steps; `keep_state` keeps the optimizer's state over a resample; `decay_toward` is what
+    `weight_decay` pulls ROSA's factors to, "drawn" or "zero".
     """
 
     model: str
@@ -49,6 +53,7 @@ class RunSettings:
     resample_every: str = "auto"
     keep_state: bool = False
     rewarm: int = 0
+    decay_toward: str = "drawn"
     target_modules: tuple[str, ...] = ("attention",)
     lr: float | None = None
     epochs: float = 3.0
@@ -102,12 +107,22 @@ def check(settings: RunSettings) -> RunSettings:
         raise ValueError(f"max_length must be at least 8 tokens, got {settings.max_length}")
     if settings.precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}: {settings.precision}")
-    parse_period(settings.resample_every)
-    if settings.rewarm < 0:
-        raise ValueError(f"rewarm must not be negative, got {settings.rewarm}")
+    schedule(settings)
     if settings.method in RESAMPLED:
         method.config(settings, settings.rank, {})  # type: ignore[misc]  # checks its own settings
     return settings
+
+
+def schedule(settings: RunSettings) -> RosaCallback:
+    """When and how the run draws new subspaces; raises for settings of no use."""
+    from rosa import RosaCallback
+
+    return RosaCallback(
+        parse_period(settings.resample_every),
+        clear_state=not settings.keep_state,
+        rewarm=settings.rewarm,
+        decay_toward=settings.decay_toward,
+    )
 
 
 def parse_period(every: str) -> str | int | float:

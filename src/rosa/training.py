@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rosa import runs, tasks
 from rosa.building import adapt, load_base
 from rosa.methods import find_method
-from rosa.settings import RESAMPLED, RunSettings, check, in_bf16, parse_period
+from rosa.settings import RESAMPLED, RunSettings, check, in_bf16, schedule
 from rosa.tasks import DataSettings, Generation, Task
 from rosa.tokenizing import tokenize
 
@@ -159,8 +159,6 @@ def build_trainer(
     )
     from transformers.utils import logging
 
-    from rosa import RosaCallback
-
     class EpochProgress(ProgressCallback):
         """A progress bar with a line per evaluation, not one per log of the loss."""
 
@@ -206,13 +204,7 @@ def build_trainer(
         answers = predicted[:, 0] if task.kind == "regression" else predicted.argmax(-1)
         return task.compute(answers, labels)  # type: ignore[misc]
 
-    callback = None
-    if settings.method in RESAMPLED:
-        callback = RosaCallback(
-            parse_period(settings.resample_every),
-            clear_state=not settings.keep_state,
-            rewarm=settings.rewarm,
-        )
+    callback = schedule(settings) if settings.method in RESAMPLED else None
     trainer = Trainer(
         model=model,
         args=args,

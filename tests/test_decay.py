@@ -1,0 +1,158 @@
+"""Weight decay toward the drawn factors: on AdamW itself, over draws, files and the Trainer."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import Trainer, TrainingArguments
+
+from rosa import RosaCallback, RosaConfig, resample
+from rosa.decay import DecayTowardDrawn
+from rosa.model import rosa_layers
+from rosa.resample import check
+from tests.models import Mlp, tiny_bert
+
+LR, DECAY = 0.05, 0.4
+
+
+def adapted(**options):
+    config = RosaConfig(
+        r=2, directions="svd", target_modules=["first", "middle"], modules_to_save=["last"]
+    )
+    model = get_peft_model(Mlp(), config)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return model, torch.optim.AdamW(trained, lr=LR, weight_decay=DECAY, **options)
+
+
+def factors(model):
+    layers = [layer for _, layer in rosa_layers(model)]
+    return [f for layer in layers for f in (layer.rosa_A["default"], layer.rosa_B["default"])]
+
+
+def move(model):
+    """As if the adapter had learned something."""
+    with torch.no_grad():
+        for factor in factors(model):
+            factor.add_(torch.randn_like(factor))
+
+
+def step(model, optimizer):
+    """A step without gradients: the decay alone."""
+    for p in model.parameters():
+        if p.requires_grad:
+            p.grad = torch.zeros_like(p)
+    optimizer.step()
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_the_factors_decay_toward_what_was_drawn_and_others_toward_zero():
+    model, optimizer = adapted()
+    drawn = [f.detach().clone() for f in factors(model)]
+    DecayTowardDrawn(optimizer, check(model, optimizer))
+    move(model)
+    moved = [f.detach().clone() for f in factors(model)]
+    head = model.base_model.model.last.modules_to_save["default"].weight
+    before = head.detach().clone()
+    step(model, optimizer)
+    for factor, start, place in zip(factors(model), drawn, moved, strict=True):
+        close(factor.detach(), place - LR * DECAY * (place - start))
+    close(head.detach(), before * (1 - LR * DECAY))
+
+
+def test_after_a_draw_it_is_toward_the_new_factors():
+    model, optimizer = adapted()
+    decay = DecayTowardDrawn(optimizer, check(model, optimizer))
+    move(model)
+    resample(model, optimizer)
+    decay.refresh()
+    drawn = [f.detach().clone() for f in factors(model)]
+    for _ in range(50):
+        step(model, optimizer)
+    close([f.detach() for f in factors(model)], drawn)
+    decay.stop()
+    step(model, optimizer)
+    close([f.detach() for f in factors(model)], [d * (1 - LR * DECAY) for d in drawn])
+
+
+@pytest.mark.parametrize("draws", [0, 1, 9])
+def test_what_was_drawn_is_known_from_a_file_and_after_the_offset_is_compressed(draws):
+    model, optimizer = adapted()
+    for _ in range(draws):
+        move(model)
+        resample(model, optimizer)
+    drawn = [f.detach().clone() for f in factors(model)]
+    move(model)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    again, optimizer = adapted()
+    again.load_state_dict(state)
+    for i, (_, layer) in enumerate(rosa_layers(again)):
+        found = layer.drawn("default")
+        close(found.A, drawn[2 * i])
+        close(found.B, drawn[2 * i + 1] * layer.scaling["default"])
+
+
+def test_factors_drawn_at_zero_have_no_other_origin():
+    model = get_peft_model(Mlp(), RosaConfig(directions="zero", target_modules=["first"]))
+    ((_, layer),) = rosa_layers(model)
+    assert layer.drawn("default") is None
+
+
+def test_a_decay_that_goes_through_the_gradient_is_left_with_a_warning():
+    model, _ = adapted()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    drawn = [f.detach().clone() for f in factors(model)]
+    optimizer = torch.optim.SGD(trained, lr=LR, weight_decay=DECAY)
+    with pytest.warns(UserWarning, match="weight decay of SGD pulls"):
+        DecayTowardDrawn(optimizer, check(model, optimizer))
+    step(model, optimizer)
+    close([f.detach() for f in factors(model)], [d * (1 - LR * DECAY) for d in drawn])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DecayTowardDrawn(torch.optim.SGD(trained, lr=LR), check(model))
+
+
+@pytest.mark.parametrize("toward", ["drawn", "zero"])
+def test_in_the_trainer(tmp_path, toward):
+    """Of a loss of 0 only the decay is left; rewarm's lower rates are the decay's too."""
+    ids = torch.randint(50, (16, 6)).tolist()
+    data = Dataset.from_dict({"input_ids": ids, "labels": [0] * 16})
+    config = RosaConfig(
+        r=2, directions="orthonormal", target_modules=["query"], task_type="SEQ_CLS"
+    )
+    model = get_peft_model(tiny_bert(), config)
+    args = TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=4,
+        learning_rate=LR,
+        weight_decay=DECAY,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+    )
+
+    class NoLoss(Trainer):
+        def compute_loss(self, model, inputs, **_):
+            return model(**inputs).logits.sum() * 0
+
+    callback = RosaCallback(4, rewarm=2, decay_toward=toward)
+    trainer = NoLoss(model, args, train_dataset=data, callbacks=[callback])
+    trainer.train()
+    assert callback.resamples == 2
+    stays = [
+        torch.allclose(layer.drawn("default").A, layer.rosa_A["default"], rtol=1e-4)
+        for _, layer in rosa_layers(model)
+    ]
+    assert all(stays) if toward == "drawn" else not any(stays)
+
+
+def test_an_unknown_place_to_decay_to():
+    with pytest.raises(ValueError, match="decay_toward must be 'drawn' or 'zero', got 'start'"):
+        RosaCallback(decay_toward="start")
