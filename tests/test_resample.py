@@ -220,15 +220,3 @@ def test_factors_that_wait_for_a_file_are_refused():
     model = get_peft_model(Mlp(), config, low_cpu_mem_usage=True)
     with pytest.raises(ValueError, match=r"first are on the meta device .*load the adapter's file"):
         resample(model)
-
-
-def test_the_optimizers_state_can_be_kept():
-    model = get_peft_model(Mlp(), RosaConfig(r=2, target_modules=["first"]))
-    factors = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(factors)
-    model(torch.randn(4, 7).double()).sum().backward()
-    optimizer.step()
-    resample(model, optimizer, clear_state=False)
-    assert set(optimizer.state) == set(factors)
-    resample(model, optimizer)
-    assert not optimizer.state

@@ -39,7 +39,8 @@ def sketch_of(gradient, rank, left=True, passes=3):
     """A sketch that saw a gradient as a sum of passes, none of which shows it."""
     out_features, in_features = gradient.shape
     like = torch.empty(0).double()
-    sketch = Sketch(out_features, in_features, rank, left, generator(0, "layer", 0), like)
+    ranks = {"left": rank, "right": 0} if left else {"right": rank}
+    sketch = Sketch(out_features, in_features, ranks, generator(0, "layer", 0), like)
     rest = gradient
     for number in range(passes):
         part = torch.randn_like(gradient) if number < passes - 1 else rest
@@ -51,7 +52,9 @@ def sketch_of(gradient, rank, left=True, passes=3):
 @pytest.mark.parametrize("left", [True, False])
 def test_a_gradient_of_low_rank_is_found_exactly(left):
     u, gradient = low_rank_gradient(30, 20, [5.0, 3.0, 0.1])
-    found = sketch_of(gradient, 3, left).directions(3, 0.0, generator(0, "draw", 0))
+    found = sketch_of(gradient, 3, left).directions(
+        "left" if left else "right", 3, 0.0, generator(0, "draw", 0)
+    )
     best = u if left else torch.linalg.svd(gradient)[2][:3].T
     torch.testing.assert_close(found @ found.T, best @ best.T)
 
@@ -61,7 +64,7 @@ def test_the_sketch_keeps_nearly_all_that_the_best_directions_hold():
     shares = []
     for _ in range(10):
         u, gradient = low_rank_gradient(30, 20, decaying)
-        found = sketch_of(gradient, 4).directions(4, 0.0, generator(0, "draw", 0))
+        found = sketch_of(gradient, 4).directions("left", 4, 0.0, generator(0, "draw", 0))
         best = (u[:, :4].T @ gradient).norm()
         shares.append(float((found.T @ gradient).norm() / best))
     assert sum(shares) / len(shares) > 0.97
@@ -71,12 +74,12 @@ def test_the_sketch_keeps_nearly_all_that_the_best_directions_hold():
 def test_temperature_goes_from_greedy_to_blind():
     u, gradient = low_rank_gradient(30, 20, [8.0, 4.0, 2.0, 1.0])
     sketch = sketch_of(gradient, 4)
-    sketch.sum = gradient.T  # without the noise of the projection
+    sketch.sums["left"] = gradient.T  # without the noise of the projection
 
     def taken(temperature):
         counts = torch.zeros(4)
         for number in range(400):
-            (column,) = sketch.directions(1, temperature, generator(0, "draw", number)).T
+            (column,) = sketch.directions("left", 1, temperature, generator(0, "draw", number)).T
             counts[(u.T @ column).abs().argmax()] += 1
         return counts / 400
 
@@ -104,6 +107,13 @@ def weights_gradients(model, x):
 def check_against(model, gradients, side="left"):
     """Every layer's B spans the left singular directions of its gradient, or A the right ones."""
     for name, layer in rosa_layers(model):
+        if side == "both":  # one of two directions each
+            b = torch.linalg.qr(layer.rosa_B["default"].detach()[:, :1]).Q
+            a = torch.linalg.qr(layer.rosa_A["default"].detach()[1:].T).Q
+            best = torch.linalg.svdvals(gradients[name])[0]
+            assert (b.T @ gradients[name]).norm() > 0.95 * best, name
+            assert (gradients[name] @ a).norm() > 0.95 * best, name
+            continue
         if side == "right":
             a = torch.linalg.qr(layer.rosa_A["default"].detach().T).Q
             best = torch.linalg.svdvals(gradients[name])[: a.shape[1]].norm()
@@ -114,10 +124,11 @@ def check_against(model, gradients, side="left"):
         assert (b.T @ gradients[name]).norm() > 0.95 * best, name
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", "right", "both"])
 def test_watched_backward_passes_find_the_full_gradients_directions(side):
     """The loss is over so few rows that every gradient is of the rank drawn, and is found whole."""
-    model, x = adapted(side=side), torch.randn(2, 7).double()
+    rows = 1 if side == "both" else 2  # of which each takes one direction
+    model, x = adapted(side=side), torch.randn(rows, 7).double()
     before = model(x)
     gradients = weights_gradients(model, x)
     assert watch(model) == 3
@@ -174,7 +185,7 @@ def test_every_way_of_training_shows_the_same(way):
             x = inputs.clone().requires_grad_()
             out = checkpoint(model, x, use_reentrant=how == "reentrant")
             out.square().mean().backward()
-        sums.append([layer.watched("default").sum for _, layer in rosa_layers(model)])
+        sums.append([layer.watched("default").sums["left"] for _, layer in rosa_layers(model)])
     tolerance = 0.1 if way == "autocast" else 1e-12
     for one, other in zip(*sums, strict=True):
         assert (one - other).norm() <= tolerance * one.norm()
@@ -186,7 +197,7 @@ def test_nothing_is_watched_without_gradients():
     watch(model)
     with torch.no_grad():
         model(torch.randn(2, 7).double())
-    assert not any(layer.watched("default").sum.any() for _, layer in rosa_layers(model))
+    assert not any(layer.watched("default").sums["left"].any() for _, layer in rosa_layers(model))
 
 
 def test_watching_changes_neither_outputs_nor_gradients():
@@ -226,6 +237,56 @@ def test_part_of_the_subspace_stays_random():
         assert shared[1] < 1 - 1e-4
 
 
+def trained(model, x):
+    """An optimizer of the factors that has made a step."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    loss_of(model, x).backward()
+    optimizer.step()
+    return optimizer
+
+
+def test_a_subspace_that_is_not_spent_stays_with_all_of_its_state():
+    """The gradient of one row lies in one direction: right after the draw all of it is held."""
+    model, x = adapted(), torch.randn(1, 7).double()
+    resample(model, batches=[x], loss=loss_of)
+    optimizer = trained(model, x)
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    assert resample(model, optimizer, batches=[x], loss=loss_of, spent=0.9) == 0
+    now = model.state_dict(), optimizer.state_dict()
+    torch.testing.assert_close(now, before, rtol=0, atol=0)
+    assert all(layer.watched("default") is None for _, layer in rosa_layers(model))
+    assert resample(model, optimizer, batches=[x], loss=loss_of) == 3  # without a bound all go
+    assert not optimizer.state
+
+
+def test_only_the_spent_subspaces_are_drawn():
+    model, x = adapted(), torch.randn(1, 7).double()
+    watch(model)
+    layers = [layer for _, layer in rosa_layers(model)]
+    for number, layer in enumerate(layers):
+        b = layer.rosa_B["default"].detach()
+        inside = torch.linalg.qr(torch.cat([b, torch.randn(len(b), 1).double()], dim=1)).Q
+        # As if the gradient lay in the subspace, but in the second layer beside it.
+        layer.watched("default").sums["left"] = inside.T[-1:] if number == 1 else inside.T[:1]
+    kept = [layer.rosa_A["default"].detach().clone() for layer in layers]
+    before = model(x)
+    assert resample(model, spent=0.99) == 1
+    moved = [
+        not torch.equal(k, layer.rosa_A["default"]) for k, layer in zip(kept, layers, strict=True)
+    ]
+    assert moved == [False, True, False]
+    torch.testing.assert_close(model(x), before)
+
+
+def test_the_share_held_is_of_the_best_that_the_rank_could_hold():
+    u, gradient = low_rank_gradient(30, 20, [2.0, 1.0, 1.0, 1.0])
+    sketch = sketch_of(gradient, 4)
+    sketch.sums["left"] = gradient.T  # without the noise of the projection
+    # Two directions could hold 4 + 1; the second and third hold 1 + 1.
+    assert sketch.held("left", 3 * u[:, 1:3]) == pytest.approx(2 / 5)
+    assert sketch.held("left", u[:, :2] @ torch.randn(2, 2).double()) == pytest.approx(1)
+
+
 @pytest.mark.parametrize("value", [0.0, float("nan")])
 def test_no_gradient_is_said_once_and_random_directions_are_drawn(value):
     model, x = adapted(), torch.randn(4, 7).double()
@@ -242,10 +303,10 @@ def test_a_pass_that_overflows_is_left_out():
     model = adapted()
     watch(model)
     loss_of(model, x).backward()
-    good = [layer.watched("default").sum.clone() for _, layer in rosa_layers(model)]
+    good = [layer.watched("default").sums["left"].clone() for _, layer in rosa_layers(model)]
     (loss_of(model, x) * float("inf")).backward()
     for (_, layer), expected in zip(rosa_layers(model), good, strict=True):
-        torch.testing.assert_close(layer.watched("default").sum, expected)
+        torch.testing.assert_close(layer.watched("default").sums["left"], expected)
 
 
 @pytest.mark.parametrize(

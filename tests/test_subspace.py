@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rosa import subspace
+from rosa.lowrank import LowRank
 from rosa.subspace import DIRECTIONS, SPLITS, TRIPLETS
 
 FACTORING = [name for name in DIRECTIONS if name != "zero"]  # "zero" takes nothing of the weight
@@ -35,6 +36,31 @@ def test_the_product_is_the_weights_projection_onto_the_subspace(
     # The parts are orthogonal, so the energies add up.
     energy = product.pow(2).sum() + rest.pow(2).sum()
     torch.testing.assert_close(energy, weight.pow(2).sum())
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize(("side", "count"), [("left", (3, 0)), ("right", (0, 3)), ("both", (2, 1))])
+@pytest.mark.parametrize("shape", [(8, 8), (5, 11), (12, 4)])
+def test_directions_of_either_side_are_taken_out_of_the_weight(shape, side, count, known):
+    """What is left has nothing in the outputs' directions nor in the inputs', and less rank."""
+    weight = torch.randn(shape, dtype=torch.float64)
+    bases = {
+        name: torch.linalg.qr(torch.randn(size, k, dtype=torch.float64)).Q
+        for name, size, k in zip(("left", "right"), shape, count, strict=True)
+    }
+    options = {"side": side, "known": bases if known else {}}
+    change = LowRank(*(torch.randn(n, 2, dtype=torch.float64) for n in shape))
+    change = LowRank(change.B, change.A.T)
+    a, b = draw(weight, 3, directions="gradient", change=change, **options)
+    weight = weight + change.dense()
+    rest = weight - b @ a
+    assert torch.linalg.matrix_rank(b @ a, atol=1e-9, rtol=0.0) == 3
+    taken = b[:, : count[0]], a[count[0] :].T
+    for product in (taken[0].T @ rest, rest @ taken[1]):
+        torch.testing.assert_close(product, torch.zeros_like(product), rtol=0, atol=1e-12)
+    if known:
+        for basis, columns in zip(bases.values(), taken, strict=True):
+            torch.testing.assert_close(basis @ (basis.T @ columns), columns)
 
 
 @pytest.mark.parametrize("directions", DIRECTIONS)

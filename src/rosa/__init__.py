@@ -5,6 +5,7 @@ Importing this package registers the method: `peft.get_peft_model(model, rosa.Ro
 
 from typing import TYPE_CHECKING, Any
 
+from rosa.allocation import allocate_ranks
 from rosa.config import RosaConfig
 from rosa.export import export_lora, export_merged
 from rosa.model import RosaModel
@@ -20,6 +21,7 @@ __all__ = [
     "RosaConfig",
     "RosaModel",
     "__version__",
+    "allocate_ranks",
     "export_lora",
     "export_merged",
     "resample",

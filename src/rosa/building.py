@@ -74,6 +74,8 @@ def adapt(
         return model, recorder
     from peft import get_peft_model
 
+    from rosa import RosaConfig, allocate_ranks
+
     shared = {
         "target_modules": targets,
         "task_type": base.task_type,
@@ -82,6 +84,8 @@ def adapt(
     config = method.config(settings, settings.rank or 0, shared)
     if settings.method == "lora_ga":
         _find_gradients(model, config, batches())
+    if isinstance(config, RosaConfig) and settings.allocate:
+        config.rank_pattern = allocate_ranks(model, config, batches())
     return get_peft_model(model, config), recorder
 
 

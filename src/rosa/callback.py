@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rosa.decay import DecayTowardDrawn
+from rosa.moments import MOMENTS
 from rosa.resample import check, is_informed, resample, unwrap, watch
 
 ROUNDS, SHORTEST_ROUND = 5, 128
@@ -31,7 +32,8 @@ class RosaCallback(TrainerCallback):
             whole number of optimizer steps; or a fraction or multiple of an epoch as a float, such
             as 0.5; or ``"never"``, which leaves the draw of ``directions="gradient"`` after the
             first steps.
-        clear_state: see `rosa.resample`.
+        moments: see `rosa.resample`.
+        spent: see `rosa.resample`; a share above 0, up to 1, or None.
         rewarm: optimizer steps over which the learning rate rises again after a resample, linearly
             up to the schedule's own; 0 leaves the schedule alone.
         decay_toward: what weight decay pulls the factors to: what they were ``"drawn"`` as, or
@@ -54,7 +56,8 @@ class RosaCallback(TrainerCallback):
         self,
         every: str | int | float = "auto",
         *,
-        clear_state: bool = True,
+        moments: str = "clear",
+        spent: float | None = None,
         rewarm: int = 0,
         decay_toward: str = "drawn",
         watch: int = 4,
@@ -68,12 +71,17 @@ class RosaCallback(TrainerCallback):
             raise ValueError(f"every must be positive, got {every}")
         if rewarm < 0:
             raise ValueError(f"rewarm must not be negative, got {rewarm}")
+        if moments not in MOMENTS:
+            raise ValueError(f"moments must be one of {', '.join(MOMENTS)}; got {moments!r}")
+        if spent is not None and not 0 < spent <= 1:
+            raise ValueError(f"spent is a share above 0, up to 1, or None; got {spent}")
         if decay_toward not in ("drawn", "zero"):
             raise ValueError(f"decay_toward must be 'drawn' or 'zero', got {decay_toward!r}")
         if watch < 1:
             raise ValueError(f"watch must be at least 1, got {watch}")
         self.every = every
-        self.clear_state = clear_state
+        self.moments = moments
+        self.spent = spent
         self.rewarm = rewarm
         self.decay_toward = decay_toward
         self.watch = watch
@@ -164,7 +172,7 @@ class RosaCallback(TrainerCallback):
             self._draw_at = step
         if step == self._draw_at:
             started = time.perf_counter()
-            resample(model, optimizer, clear_state=self.clear_state)
+            resample(model, optimizer, moments=self.moments, spent=self.spent)
             if self._decay is not None:
                 self._decay.refresh()
             self.seconds += time.perf_counter() - started

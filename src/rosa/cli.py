@@ -18,6 +18,7 @@ except ImportError as error:
     )
 
 from rosa.methods import METHODS
+from rosa.moments import MOMENTS
 from rosa.settings import RunSettings
 from rosa.tasks import TASKS
 
@@ -162,9 +163,23 @@ def train(
         str, _option(METHOD, "ROSA with gradient: directions of the outputs (left) or right.")
     ] = RunSettings.side,
     resample_every: ResampleEvery = RunSettings.resample_every,
-    keep_state: Annotated[
-        bool, _option(METHOD, "ROSA: keep the optimizer's state over a resample.", "--keep-state")
+    allocate: Annotated[
+        bool,
+        _option(
+            METHOD, "ROSA: more rank for weights with more gradient, as many numbers.", "--allocate"
+        ),
     ] = False,
+    moments: Annotated[
+        str, _option(METHOD, f"ROSA: the optimizer's, at a resample: {', '.join(MOMENTS)}.")
+    ] = RunSettings.moments,
+    spent: Annotated[
+        float | None,
+        _option(
+            METHOD,
+            "ROSA: weights whose subspace holds this share of the gradient that it could hold keep "
+            "it at a resample; all are drawn if left out.",
+        ),
+    ] = None,
     rewarm: Annotated[
         int, _option(METHOD, "ROSA: steps over which the rate rises again after a resample.")
     ] = 0,

@@ -264,10 +264,11 @@ class RosaLayer(BaseTunerLayer):
         norm, _ = self.base_fingerprint() or (0.0, 0.0)
         generator = subspace.generator(config.seed, f"{self.name}.{adapter}", entry.draws)
         try:
-            sketch = self._sketches.pop(adapter, None)
-            known = None
-            if sketch is not None and (count := round(config.informed * self.r[adapter])):
-                known = sketch.directions(count, config.temperature, generator)
+            sketch, known = self._sketches.pop(adapter, None), {}
+            if sketch is not None:
+                for side, rank in subspace.rank_of_sides(config.side, self.r[adapter]).items():
+                    if count := round(config.informed * rank):
+                        known[side] = sketch.directions(side, count, config.temperature, generator)
             a, b = subspace.draw(
                 weight,
                 self.r[adapter],
@@ -278,7 +279,7 @@ class RosaLayer(BaseTunerLayer):
                 change=change,
                 # Of the pretrained weight: the speed of learning does not drift with the training.
                 size=subspace.root_mean_square_size(norm, weight.shape),
-                left=None if sketch is None else sketch.left,
+                side=None if sketch is None else config.side,
                 known=known,
                 generator=generator,
             )
@@ -302,8 +303,7 @@ class RosaLayer(BaseTunerLayer):
         self._sketches[adapter] = Sketch(
             self.out_features,
             self.in_features,
-            self.r[adapter],
-            config.side == "left",
+            subspace.rank_of_sides(config.side, self.r[adapter]),
             # Not the draw's own, which goes on from its beginning.
             subspace.generator(config.seed, f"{self.name}.{adapter}.watch", entry.draws),
             like=self._weight().new_empty((), dtype=self._work_dtype()),

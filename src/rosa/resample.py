@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from rosa.layer import RosaLinear
 from rosa.model import rosa_layers
+from rosa.moments import check_moments, project
 
 
 def watch(model: nn.Module) -> int:
@@ -38,15 +39,16 @@ def resample(
     model: nn.Module,
     optimizer: Any = None,
     *,
-    clear_state: bool = True,
+    moments: str = "clear",
+    spent: float | None = None,
     batches: Iterable[Any] = (),
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
 ) -> int:
     """Merge what the active adapters have learned and draw new subspaces, layer by layer.
 
     The model's outputs stay the same to rounding. The factors stay the same Parameter objects;
-    their gradients are dropped and their entries in the optimizer's state are cleared, step counts
-    too, since the moments belong to the old subspace. Everything else that the optimizer holds, its
+    their gradients are dropped, and their entries in the optimizer's state are cleared, step counts
+    too, unless `moments` says otherwise. Everything else that the optimizer holds, its
     parameter groups and the learning-rate schedule are left alone. Call it between an optimizer
     step and the next forward pass. The extra memory is one layer's at a time.
 
@@ -54,8 +56,12 @@ def resample(
         model: a model with ROSA layers, wrapped or not.
         optimizer: the optimizer that trains it (torch's, or wrapped as by Accelerate). None if the
             model is not being trained.
-        clear_state: False keeps the optimizer's entries of the factors, to see what clearing is
-            worth; the moments are then those of the old subspace.
+        moments: what becomes of the optimizer's moments of the factors, which belong to the old
+            subspace: ``"clear"`` begins anew, ``"keep"`` goes on with them as they are,
+            ``"project"`` moves Adam's into the new subspace (see `rosa.moments`).
+        spent: for ``directions="gradient"``, a layer whose subspace still holds at least this share
+            of the gradient's energy that its rank could hold at best keeps it, with all of its
+            state. None draws every layer.
         batches: for ``directions="gradient"``, batches to find the gradient with, instead of what
             was seen since `watch`; about four. All other parameters' gradients stay as they are.
         loss: takes the model and a batch and returns the loss; None is ``model(**batch).loss``.
@@ -65,24 +71,31 @@ def resample(
 
     Raises:
         ValueError: the model has no ROSA, or is merged or disabled; a factor is NaN; the optimizer
-            does not hold the factors; a batch gives no loss. Nothing has been changed then.
+            does not hold the factors, or holds what cannot be projected; a batch gives no loss.
+            Nothing has been changed then.
     """
     jobs = check(model, optimizer)
     informed = [job for job in jobs if is_informed(job)]
     if batches and informed:
-        _look(model, informed, batches, loss)
-    state = None if optimizer is None else unwrap(optimizer).state
+        look(model, informed, batches, loss)
+    state = {} if optimizer is None else unwrap(optimizer).state
+    check_moments(moments, state, [f for _, layer, a in jobs for f in factors_of(layer, a)])
     _check_finite(jobs)
     _agree(informed)
     _warn_of_blind(informed)
-    for _, layer, adapter in jobs:
+    drawn = [job for job in jobs if not _lasts(job, spent)]
+    for _, layer, adapter in drawn:
+        a, b = factors_of(layer, adapter)
+        old_a, old_b = (a.detach().clone(), b.detach().clone()) if moments == "project" else (a, b)
         layer.resample(adapter)
-        for factor in (layer.rosa_A[adapter], layer.rosa_B[adapter]):
-            factor.grad = None
-            if state is not None and clear_state:
-                state.pop(factor, None)
+        a.grad = b.grad = None
+        if moments == "project":
+            project(state, a, b, old_a, old_b)
+        elif moments == "clear":
+            state.pop(a, None)
+            state.pop(b, None)
     torch.clear_autocast_cache()  # else an autocast around the call would go on with old factors
-    return len(jobs)
+    return len(drawn)
 
 
 Job = tuple[str, RosaLinear, str]
@@ -95,13 +108,32 @@ def is_informed(job: Job) -> bool:
     return config.directions == "gradient" and config.informed > 0
 
 
+def _lasts(job: Job, spent: float | None) -> bool:
+    """Whether a subspace still holds enough of the gradient that was seen; if so, it stays."""
+    _, layer, adapter = job
+    sketch = layer.watched(adapter)
+    if spent is None or sketch is None or sketch.is_empty():
+        return False
+    a, b = factors_of(layer, adapter)
+    columns = {"left": b.detach(), "right": a.detach().T}
+    if min(sketch.held(side, columns[side]) for side in sketch.sums) < spent:
+        return False
+    layer.forget(adapter)
+    return True
+
+
+def factors_of(layer: RosaLinear, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """A and B."""
+    return layer.rosa_A[adapter], layer.rosa_B[adapter]
+
+
 def _check_finite(jobs: list[Job]) -> None:
-    factors = [f.detach() for _, layer, a in jobs for f in (layer.rosa_A[a], layer.rosa_B[a])]
+    factors = [f.detach() for _, layer, a in jobs for f in factors_of(layer, a)]
     norms = torch._foreach_norm(factors)  # type: ignore[attr-defined]  # one call for all
     if all(bool(norm.isfinite()) for norm in norms):
         return
     for name, layer, adapter in jobs:
-        for factor in (layer.rosa_A[adapter], layer.rosa_B[adapter]):
+        for factor in factors_of(layer, adapter):
             if not torch.isfinite(factor).all():
                 raise ValueError(
                     f"a factor of layer {name} has NaN or infinity: the training has diverged. Go "
@@ -109,13 +141,17 @@ def _check_finite(jobs: list[Job]) -> None:
                 )
 
 
-def _look(
+def look(
     model: nn.Module,
     jobs: list[Job],
     batches: Iterable[Any],
     loss: Callable[[nn.Module, Any], Tensor] | None,
 ) -> None:
-    """Watch the backward passes of some batches; every parameter's gradient is left as it was."""
+    """Watch the backward passes of some batches; every parameter's gradient is left as it was.
+
+    Raises:
+        ValueError: a batch gives no loss.
+    """
     for _, layer, adapter in jobs:
         layer.watch(adapter)
     gradients = [(p, p.grad) for p in model.parameters() if p.requires_grad]
@@ -155,14 +191,15 @@ def _agree(jobs: list[Job]) -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         for _, layer, adapter in jobs:
             if (sketch := layer.watched(adapter)) is not None:
-                torch.distributed.all_reduce(sketch.sum)
+                for total in sketch.sums.values():
+                    torch.distributed.all_reduce(total)
 
 
 def _warn_of_blind(jobs: list[Job]) -> None:
     blind = [
         name
         for name, layer, adapter in jobs
-        if (sketch := layer.watched(adapter)) is None or not sketch.sum.any()
+        if (sketch := layer.watched(adapter)) is None or sketch.is_empty()
     ]
     if blind:
         warnings.warn(
@@ -233,7 +270,7 @@ def unwrap(optimizer: Any) -> Optimizer:
 def _check_optimizer(optimizer: Any, jobs: list[Job]) -> None:
     held = {id(p) for group in unwrap(optimizer).param_groups for p in group["params"]}
     for name, layer, adapter in jobs:
-        for factor in (layer.rosa_A[adapter], layer.rosa_B[adapter]):
+        for factor in factors_of(layer, adapter):
             if factor.requires_grad and id(factor) not in held:
                 raise ValueError(
                     f"the optimizer does not hold the factors of layer {name}: build it from the "

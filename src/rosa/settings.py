@@ -26,8 +26,8 @@ class RunSettings:
     "never", a number of optimizer steps, or epochs as in "0.5epochs". `target_modules` is
     "attention" (the paper's choice: the projections of attention), "all-linear", or names. `warmup`
     is a share of all steps. `rank` None takes 8 where the method has a rank. `rewarm` is a number
-    of steps; `keep_state` keeps the optimizer's state over a resample; `decay_toward` is what
-    `weight_decay` pulls ROSA's factors to, "drawn" or "zero".
+    of steps. For `moments`, `spent` and `decay_toward` see `RosaCallback`; `allocate` gives the
+    weights ranks by their gradients (`rosa.allocate_ranks`).
     """
 
     model: str
@@ -50,8 +50,10 @@ class RunSettings:
     informed: float = 1.0
     temperature: float = 0.0
     side: str = "left"
+    allocate: bool = False
     resample_every: str = "auto"
-    keep_state: bool = False
+    moments: str = "clear"
+    spent: float | None = None
     rewarm: int = 0
     decay_toward: str = "drawn"
     target_modules: tuple[str, ...] = ("attention",)
@@ -119,7 +121,8 @@ def schedule(settings: RunSettings) -> RosaCallback:
 
     return RosaCallback(
         parse_period(settings.resample_every),
-        clear_state=not settings.keep_state,
+        moments=settings.moments,
+        spent=settings.spent,
         rewarm=settings.rewarm,
         decay_toward=settings.decay_toward,
     )

@@ -12,6 +12,7 @@ section 4 (the range finder).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,60 +23,97 @@ OVERSAMPLING = 8
 
 
 class Sketch:
-    """Sums ``(G T)^T`` over backward passes, or ``T^T G`` for the right side.
+    """Sums ``(G T)^T`` over backward passes, for the left side, and ``T^T G`` for the right one.
 
     Args:
         out_features: of the layer.
         in_features: of the layer.
-        rank: how many directions will be asked of it.
-        left: whether they are the outputs' or the inputs'.
+        ranks: how many directions will be asked of a side: "left" (the outputs'), "right" (the
+            inputs'); 0 leaves it out.
         generator: draws the projections.
         like: a tensor of the precision and on the device to sum in.
+
+    Attributes:
+        sums: by side; (p, out) of the left one and (p, in) of the right one.
     """
 
     def __init__(
         self,
         out_features: int,
         in_features: int,
-        rank: int,
-        left: bool,
+        ranks: Mapping[str, int],
         generator: torch.Generator,
         like: Tensor,
     ) -> None:
-        width = min(rank + OVERSAMPLING, out_features, in_features)
-        seen, other = (out_features, in_features) if left else (in_features, out_features)
-        test = torch.randn(other, width, generator=generator, dtype=like.dtype)
-        self.left = left
-        self.test = test.to(like.device)
-        self.sum = like.new_zeros(width, seen)
+        self.tests: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}
+        sizes = {"left": (out_features, in_features), "right": (in_features, out_features)}
+        for side, rank in ranks.items():
+            if rank:
+                seen, other = sizes[side]
+                width = min(rank + OVERSAMPLING, seen, other)
+                test = torch.randn(other, width, generator=generator, dtype=like.dtype)
+                self.tests[side] = test.to(like.device)
+                self.sums[side] = like.new_zeros(width, seen)
 
     def add(self, grad: Tensor, x: Tensor) -> None:
         """Add a backward pass: the gradient of the outputs (..., out) and the inputs (..., in)."""
-        grad = grad.reshape(-1, grad.shape[-1]).to(self.sum.dtype)
-        x = x.reshape(-1, x.shape[-1]).to(self.sum.dtype)
-        found = (x @ self.test).T @ grad if self.left else (grad @ self.test).T @ x
-        # A pass that overflowed, as under loss scaling, is left out: without a wait for the device.
-        self.sum += torch.where(torch.isfinite(found).all(), found, 0.0)
+        dtype = next(iter(self.tests.values())).dtype
+        grad = grad.reshape(-1, grad.shape[-1]).to(dtype)
+        x = x.reshape(-1, x.shape[-1]).to(dtype)
+        for side, test in self.tests.items():
+            found = (x @ test).T @ grad if side == "left" else (grad @ test).T @ x
+            # A pass that overflowed, as under loss scaling, is left out: without a wait for the
+            # device.
+            self.sums[side] += torch.where(torch.isfinite(found).all(), found, 0.0)
 
-    def directions(self, count: int, temperature: float, generator: torch.Generator) -> Tensor:
+    def is_empty(self) -> bool:
+        """Whether no gradient was seen."""
+        return not any(total.any() for total in self.sums.values())
+
+    def directions(
+        self, side: str, count: int, temperature: float, generator: torch.Generator
+    ) -> Tensor:
         """Singular directions of G, (out, k) or (in, k), with orthonormal columns; k <= `count`.
 
         k is smaller where the gradient has fewer directions, and 0 where none was seen.
 
         Args:
+            side: "left" or "right"; one of those that the sketch was made for.
             count: how many are wanted.
             temperature: 0 takes the largest. Above, a direction is taken with a chance that falls
                 with its energy to the power of one over the temperature, without replacement.
             generator: draws by that chance.
         """
-        _, sizes, rows = torch.linalg.svd(self.sum, full_matrices=False)
-        there = int((sizes > sizes[0] * torch.finfo(sizes.dtype).eps * max(self.sum.shape)).sum())
+        total = self.sums[side]
+        _, sizes, rows = torch.linalg.svd(total, full_matrices=False)
+        there = int((sizes > sizes[0] * torch.finfo(sizes.dtype).eps * max(total.shape)).sum())
         scores = 2 * sizes[:there].log().cpu()
         if temperature:  # the Gumbel trick: the largest of log p + noise are a draw by p
             uniform = torch.rand(there, generator=generator, dtype=scores.dtype)
             scores = scores / temperature - uniform.log().neg().log()
         chosen = scores.topk(min(count, there)).indices
         return rows[chosen.to(rows.device)].T
+
+    def energies(self) -> Tensor:
+        """Squares of G's largest singular values, estimated: falling, as many as were asked for."""
+        total = next(iter(self.sums.values()))
+        return torch.linalg.svdvals(total).square() / total.shape[0]
+
+    def held(self, side: str, factor: Tensor) -> float:
+        """How much of the energy that its rank could hold at best lies where a factor can move.
+
+        Args:
+            side: see `directions`.
+            factor: (out, k) for the left side, (in, k) for the right one.
+
+        Returns:
+            From 0 to 1; nan where no gradient was seen.
+        """
+        total = self.sums[side]
+        inside = (total @ torch.linalg.qr(factor.to(total.dtype)).Q).square().sum()
+        best = torch.linalg.svdvals(total)[: factor.shape[1]].square().sum()
+        return float(inside / best)
 
 
 class Watch(torch.autograd.Function):

@@ -10,7 +10,8 @@ arXiv 2407.07802, section 3. The paper writes ``W = W_fixed + A B``; its A is ou
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal, get_args
 
 import torch
@@ -26,10 +27,18 @@ Split = Literal["B", "even", "A"]
 DIRECTIONS: tuple[str, ...] = get_args(Directions)
 TRIPLETS: tuple[str, ...] = get_args(Triplets)
 SPLITS: tuple[str, ...] = get_args(Split)
-SIDES = ("left", "right")
+SIDES = ("left", "right", "both")
+
+NOTHING_KNOWN: Mapping[str, Tensor] = MappingProxyType({})
 
 # The share of the scale that each split gives to B; A takes the rest.
 _SHARE_OF_B = {"B": 1.0, "even": 0.5, "A": 0.0}
+
+
+def rank_of_sides(side: str, rank: int) -> dict[str, int]:
+    """How many of a subspace's directions are the outputs' ("left") and the inputs' ("right")."""
+    left = {"left": rank, "right": 0, "both": rank - rank // 2}[side]
+    return {"left": left, "right": rank - left}
 
 
 def generator(seed: int, name: str, draws: int) -> torch.Generator:
@@ -73,39 +82,39 @@ def _svd_directions(
 
 
 def _orthonormal_directions(
-    weight: Tensor,
-    change: LowRank | None,
-    basis: Tensor,
-    left: bool,
-    size: float | None,
+    weight: Tensor, change: LowRank | None, left: Tensor, right: Tensor, size: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Project the weight, with the change, onto orthonormal directions of one of its sides.
+    """Take the weight's part, with the change, in orthonormal directions of its two sides.
 
-    Each direction takes the weight's root-mean-square singular value as its size, so that it
-    learns at the speed of a typical singular triplet. On the smaller side the projection carries
-    rank / min(out, in) of the weight's energy, as random triplets do.
+    With U and V the directions, that is ``U U^T W + (I - U U^T) W V V^T``. Each direction takes the
+    weight's root-mean-square singular value as its size, so that it learns at the speed of a
+    typical singular triplet. On the smaller side the part carries rank / min(out, in) of the
+    weight's energy, as random triplets do.
 
     Args:
         weight: (out, in).
         change: added to it first.
-        basis: orthonormal columns, (out, r) for the left side, (in, r) for the right one.
-        left: the side.
+        left: U, orthonormal columns, (out, k); k may be 0.
+        right: V, orthonormal columns, (in, l); l may be 0.
         size: see `draw`.
     """
     if size is None:
         whole = weight if change is None else weight + change.dense()
         size = root_mean_square_size(float(torch.linalg.vector_norm(whole)), weight.shape)
-    sizes = weight.new_full((basis.shape[1],), size)
     # The weight and the change are projected one by one: their sum is never written down.
-    if left:
-        right = basis.T @ weight
-        if change is not None:
-            right.addmm_(basis.T @ change.B, change.A)
-        return basis, sizes, right / size
-    columns = weight @ basis
+    rows = left.T @ weight
+    columns = weight @ right
     if change is not None:
-        columns.addmm_(change.B, change.A @ basis)
-    return columns / size, sizes, basis.T
+        rows.addmm_(left.T @ change.B, change.A)
+        columns.addmm_(change.B, change.A @ right)
+    if left.shape[1] and right.shape[1]:
+        columns.addmm_(left, rows @ right, alpha=-1)  # what both sides hold is taken once
+    sizes = weight.new_full((left.shape[1] + right.shape[1],), size)
+    return (
+        torch.cat([left, columns / size], dim=1),
+        sizes,
+        torch.cat([rows / size, right.T], dim=0),
+    )
 
 
 def root_mean_square_size(norm: float, shape: Sequence[int]) -> float:
@@ -124,8 +133,8 @@ def draw(
     scaling: float = 1.0,
     change: LowRank | None = None,
     size: float | None = None,
-    left: bool | None = None,
-    known: Tensor | None = None,
+    side: str | None = None,
+    known: Mapping[str, Tensor] = NOTHING_KNOWN,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Draw a subspace of a weight: ``scaling * B @ A`` is the weight's part in it.
@@ -142,10 +151,10 @@ def draw(
         change: to be added to the weight first, such as what was learned since the last draw.
         size: the size of an orthonormal direction; None takes the root mean square of the weight's
             singular values.
-        left: whether orthonormal directions are the outputs' or the inputs'; None takes the smaller
-            side.
-        known: orthonormal directions of that side, (out, k) or (in, k) with k at most r, that the
-            subspace shall have; random ones complete it. For ``directions="gradient"``.
+        side: whether orthonormal directions are the outputs' ("left"), the inputs' ("right") or
+            half of them each's ("both"); None takes the smaller side.
+        known: orthonormal directions that the subspace shall have, by side, (out, k) for "left" and
+            (in, k) for "right"; random ones complete them. For ``directions="gradient"``.
         generator: see `generator`.
 
     Returns:
@@ -167,10 +176,15 @@ def draw(
         whole = weight if change is None else torch.addmm(weight, change.B, change.A)
         u, sizes, v = _svd_directions(whole, rank, triplets, generator)
     else:
-        if left is None:
-            left = weight.shape[0] <= weight.shape[1]
-        basis = orthonormal_basis(weight.shape[not left], rank, generator, weight, known)
-        u, sizes, v = _orthonormal_directions(weight, change, basis, left, size)
+        if side is None:
+            side = "left" if weight.shape[0] <= weight.shape[1] else "right"
+        bases = [
+            orthonormal_basis(length, count, generator, weight, known.get(name))
+            for (name, count), length in zip(
+                rank_of_sides(side, rank).items(), weight.shape, strict=True
+            )
+        ]
+        u, sizes, v = _orthonormal_directions(weight, change, *bases, size=size)
     sizes = sizes / scaling
     share = _SHARE_OF_B[split]
     if share == 0.5:

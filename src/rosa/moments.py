@@ -1,0 +1,79 @@
+"""What becomes of an optimizer's moments of the factors when a new subspace is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+Moments = Literal["clear", "keep", "project"]
+MOMENTS: tuple[str, ...] = get_args(Moments)
+
+# As torch's optimizers name them: running means of the gradient, and of its square.
+_MEANS = ("exp_avg", "momentum_buffer")
+_SQUARES = ("exp_avg_sq", "max_exp_avg_sq")
+
+State = MutableMapping[Tensor, Any]
+
+
+def check_moments(moments: str, state: State, factors: list[Tensor]) -> None:
+    """Raise ValueError for a word of no use, or for moments that cannot be projected."""
+    if moments not in MOMENTS:
+        raise ValueError(f"moments must be one of {', '.join(MOMENTS)}; got {moments!r}")
+    if moments != "project":
+        return
+    for factor in factors:
+        for name, value in _of_shape(state.get(factor, {}), factor).items():
+            if name not in (*_MEANS, *_SQUARES):
+                raise ValueError(
+                    f"moments='project' knows {', '.join((*_MEANS, *_SQUARES))} of an optimizer, "
+                    f"and this one holds {name} of shape {tuple(value.shape)}: use 'clear'"
+                )
+
+
+def _of_shape(entry: Mapping[str, Any], factor: Tensor) -> dict[str, Tensor]:
+    return {k: v for k, v in entry.items() if isinstance(v, Tensor) and v.shape == factor.shape}
+
+
+@torch.no_grad()
+def project(state: State, a: Tensor, b: Tensor, old_a: Tensor, old_b: Tensor) -> None:
+    """Move Adam's moments from the old factors' subspace into the new one's.
+
+    With G the weight's gradient, that of A is ``B^T G``. Where the new B is ``B M + E`` with the
+    old B and the least squares' M, the new gradient is ``M^T (B^T G) + E^T G``: the running mean
+    goes over by M^T, that of the square by M^T squared elementwise (as if the old directions'
+    gradients were independent), and of E, which nothing was seen of, it is taken to be the mean of
+    all that was seen. Likewise for B, with ``G A^T``. Step counts go on.
+
+    Args:
+        state: the optimizer's.
+        a: the new A, (r, in), as the optimizer knows it.
+        b: the new B, (out, r).
+        old_a: the values of A before the draw.
+        old_b: the values of B before the draw.
+    """
+    _move(state, a, *_mixing(old_b, b))
+    _move(state, b, *_mixing(old_a.T, a.T), columns=True)
+
+
+def _move(
+    state: State, factor: Tensor, mixing: Tensor, unseen: Tensor, columns: bool = False
+) -> None:
+    for name, value in _of_shape(state.get(factor, {}), factor).items():
+        rows = value.T if columns else value  # (r, n), a view
+        if name in _MEANS:
+            rows.copy_(mixing.T.to(rows.dtype) @ rows)
+        else:
+            mixed = mixing.T.square().to(rows.dtype) @ rows
+            rows.copy_(mixed + unseen[:, None].to(rows.dtype) * rows.mean())
+
+
+def _mixing(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    """M (r, r) of the least squares ``new = old M``, and the share of each new column it misses."""
+    dtype = torch.promote_types(new.dtype, torch.float32)
+    old, new = old.to(dtype), new.to(dtype)
+    mixing = torch.linalg.pinv(old) @ new
+    missed = (new - old @ mixing).square().sum(0) / new.square().sum(0).clamp_min(1e-30)
+    return mixing, missed
