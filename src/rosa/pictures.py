@@ -65,6 +65,7 @@ def of_comparison(comparison: Comparison) -> dict[str, str]:
         "Training loss, mean and all seeds": lambda ax: _by_epoch(
             ax, shown, "train_loss", "training loss"
         ),
+        "Training loss against time, mean of the seeds": lambda ax: _by_time(ax, shown),
         f"Validation {validated}, mean and all seeds": lambda ax: _by_epoch(
             ax, shown, f"eval_{chosen_by}", f"validation {validated}"
         ),
@@ -156,6 +157,19 @@ def _by_epoch(axes: Axes, rows: Sequence[Row], key: str, label: str) -> None:
         low, high = [min(v) for v in values], [max(v) for v in values]
         axes.fill_between(epochs[: len(values)], low, high, color=style["color"], alpha=0.12, lw=0)
     axes.set(xlabel="epoch", ylabel=label)
+    tidy(axes)
+    _legend(axes)
+
+
+def _by_time(axes: Axes, rows: Sequence[Row]) -> None:
+    """The training loss over the seconds of a whole epoch: evaluation and drawing included."""
+    for i, row in enumerate(rows):
+        curves = [[e["train_loss"] for e in history["epochs"]] for history in row.histories]
+        losses = [mean(v) for v in zip(*curves, strict=False)]
+        epoch = mean(r["train_seconds"] / r["epochs"] for r in row.records)
+        seconds = [epoch * e["epoch"] for e in row.histories[0]["epochs"]]
+        axes.plot(seconds[: len(losses)], losses, label=row.name, **_style(i))
+    axes.set(xlabel="seconds", ylabel="training loss")
     tidy(axes)
     _legend(axes)
 

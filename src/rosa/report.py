@@ -33,7 +33,10 @@ def comparison_table(title: str, columns: Sequence[str], rows: Sequence[Sequence
 
     table = Table(title=title)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", no_wrap=i > 0)
+        if i:
+            table.add_column(column, justify="right", no_wrap=True)
+        else:  # a variant's name has no spaces to break at
+            table.add_column(column, overflow="fold")
     for cells in rows:
         table.add_row(*cells)
     return table
