@@ -278,6 +278,21 @@ def test_only_the_spent_subspaces_are_drawn():
     torch.testing.assert_close(model(x), before)
 
 
+@pytest.mark.parametrize(
+    ("directions", "spent", "message"),
+    [
+        ("gradient", 0.0, "spent is a share above 0, up to 1, or None; got 0"),
+        ("gradient", 50, "spent is a share above 0, up to 1, or None; got 50"),
+        ("svd", 0.5, "none of the active adapters looks at it: use directions='gradient'"),
+    ],
+)
+def test_a_bound_of_no_use_is_refused(directions, spent, message):
+    model = adapted(directions=directions)
+    with pytest.raises(ValueError, match=message):
+        resample(model, spent=spent)
+    assert all(layer.rosa_offset["default"].draws == 1 for _, layer in rosa_layers(model))
+
+
 def test_the_share_held_is_of_the_best_that_the_rank_could_hold():
     u, gradient = low_rank_gradient(30, 20, [2.0, 1.0, 1.0, 1.0])
     sketch = sketch_of(gradient, 4)

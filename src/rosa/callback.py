@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rosa.decay import DecayTowardDrawn
 from rosa.moments import MOMENTS
-from rosa.resample import check, is_informed, resample, unwrap, watch
+from rosa.resample import check, check_spent, is_informed, resample, unwrap, watch
 
 ROUNDS, SHORTEST_ROUND = 5, 128
 """What "auto" goes by: subspaces in a training, and the fewest optimizer steps for each."""
@@ -73,8 +73,6 @@ class RosaCallback(TrainerCallback):
             raise ValueError(f"rewarm must not be negative, got {rewarm}")
         if moments not in MOMENTS:
             raise ValueError(f"moments must be one of {', '.join(MOMENTS)}; got {moments!r}")
-        if spent is not None and not 0 < spent <= 1:
-            raise ValueError(f"spent is a share above 0, up to 1, or None; got {spent}")
         if decay_toward not in ("drawn", "zero"):
             raise ValueError(f"decay_toward must be 'drawn' or 'zero', got {decay_toward!r}")
         if watch < 1:
@@ -101,7 +99,8 @@ class RosaCallback(TrainerCallback):
         jobs = check(kwargs["model"], kwargs.get("optimizer"))
         self._last_step, self._draw_at = -1, None
         self.period = self._period_in_steps(args, state, kwargs.get("train_dataloader"))
-        informed = any(is_informed(job) for job in jobs)
+        informed = [job for job in jobs if is_informed(job)]
+        check_spent(self.spent, informed)
         longest = self.watch if self.period is None else max(self.period // 2, 1)
         self._delay = min(self.watch, longest) if informed else 0
         self.on_train_end()

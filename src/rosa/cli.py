@@ -160,7 +160,8 @@ def train(
         float, _option(METHOD, "ROSA with gradient: 0 takes the strongest; above, by chance.")
     ] = RunSettings.temperature,
     side: Annotated[
-        str, _option(METHOD, "ROSA with gradient: directions of the outputs (left) or right.")
+        str,
+        _option(METHOD, "ROSA with gradient: directions of outputs (left), inputs (right), both."),
     ] = RunSettings.side,
     resample_every: ResampleEvery = RunSettings.resample_every,
     allocate: Annotated[

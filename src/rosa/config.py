@@ -32,8 +32,8 @@ class RosaConfig(PeftConfig):
         temperature: How ``directions="gradient"`` chooses among the gradient's directions: 0 takes
             those with most of its energy; above, a direction's chance is its energy to the power of
             1 / temperature.
-        side: Which side's directions ``directions="gradient"`` takes: the outputs' (``"left"``) or
-            the inputs' (``"right"``).
+        side: Which side's directions ``directions="gradient"`` takes: the outputs' (``"left"``),
+            the inputs' (``"right"``) or half of them each's (``"both"``).
         seed: Seed of the draws. They depend on nothing else that draws random numbers.
         rosa_dropout: Dropout on the input of the trained factors. Unlike LoRA's, they hold a part
             of the pretrained weight, which is dropped with it: 0 unless you have reason.
@@ -85,7 +85,9 @@ class RosaConfig(PeftConfig):
     )
     side: str = field(
         default="left",
-        metadata={"help": "Side of the gradient's directions: left (outputs) or right (inputs)."},
+        metadata={
+            "help": "Side of the gradient's directions: left (outputs), right (inputs) or both."
+        },
     )
     seed: int = field(default=0, metadata={"help": "Seed of the draws of subspaces."})
     rosa_dropout: float = field(

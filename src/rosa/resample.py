@@ -71,11 +71,12 @@ def resample(
 
     Raises:
         ValueError: the model has no ROSA, or is merged or disabled; a factor is NaN; the optimizer
-            does not hold the factors, or holds what cannot be projected; a batch gives no loss.
-            Nothing has been changed then.
+            does not hold the factors, or holds what cannot be projected; a batch gives no loss;
+            `spent` is no share, or no adapter looks at the gradient. Nothing has been changed then.
     """
     jobs = check(model, optimizer)
     informed = [job for job in jobs if is_informed(job)]
+    check_spent(spent, informed)
     if batches and informed:
         look(model, informed, batches, loss)
     state = {} if optimizer is None else unwrap(optimizer).state
@@ -106,6 +107,19 @@ def is_informed(job: Job) -> bool:
     _, layer, adapter = job
     config = layer.rosa_config[adapter]
     return config.directions == "gradient" and config.informed > 0
+
+
+def check_spent(spent: float | None, informed: list[Job]) -> None:
+    """Raise ValueError for a share of no use, and where nothing looks at the gradient."""
+    if spent is None:
+        return
+    if not 0 < spent <= 1:
+        raise ValueError(f"spent is a share above 0, up to 1, or None; got {spent}")
+    if not informed:
+        raise ValueError(
+            "spent is a share of the gradient, and none of the active adapters looks at it: use "
+            "directions='gradient', or leave spent out"
+        )
 
 
 def _lasts(job: Job, spent: float | None) -> bool:
