@@ -190,6 +190,20 @@ def test_a_period_that_makes_no_sense_is_refused(every):
         RosaCallback(every)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"spent": 2.0}, "spent is a share above 0"),
+        ({"moments": "some"}, "moments must be one of"),
+        ({"watch": 0}, "watch must be at least 1"),
+        ({"rewarm": -1}, "rewarm must not be negative"),
+    ],
+)
+def test_other_settings_that_make_no_sense_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        RosaCallback(**options)
+
+
 def test_a_model_without_rosa_is_refused_before_training(tmp_path, data):
     model = get_peft_model(tiny_bert(), LoraConfig(task_type="SEQ_CLS"))
     args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)

@@ -73,6 +73,7 @@ class RosaCallback(TrainerCallback):
             raise ValueError(f"rewarm must not be negative, got {rewarm}")
         if moments not in MOMENTS:
             raise ValueError(f"moments must be one of {', '.join(MOMENTS)}; got {moments!r}")
+        check_spent(spent)
         if decay_toward not in ("drawn", "zero"):
             raise ValueError(f"decay_toward must be 'drawn' or 'zero', got {decay_toward!r}")
         if watch < 1:

@@ -109,13 +109,13 @@ def is_informed(job: Job) -> bool:
     return config.directions == "gradient" and config.informed > 0
 
 
-def check_spent(spent: float | None, informed: list[Job]) -> None:
-    """Raise ValueError for a share of no use, and where nothing looks at the gradient."""
+def check_spent(spent: float | None, informed: list[Job] | None = None) -> None:
+    """Raise ValueError for a share of no use, and where no job looks at the gradient."""
     if spent is None:
         return
     if not 0 < spent <= 1:
         raise ValueError(f"spent is a share above 0, up to 1, or None; got {spent}")
-    if not informed:
+    if informed is not None and not informed:
         raise ValueError(
             "spent is a share of the gradient, and none of the active adapters looks at it: use "
             "directions='gradient', or leave spent out"
