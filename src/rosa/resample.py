@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rosa.layer import RosaLinear
+from rosa.lowrank import are_finite
 from rosa.model import rosa_layers
 
 
@@ -97,12 +98,11 @@ def is_informed(job: Job) -> bool:
 
 def _check_finite(jobs: list[Job]) -> None:
     factors = [f.detach() for _, layer, a in jobs for f in (layer.rosa_A[a], layer.rosa_B[a])]
-    norms = torch._foreach_norm(factors)  # type: ignore[attr-defined]  # one call for all
-    if all(bool(norm.isfinite()) for norm in norms):
+    if are_finite(factors):
         return
     for name, layer, adapter in jobs:
         for factor in (layer.rosa_A[adapter], layer.rosa_B[adapter]):
-            if not torch.isfinite(factor).all():
+            if not are_finite([factor.detach()]):
                 raise ValueError(
                     f"a factor of layer {name} has NaN or infinity: the training has diverged. Go "
                     "back to a checkpoint and lower the learning rate"
