@@ -11,6 +11,7 @@ growth.png how a draw's cost grows.
 from __future__ import annotations
 
 import argparse
+import compileall
 import json
 import platform
 import re
@@ -261,7 +262,12 @@ def measure_memory(rounds: int) -> dict[str, list[float]]:
 
 
 def measure_import(rounds: int) -> list[float]:
-    """Milliseconds that `import rosa` takes after `import peft`."""
+    """Milliseconds that `import rosa` takes after `import peft`.
+
+    Of compiled modules, as pip leaves them: a checkout, where Python may not write beside the
+    sources, would be compiled anew in every process.
+    """
+    compileall.compile_dir(Path(rosa.__file__).parent, quiet=1)
     code = (
         "import time, peft; t = time.perf_counter(); import rosa; "
         "print(1000 * (time.perf_counter() - t))"

@@ -19,10 +19,10 @@ def linear(kind="linear", bias=True):
     return layer.double().requires_grad_(False)
 
 
-def factors(rank=2):
+def factors(rank=2, dtype=torch.float64):
     return (
-        torch.randn(rank, 6).double().requires_grad_(),
-        torch.randn(5, rank).double().requires_grad_(),
+        torch.randn(rank, 6, dtype=dtype).requires_grad_(),
+        torch.randn(5, rank, dtype=dtype).requires_grad_(),
     )
 
 
@@ -65,6 +65,79 @@ def test_first_and_second_derivatives(scaling):
     assert torch.autograd.gradgradcheck(compute, inputs)
 
 
+AUTOCAST = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+
+
+def compare_under_autocast(half, base, x, a, b, wrap=lambda compute, x: compute(x)):
+    """The fused form's output and gradients under autocast, against the plain formula's there."""
+    leaves = [t for t in (x, a, b, base.weight, base.bias) if t is not None and t.requires_grad]
+    weights = torch.randn(*x.shape[:-1], 5)
+
+    def run(compute):
+        with torch.autocast("cpu", dtype=half):
+            out = wrap(compute, x)
+        loss = (out * weights).sum()
+        for leaf in leaves:
+            leaf.grad = None
+        loss.backward()
+        return out, [leaf.grad for leaf in leaves]
+
+    found, gradients = run(lambda x: adapted_linear(base, x, a, b, 0.7))
+    expected, wanted = run(lambda x: plain(base, x, a, b, 0.7))
+    assert found.dtype == expected.dtype == half
+    error = 16 * torch.finfo(half).eps
+    for one, other in ((found, expected), *zip(gradients, wanted, strict=True)):
+        assert one.dtype == other.dtype
+        assert (one - other).norm() <= error * other.norm()
+    assert [g.dtype for g in gradients] == [leaf.dtype for leaf in leaves]
+
+
+@AUTOCAST
+@pytest.mark.parametrize("shape", [(4, 6), (2, 3, 6), (2, 3, 2, 6)])
+@pytest.mark.parametrize(("kind", "bias"), [("linear", True), ("linear", False), ("conv", True)])
+def test_autocast_computes_what_the_plain_formula_computes_there(half, shape, kind, bias):
+    base, (a, b) = linear(kind, bias).float(), factors(dtype=torch.float32)
+    for x in (torch.randn(shape), torch.randn(shape, dtype=half)):  # as layers before give it
+        compare_under_autocast(half, base, x.requires_grad_(), a, b)
+    compare_under_autocast(half, base.requires_grad_(), torch.randn(shape), a, b)
+    compare_under_autocast(half, base.to(half), torch.randn(shape), a, b)
+
+
+@AUTOCAST
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_under_autocast(half, reentrant):
+    base, (a, b) = linear().float(), factors(dtype=torch.float32)
+    x = torch.randn(3, 6).requires_grad_()
+
+    def wrap(compute, x):
+        return checkpoint(compute, x, use_reentrant=reentrant)
+
+    compare_under_autocast(half, base, x, a, b, wrap)
+
+
+def test_second_derivatives_under_autocast():
+    base, (a, b) = linear().float(), factors(dtype=torch.float32)
+    x = torch.randn(3, 6).requires_grad_()
+
+    def penalty_gradients(compute):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = compute().float().square().sum()
+        first = torch.autograd.grad(loss, (x, a, b), create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), (x, a, b))
+
+    found = penalty_gradients(lambda: adapted_linear(base, x, a, b, 1.0))
+    wanted = penalty_gradients(lambda: plain(base, x, a, b, 1.0))
+    for one, other in zip(found, wanted, strict=True):
+        assert (one - other).norm() <= 0.2 * other.norm()
+
+
+def test_autocast_takes_the_fused_form(monkeypatch):
+    x = torch.randn(4, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fuses(adapted()[0], x, monkeypatch)
+        assert fuses(half_base(), x, monkeypatch)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(reentrant):
     base, (a, b) = linear(), factors()
@@ -100,6 +173,12 @@ def adapted(**options):
     return model, next(rosa_layers(model))[1]
 
 
+def half_base():
+    """A bfloat16 base layer with float32 factors."""
+    base = nn.Sequential(nn.Linear(6, 5)).bfloat16()
+    return get_peft_model(base, RosaConfig(r=2, target_modules=["0"]))
+
+
 def fuses(model, x, monkeypatch):
     calls = []
     original = fused._AdaptedLinear.apply
@@ -130,11 +209,13 @@ def test_a_base_layer_whose_forward_was_replaced_is_called(monkeypatch):
     assert not fuses(model, torch.randn(4, 6), monkeypatch)
 
 
-def test_dropout_autocast_and_several_adapters_take_the_plain_form(monkeypatch):
+def test_dropout_other_precisions_and_several_adapters_take_the_plain_form(monkeypatch):
     x = torch.randn(4, 6)
     assert not fuses(adapted(rosa_dropout=0.5)[0], x, monkeypatch)
+    assert not fuses(half_base(), x.bfloat16(), monkeypatch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not fuses(adapted()[0], x, monkeypatch)
+        # Which autocast leaves as they are.
+        assert not fuses(adapted()[0].double(), x.double(), monkeypatch)
     model, _ = adapted()
     model.add_adapter("other", RosaConfig(r=2, target_modules=["0"]))
     model.base_model.set_adapter(["default", "other"])

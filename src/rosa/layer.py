@@ -92,7 +92,9 @@ class RosaLayer(BaseTunerLayer):
     def base_fingerprint(self) -> tuple[float, float] | None:
         """See `rosa.subspace.fingerprint`, of the pretrained weight; None on the meta device."""
         if self._fingerprint is None and not self._weight().is_meta:
-            self._fingerprint = subspace.fingerprint(self.pretrained_weight())
+            changed = any(self.standing().values())
+            weight = self.pretrained_weight() if changed else self._weight()
+            self._fingerprint = subspace.fingerprint(weight)
         return self._fingerprint
 
     def _wanted(self, name: str) -> LowRank | None:

@@ -1,4 +1,4 @@
-"""A matrix kept as a product of two thin ones, and the precision that such products are made in."""
+"""A matrix kept as a product of two thin ones, the precision of such products, and a check."""
 
 from __future__ import annotations
 
@@ -30,6 +30,16 @@ def full_precision() -> Iterator[None]:
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
+
+
+def are_finite(tensors: list[Tensor]) -> bool:
+    """Whether no tensor has NaN or infinity."""
+    # A norm reads a tensor once and makes no temporaries; that of large numbers can overflow.
+    norms = torch._foreach_norm(tensors)  # type: ignore[attr-defined]  # one call for all
+    return all(
+        bool(norm.isfinite()) or bool(tensor.isfinite().all())
+        for tensor, norm in zip(tensors, norms, strict=True)
+    )
 
 
 class LowRank:

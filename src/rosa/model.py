@@ -32,6 +32,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rosa.config import RosaConfig
 from rosa.layer import SUPPORTED_DTYPES, RosaLayer, RosaLinear, check_in_memory
+from rosa.lowrank import are_finite
 from rosa.subspace import same_fingerprint
 
 
@@ -101,7 +102,7 @@ class RosaModel(BaseTuner):
                     f"(exclude_modules=[{name!r}]) or untie it first (for tied embeddings load the "
                     "model with tie_word_embeddings=False and clone the weight)"
                 )
-            if not weight.is_meta and not torch.isfinite(weight).all():
+            if not weight.is_meta and not are_finite([weight.detach()]):
                 raise ValueError(
                     f"the weight of {name} has NaN or infinity: the checkpoint is broken or was "
                     "converted to a precision that does not hold it"
@@ -358,7 +359,7 @@ def _check_adapter_file(
             )
         elif offset_a.shape != (offset_b.shape[1], in_features) or len(offset_b) != out_features:
             wrong.append(f"{name}: the offset's shapes do not fit each other or the weight")
-        elif not all(bool(torch.isfinite(t).all()) for t in (a, b, offset_a, offset_b)):
+        elif not are_finite([a, b, offset_a, offset_b]):
             wrong.append(f"{name}: NaN or infinity")
         elif draws.numel() != 1 or draws.is_floating_point() or int(draws) < 0:
             wrong.append(f"{name}: the count of draws is not a number")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rosa.layer import RosaLinear
+from rosa.lowrank import are_finite
 from rosa.model import rosa_layers
 from rosa.moments import check_moments, project
 
@@ -143,12 +144,11 @@ def factors_of(layer: RosaLinear, adapter: str) -> tuple[nn.Parameter, nn.Parame
 
 def _check_finite(jobs: list[Job]) -> None:
     factors = [f.detach() for _, layer, a in jobs for f in factors_of(layer, a)]
-    norms = torch._foreach_norm(factors)  # type: ignore[attr-defined]  # one call for all
-    if all(bool(norm.isfinite()) for norm in norms):
+    if are_finite(factors):
         return
     for name, layer, adapter in jobs:
         for factor in factors_of(layer, adapter):
-            if not torch.isfinite(factor).all():
+            if not are_finite([factor.detach()]):
                 raise ValueError(
                     f"a factor of layer {name} has NaN or infinity: the training has diverged. Go "
                     "back to a checkpoint and lower the learning rate"
