@@ -68,14 +68,15 @@ class Sketch:
                 with its energy to the power of one over the temperature, without replacement.
             generator: draws by that chance.
         """
-        _, sizes, rows = torch.linalg.svd(self.sum, full_matrices=False)
+        # Of the tall one: LAPACK is four times faster there than on the wide one.
+        columns, sizes, _ = torch.linalg.svd(self.sum.T, full_matrices=False)
         there = int((sizes > sizes[0] * torch.finfo(sizes.dtype).eps * max(self.sum.shape)).sum())
         scores = 2 * sizes[:there].log().cpu()
         if temperature:  # the Gumbel trick: the largest of log p + noise are a draw by p
             uniform = torch.rand(there, generator=generator, dtype=scores.dtype)
             scores = scores / temperature - uniform.log().neg().log()
         chosen = scores.topk(min(count, there)).indices
-        return rows[chosen.to(rows.device)].T
+        return columns.index_select(1, chosen.to(columns.device))
 
 
 class Watch(torch.autograd.Function):

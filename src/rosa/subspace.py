@@ -52,6 +52,8 @@ def orthonormal_basis(
     CPU, so that every device gets the same, then moved to the device of `like`.
     """
     count = rank if known is None else rank - known.shape[1]
+    if known is not None and count == 0:
+        return known
     columns = torch.randn(size, count, generator=generator, dtype=like.dtype).to(like.device)
     if known is not None:
         columns = torch.cat([known, columns], dim=1)
@@ -72,14 +74,16 @@ def _svd_directions(
     return singular_triplets(weight, chosen)
 
 
-def _orthonormal_directions(
+def _orthonormal_factors(
     weight: Tensor,
     change: LowRank | None,
     basis: Tensor,
     left: bool,
-    size: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Project the weight, with the change, onto orthonormal directions of one of its sides.
+    size: float,
+    share: float,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """A and B of the part of the weight, with the change, in a basis of one of its sides.
 
     Each direction takes the weight's root-mean-square singular value as its size, so that it
     learns at the speed of a typical singular triplet. On the smaller side the projection carries
@@ -90,22 +94,20 @@ def _orthonormal_directions(
         change: added to it first.
         basis: orthonormal columns, (out, r) for the left side, (in, r) for the right one.
         left: the side.
-        size: see `draw`.
+        size: of each direction, over `scaling`.
+        share: B's share of it.
+        scaling: see `draw`.
     """
-    if size is None:
-        whole = weight if change is None else weight + change.dense()
-        size = root_mean_square_size(float(torch.linalg.vector_norm(whole)), weight.shape)
-    sizes = weight.new_full((basis.shape[1],), size)
     # The weight and the change are projected one by one: their sum is never written down.
     if left:
         right = basis.T @ weight
         if change is not None:
             right.addmm_(basis.T @ change.B, change.A)
-        return basis, sizes, right / size
+        return right.mul_(size**-share / scaling), basis * size**share
     columns = weight @ basis
     if change is not None:
         columns.addmm_(change.B, change.A @ basis)
-    return columns / size, sizes, basis.T
+    return (basis * size ** (1 - share)).T, columns.mul_(size ** (share - 1) / scaling)
 
 
 def root_mean_square_size(norm: float, shape: Sequence[int]) -> float:
@@ -163,21 +165,23 @@ def draw(
         bound = weight.shape[1] ** -0.5  # as torch initialises a linear layer, and LoRA its A
         a = torch.rand(rank, weight.shape[1], generator=generator, dtype=weight.dtype) * 2 - 1
         return (a * bound).to(weight.device), weight.new_zeros(weight.shape[0], rank)
+    share = _SHARE_OF_B[split]
     if directions == "svd":
         whole = weight if change is None else torch.addmm(weight, change.B, change.A)
         u, sizes, v = _svd_directions(whole, rank, triplets, generator)
-    else:
-        if left is None:
-            left = weight.shape[0] <= weight.shape[1]
-        basis = orthonormal_basis(weight.shape[not left], rank, generator, weight, known)
-        u, sizes, v = _orthonormal_directions(weight, change, basis, left, size)
-    sizes = sizes / scaling
-    share = _SHARE_OF_B[split]
-    if share == 0.5:
-        # A triplet of size 0 split evenly would have two zero factors, which never get a gradient.
-        largest = float(sizes.max())
-        sizes = sizes.clamp_min(largest * torch.finfo(sizes.dtype).eps if largest > 0 else 1.0)
-    return sizes.pow(1 - share)[:, None] * v, u * sizes.pow(share)
+        if share == 0.5:
+            # A triplet of size 0 split evenly would have two zero factors, which get no gradient.
+            largest = float(sizes.max())
+            sizes = sizes.clamp_min(largest * torch.finfo(sizes.dtype).eps if largest > 0 else 1.0)
+        sizes = sizes / scaling
+        return sizes.pow(1 - share)[:, None] * v, u * sizes.pow(share)
+    if size is None:
+        whole = weight if change is None else weight + change.dense()
+        size = root_mean_square_size(float(torch.linalg.vector_norm(whole)), weight.shape)
+    if left is None:
+        left = weight.shape[0] <= weight.shape[1]
+    basis = orthonormal_basis(weight.shape[not left], rank, generator, weight, known)
+    return _orthonormal_factors(weight, change, basis, left, size / scaling, share, scaling)
 
 
 @full_precision()
