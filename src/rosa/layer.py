@@ -87,7 +87,8 @@ class RosaLayer(BaseTunerLayer):
         return weight.T if self.fan_in_fan_out else weight
 
     def _work_dtype(self) -> torch.dtype:
-        return torch.float64 if self._weight().dtype == torch.float64 else torch.float32
+        stored = self.get_base_layer().weight.dtype
+        return torch.float64 if stored == torch.float64 else torch.float32
 
     def base_fingerprint(self) -> tuple[float, float] | None:
         """See `rosa.subspace.fingerprint`, of the pretrained weight; None on the meta device."""
@@ -295,7 +296,7 @@ class RosaLayer(BaseTunerLayer):
         entry.draws += 1
         # From the factors as they are now stored: their rounding cancels too.
         drawn = self.learned(adapter)
-        if not drawn.B.any():
+        if config.directions == "zero":
             return LowRank(drawn.B[:, :0], drawn.A[:0])
         return LowRank(-drawn.B, drawn.A)
 
@@ -333,9 +334,9 @@ class RosaLayer(BaseTunerLayer):
         if settled.rank + start.rank > _MOST_TERMS * min(self.out_features, self.in_features):
             settled = settled.compressed()
         entry.terms = settled + start.to("cpu")  # in this order: see `drawn`
-        if self._pretrained is None and (before := self.standing())[adapter] is not None:
+        if self._pretrained is None and entry.in_weight is not None:
             # In one pass over the weight: cheaper than the old offset out and the new one in.
-            self._versions.leaving(weight, before)
+            self._versions.leaving(weight, self.standing())
             with full_precision():
                 weight.addmm_(change.B, change.A)
             entry.in_weight = entry.terms

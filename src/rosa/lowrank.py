@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 
+@functools.cache
+def _devices() -> set[str]:
+    """The kinds of devices there are."""
+    accelerator = torch.accelerator.current_accelerator()
+    return {"cpu", accelerator.type if accelerator else "cpu"}
+
+
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
     """Multiply in the tensors' own precision, whatever autocast or TF32 is on outside."""
     precision = torch.get_float32_matmul_precision()
-    accelerator = torch.accelerator.current_accelerator()
-    cast = [
-        device
-        for device in {"cpu", accelerator.type if accelerator else "cpu"}
-        if torch.is_autocast_enabled(device)
-    ]
+    cast = [device for device in _devices() if torch.is_autocast_enabled(device)]
     if precision == "highest" and not cast:
         yield
         return
@@ -37,7 +41,7 @@ def are_finite(tensors: list[Tensor]) -> bool:
     # A norm reads a tensor once and makes no temporaries; that of large numbers can overflow.
     norms = torch._foreach_norm(tensors)  # type: ignore[attr-defined]  # one call for all
     return all(
-        bool(norm.isfinite()) or bool(tensor.isfinite().all())
+        math.isfinite(norm) or bool(tensor.isfinite().all())
         for tensor, norm in zip(tensors, norms, strict=True)
     )
 

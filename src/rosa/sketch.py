@@ -86,14 +86,15 @@ class Sketch:
             generator: draws by that chance.
         """
         total = self.sums[side]
-        _, sizes, rows = torch.linalg.svd(total, full_matrices=False)
+        # Of the tall one: LAPACK is four times faster there than on the wide one.
+        columns, sizes, _ = torch.linalg.svd(total.T, full_matrices=False)
         there = int((sizes > sizes[0] * torch.finfo(sizes.dtype).eps * max(total.shape)).sum())
         scores = 2 * sizes[:there].log().cpu()
         if temperature:  # the Gumbel trick: the largest of log p + noise are a draw by p
             uniform = torch.rand(there, generator=generator, dtype=scores.dtype)
             scores = scores / temperature - uniform.log().neg().log()
         chosen = scores.topk(min(count, there)).indices
-        return rows[chosen.to(rows.device)].T
+        return columns.index_select(1, chosen.to(columns.device))
 
     def energies(self) -> Tensor:
         """Squares of G's largest singular values, estimated: falling, as many as were asked for."""

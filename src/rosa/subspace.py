@@ -61,6 +61,8 @@ def orthonormal_basis(
     CPU, so that every device gets the same, then moved to the device of `like`.
     """
     count = rank if known is None else rank - known.shape[1]
+    if known is not None and count == 0:
+        return known
     columns = torch.randn(size, count, generator=generator, dtype=like.dtype).to(like.device)
     if known is not None:
         columns = torch.cat([known, columns], dim=1)
@@ -81,40 +83,46 @@ def _svd_directions(
     return singular_triplets(weight, chosen)
 
 
-def _orthonormal_directions(
-    weight: Tensor, change: LowRank | None, left: Tensor, right: Tensor, size: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Take the weight's part, with the change, in orthonormal directions of its two sides.
+def _orthonormal_factors(
+    weight: Tensor,
+    change: LowRank | None,
+    bases: Mapping[str, Tensor],
+    size: float,
+    share: float,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """A and B of the part of the weight, with the change, in directions of one side or of both.
 
-    With U and V the directions, that is ``U U^T W + (I - U U^T) W V V^T``. Each direction takes the
-    weight's root-mean-square singular value as its size, so that it learns at the speed of a
-    typical singular triplet. On the smaller side the part carries rank / min(out, in) of the
-    weight's energy, as random triplets do.
+    With U of the left side and V of the right one that is ``U U^T W + (I - U U^T) W V V^T``. Each
+    direction takes the weight's root-mean-square singular value as its size, so that it learns at
+    the speed of a typical singular triplet. On the smaller side the part carries
+    rank / min(out, in) of the weight's energy, as random triplets do.
 
     Args:
         weight: (out, in).
         change: added to it first.
-        left: U, orthonormal columns, (out, k); k may be 0.
-        right: V, orthonormal columns, (in, l); l may be 0.
-        size: see `draw`.
+        bases: orthonormal columns by side, (out, k) of "left" and (in, l) of "right".
+        size: of each direction, over `scaling`.
+        share: B's share of it.
+        scaling: see `draw`.
     """
-    if size is None:
-        whole = weight if change is None else weight + change.dense()
-        size = root_mean_square_size(float(torch.linalg.vector_norm(whole)), weight.shape)
     # The weight and the change are projected one by one: their sum is never written down.
-    rows = left.T @ weight
-    columns = weight @ right
-    if change is not None:
-        rows.addmm_(left.T @ change.B, change.A)
-        columns.addmm_(change.B, change.A @ right)
-    if left.shape[1] and right.shape[1]:
-        columns.addmm_(left, rows @ right, alpha=-1)  # what both sides hold is taken once
-    sizes = weight.new_full((left.shape[1] + right.shape[1],), size)
-    return (
-        torch.cat([left, columns / size], dim=1),
-        sizes,
-        torch.cat([rows / size, right.T], dim=0),
-    )
+    a, b, rows = [], [], None
+    if (u := bases.get("left")) is not None:
+        rows = u.T @ weight
+        if change is not None:
+            rows.addmm_(u.T @ change.B, change.A)
+        a.append(rows * (size**-share / scaling))
+        b.append(u * size**share)
+    if (v := bases.get("right")) is not None:
+        columns = weight @ v
+        if change is not None:
+            columns.addmm_(change.B, change.A @ v)
+        if u is not None and rows is not None:
+            columns.addmm_(u, rows @ v, alpha=-1)  # what both sides hold is taken once
+        a.append((v * size ** (1 - share)).T)
+        b.append(columns.mul_(size ** (share - 1) / scaling))
+    return (a[0], b[0]) if len(a) == 1 else (torch.cat(a), torch.cat(b, dim=1))
 
 
 def root_mean_square_size(norm: float, shape: Sequence[int]) -> float:
@@ -172,26 +180,29 @@ def draw(
         bound = weight.shape[1] ** -0.5  # as torch initialises a linear layer, and LoRA its A
         a = torch.rand(rank, weight.shape[1], generator=generator, dtype=weight.dtype) * 2 - 1
         return (a * bound).to(weight.device), weight.new_zeros(weight.shape[0], rank)
+    share = _SHARE_OF_B[split]
     if directions == "svd":
         whole = weight if change is None else torch.addmm(weight, change.B, change.A)
         u, sizes, v = _svd_directions(whole, rank, triplets, generator)
-    else:
-        if side is None:
-            side = "left" if weight.shape[0] <= weight.shape[1] else "right"
-        bases = [
-            orthonormal_basis(length, count, generator, weight, known.get(name))
-            for (name, count), length in zip(
-                rank_of_sides(side, rank).items(), weight.shape, strict=True
-            )
-        ]
-        u, sizes, v = _orthonormal_directions(weight, change, *bases, size=size)
-    sizes = sizes / scaling
-    share = _SHARE_OF_B[split]
-    if share == 0.5:
-        # A triplet of size 0 split evenly would have two zero factors, which never get a gradient.
-        largest = float(sizes.max())
-        sizes = sizes.clamp_min(largest * torch.finfo(sizes.dtype).eps if largest > 0 else 1.0)
-    return sizes.pow(1 - share)[:, None] * v, u * sizes.pow(share)
+        if share == 0.5:
+            # A triplet of size 0 split evenly would have two zero factors, which get no gradient.
+            largest = float(sizes.max())
+            sizes = sizes.clamp_min(largest * torch.finfo(sizes.dtype).eps if largest > 0 else 1.0)
+        sizes = sizes / scaling
+        return sizes.pow(1 - share)[:, None] * v, u * sizes.pow(share)
+    if size is None:
+        whole = weight if change is None else weight + change.dense()
+        size = root_mean_square_size(float(torch.linalg.vector_norm(whole)), weight.shape)
+    if side is None:
+        side = "left" if weight.shape[0] <= weight.shape[1] else "right"
+    bases = {
+        name: orthonormal_basis(length, count, generator, weight, known.get(name))
+        for (name, count), length in zip(
+            rank_of_sides(side, rank).items(), weight.shape, strict=True
+        )
+        if count
+    }
+    return _orthonormal_factors(weight, change, bases, size / scaling, share, scaling)
 
 
 @full_precision()
