@@ -103,11 +103,11 @@ def _orthonormal_factors(
         right = basis.T @ weight
         if change is not None:
             right.addmm_(basis.T @ change.B, change.A)
-        return right.mul_(size**-share / scaling), basis * size**share
+        return right.div_(size**share * scaling), basis * size**share
     columns = weight @ basis
     if change is not None:
         columns.addmm_(change.B, change.A @ basis)
-    return (basis * size ** (1 - share)).T, columns.mul_(size ** (share - 1) / scaling)
+    return (basis * size ** (1 - share)).T, columns.div_(size ** (1 - share) * scaling)
 
 
 def root_mean_square_size(norm: float, shape: Sequence[int]) -> float:
@@ -169,11 +169,11 @@ def draw(
     if directions == "svd":
         whole = weight if change is None else torch.addmm(weight, change.B, change.A)
         u, sizes, v = _svd_directions(whole, rank, triplets, generator)
+        sizes = sizes / scaling
         if share == 0.5:
             # A triplet of size 0 split evenly would have two zero factors, which get no gradient.
             largest = float(sizes.max())
             sizes = sizes.clamp_min(largest * torch.finfo(sizes.dtype).eps if largest > 0 else 1.0)
-        sizes = sizes / scaling
         return sizes.pow(1 - share)[:, None] * v, u * sizes.pow(share)
     if size is None:
         whole = weight if change is None else weight + change.dense()
