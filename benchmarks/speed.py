@@ -117,8 +117,12 @@ def attach_jobs() -> Jobs:
 # -- training --------------------------------------------------------------------------------------
 
 
-def step_jobs() -> Jobs:
-    """Forward, backward and AdamW, batch 16 x 64; the floor is the frozen model's own share."""
+def step_jobs(half: bool = False) -> Jobs:
+    """Forward, backward and AdamW, batch 16 x 64; the floor is the frozen model's own share.
+
+    Args:
+        half: under autocast to bfloat16.
+    """
     ids, labels = torch.randint(1000, (16, 64)), torch.randint(2, (16,))
     base = BertConfig()
     options = {"target_modules": ATTENTION, "task_type": "SEQ_CLS"}
@@ -126,6 +130,12 @@ def step_jobs() -> Jobs:
         "rosa": rosa.RosaConfig(r=RANK, **options),
         "peer": LoraConfig(r=RANK, lora_alpha=2 * RANK, **options),
     }
+
+    def pass_through(model, **inputs) -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            loss = model(**inputs, labels=labels).loss
+        loss.backward()
+
     jobs: Jobs = {}
     for name, config in configs.items():
         model = get_peft_model(BertForSequenceClassification(base), config).train()
@@ -133,7 +143,7 @@ def step_jobs() -> Jobs:
 
         def train(model=model, optimizer=optimizer) -> None:
             optimizer.zero_grad()
-            model(input_ids=ids, labels=labels).loss.backward()
+            pass_through(model, input_ids=ids)
             optimizer.step()
 
         jobs[name] = train
@@ -141,7 +151,7 @@ def step_jobs() -> Jobs:
     embeddings = frozen.get_input_embeddings()(ids).detach().requires_grad_()
 
     def floor() -> None:
-        frozen(inputs_embeds=embeddings, labels=labels).loss.backward()
+        pass_through(frozen, inputs_embeds=embeddings)
 
     return {**jobs, "floor": floor}
 
@@ -310,6 +320,7 @@ ROWS = {
     "step": Row(
         "training step, RoBERTa-base, attention, 16 x 64, r 8; peer: PEFT's LoRA", step_jobs, 0.95
     ),
+    "step-bf16": Row("the same under autocast to bfloat16", lambda: step_jobs(half=True), 0.95),
     "merged": Row("inference after merge_and_unload; peer: the base model", merged_jobs, 1.02),
     "load": Row("loading an adapter; peer: a LoRA of its file size", load_jobs, 1.5),
     "switch": Row("switching between two adapters; peer: PEFT's LoRA", switch_jobs, 1.5),
@@ -337,7 +348,7 @@ def growth(say: Callable[[str], object]) -> Iterator[dict[str, object]]:
             at = {**plain, **({name: size} if name != "resamples" else {})}
             if name == "width":
                 at["layers"] = 1
-            for directions in ("svd", "orthonormal"):
+            for directions in ("svd", "orthonormal", "gradient"):
                 if directions == "svd" and (size > 4096 or name == "resamples"):
                     continue
                 jobs = resample_jobs(at["layers"], at["width"], at["r"], directions)

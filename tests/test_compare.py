@@ -80,7 +80,7 @@ def test_the_report_holds_the_runs_numbers_and_needs_no_other_file(comparison, t
         assert len(scores) == int(rows[method]["seeds"]) == 2
         assert float(rows[method]["score"]) == pytest.approx(sum(scores) / 2)
     page = (tmp_path / "report.html").read_text()
-    assert page.count("data:image/svg+xml") == 7
+    assert page.count("data:image/svg+xml") == 8
     assert not any(word in page for word in ("http://", "https://", "<script", "<link"))
     assert "| head |" in (tmp_path / "report.md").read_text()
 

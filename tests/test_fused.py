@@ -46,9 +46,13 @@ def test_outputs_and_gradients_are_those_of_the_plain_formula(shape, kind, bias)
 
 def test_inputs_that_are_not_contiguous():
     base, (a, b) = linear(), factors()
-    x = torch.randn(3, 6, 4).double().transpose(1, 2)
-    found = adapted_linear(base, x, a, b, 1.0)
-    torch.testing.assert_close(found, plain(base, x, a, b, 1.0))
+    x = torch.randn(3, 6, 4).double().transpose(1, 2).requires_grad_()
+    found, expected = adapted_linear(base, x, a, b, 1.0), plain(base, x, a, b, 1.0)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn(3, 5, 4).double().transpose(1, 2)  # a gradient of its kind too
+    gradients = torch.autograd.grad((found * weights).sum(), (x, a, b))
+    wanted = torch.autograd.grad((expected * weights).sum(), (x, a, b))
+    torch.testing.assert_close(gradients, wanted)
 
 
 @pytest.mark.parametrize("scaling", [1.0, 0.3])

@@ -302,3 +302,39 @@ def test_a_layer_compiles_without_a_break_and_sees_a_resample():
     torch.testing.assert_close(compiled(x), layer(x))
     resample(model)
     torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_compiled_layer_has_the_gradients_of_the_layer(autocast):
+    layer = layer_of(adapt(Mlp(torch.float32)), "middle")
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x, weights = torch.randn(2, 4, 10), torch.randn(2, 4, 6)
+    leaves = [x.requires_grad_(), layer.rosa_A["default"], layer.rosa_B["default"]]
+
+    def gradients(layer):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            out = layer(x)
+        return torch.autograd.grad((out * weights).sum(), leaves)
+
+    for found, expected in zip(gradients(compiled), gradients(layer), strict=True):
+        assert found.dtype == torch.float32
+        assert (found - expected).norm() <= (0.1 if autocast else 1e-5) * expected.norm()
+
+
+def test_dropout_drops_of_the_factors_input_alone():
+    layer = layer_of(adapt(Mlp(), rosa_dropout=0.5, alpha=3), "first").train()
+    x = torch.randn(2, 4, 7).double().requires_grad_()
+    factors = [layer.rosa_A["default"], layer.rosa_B["default"]]
+
+    def plain(x):
+        dropped = torch.nn.functional.dropout(x, 0.5)
+        low_rank = dropped @ factors[0].T @ factors[1].T
+        return layer.base_layer(x) + layer.scaling["default"] * low_rank
+
+    results = []
+    for compute in (layer, plain):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            out = compute(x)
+        results.append((out, *torch.autograd.grad(out.square().sum(), [x, *factors])))
+    torch.testing.assert_close(*results)

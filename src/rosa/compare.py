@@ -312,11 +312,10 @@ def _train_all(
 def _train_cell(settings: RunSettings, threads: int, quiet: bool) -> dict[str, Any]:
     """Train one cell in a process of its own; goes on from a checkpoint if there is one."""
     import datasets
-    import torch
     from transformers.utils import logging
 
     if threads:
-        torch.set_num_threads(threads)
+        _use_threads(threads)
     logging.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)  # as in the command itself
     if quiet:
@@ -327,3 +326,13 @@ def _train_cell(settings: RunSettings, threads: int, quiet: bool) -> dict[str, A
     record = train(settings, resume=begun)
     shutil.rmtree(settings.output / runs.CHECKPOINTS, ignore_errors=True)  # the run is finished
     return record
+
+
+def _use_threads(count: int) -> None:
+    """Compute with as many threads in this process: torch, and SciPy's own linear algebra too."""
+    import scipy.linalg  # noqa: F401  # what is not loaded yet is not limited
+    import torch
+    from threadpoolctl import threadpool_limits  # comes with scikit-learn
+
+    torch.set_num_threads(count)
+    threadpool_limits(count)

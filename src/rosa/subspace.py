@@ -112,7 +112,7 @@ def _orthonormal_factors(
         rows = u.T @ weight
         if change is not None:
             rows.addmm_(u.T @ change.B, change.A)
-        a.append(rows * (size**-share / scaling))
+        a.append(rows / (size**share * scaling))
         b.append(u * size**share)
     if (v := bases.get("right")) is not None:
         columns = weight @ v
@@ -121,7 +121,7 @@ def _orthonormal_factors(
         if u is not None and rows is not None:
             columns.addmm_(u, rows @ v, alpha=-1)  # what both sides hold is taken once
         a.append((v * size ** (1 - share)).T)
-        b.append(columns.mul_(size ** (share - 1) / scaling))
+        b.append(columns.div_(size ** (1 - share) * scaling))
     return (a[0], b[0]) if len(a) == 1 else (torch.cat(a), torch.cat(b, dim=1))
 
 
@@ -184,11 +184,11 @@ def draw(
     if directions == "svd":
         whole = weight if change is None else torch.addmm(weight, change.B, change.A)
         u, sizes, v = _svd_directions(whole, rank, triplets, generator)
+        sizes = sizes / scaling
         if share == 0.5:
             # A triplet of size 0 split evenly would have two zero factors, which get no gradient.
             largest = float(sizes.max())
             sizes = sizes.clamp_min(largest * torch.finfo(sizes.dtype).eps if largest > 0 else 1.0)
-        sizes = sizes / scaling
         return sizes.pow(1 - share)[:, None] * v, u * sizes.pow(share)
     if size is None:
         whole = weight if change is None else weight + change.dense()

@@ -54,10 +54,7 @@ class Versions:
         return _tracked(weight) and self._seen is not None and weight._version != self._seen
 
     def _version_of(self, state: State) -> int | None:
-        for known, version in self._states:
-            if same_state(known, state):
-                return version
-        return None
+        return next((version for known, version in self._states if same_state(known, state)), None)
 
 
 def same_state(one: State, other: State) -> bool:
