@@ -366,6 +366,7 @@ def pictures(found: dict[str, Any], folder: Path) -> list[Path]:
     """The paper's figures 1 and 2: validation loss by epoch, a panel a method; means over seeds."""
     import matplotlib
     from matplotlib import pyplot
+    from PIL import Image
 
     from rosa.pictures import tidy  # also chooses the backend that needs no display
 
@@ -381,7 +382,9 @@ def pictures(found: dict[str, Any], folder: Path) -> list[Path]:
             1, len(methods), figsize=(3 * len(methods), 4.2), sharey=True, layout="constrained"
         )
         for axes, method in zip(panels, methods, strict=True):
-            for row in (r for r in mine if r["method"] in (method, "full")):
+            for row in sorted(mine, key=lambda row: row["rank"] or math.inf):
+                if row["method"] not in (method, "full"):
+                    continue
                 group = model, row["method"], row["rank"]
                 curve = _curve([r for r in _of_group(found, group) if r["lr"] == row["lr"]])
                 style = {"color": "black", "ls": "--", "label": "full fine-tuning"}
@@ -390,7 +393,9 @@ def pictures(found: dict[str, Any], folder: Path) -> list[Path]:
                 axes.plot(*zip(*[(0, 1.0), *curve], strict=True), **style)
             axes.set_title(METHODS[method], fontsize=10)
             axes.set(xlabel="epoch", yscale="log")
+            axes.margins(x=0)
             tidy(axes)
+            axes.locator_params(axis="x", nbins=5)
         panels[0].set_ylabel("validation loss / loss at the start")
         names = {
             text: line for line, text in zip(*panels[0].get_legend_handles_labels(), strict=True)
@@ -401,8 +406,11 @@ def pictures(found: dict[str, Any], folder: Path) -> list[Path]:
         what = {"linear": "One linear layer", "mlp": "Two layers with a ReLU between"}[model]
         figure.suptitle(f"{what}, true change of rank {TRUE_RANK}")
         path = folder / f"synthetic-{model}.png"
-        figure.savefig(path, dpi=100)
+        figure.savefig(path, dpi=90)
         pyplot.close(figure)
+        with Image.open(path) as picture:
+            few_colours = picture.convert("RGB").quantize(64)  # a third of the bytes
+        few_colours.save(path, optimize=True)
         written.append(path)
     return written
 
