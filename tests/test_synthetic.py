@@ -81,7 +81,7 @@ def test_runs_in_another_process_are_the_same(tmp_path):
     assert found["runs"] == {one.name: {**asdict(one), **train(one)}}
 
 
-@pytest.mark.parametrize("best", [1e-4, 1e-3, 1e-2, 3e-2, 0.3, 1.0])
+@pytest.mark.parametrize("best", [1e-4, 1e-3, 1e-2, 3e-2, 0.3, 3.0])
 def test_a_search_goes_on_until_the_best_rate_has_neighbours(tmp_path, monkeypatch, best):
     def trained(path, found, todo, jobs, say):
         for one in todo:

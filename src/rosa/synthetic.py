@@ -49,7 +49,7 @@ EXAMPLES = {"train": 5000, "validation": 1000, "test": 1000}
 RESULT = "synthetic.json"
 # Where a search for a learning rate begins, and where it can go: half a decade at a time.
 FIRST_LRS = (1e-2, 3e-2, 1e-1)
-LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 POINTS = 50  # of a run's curve
 SOON = 0.01  # a run is said to be there when its loss is this part of the start's
 
