@@ -327,11 +327,12 @@ def synthetic(
     models: Annotated[str, typer.Option(help="linear, mlp, or both with a comma.")] = "linear,mlp",
     ranks: Annotated[str, typer.Option(help="Ranks from 1 to 32, with commas.")] = "1,2,4,8,16,24",
     lrs: Annotated[
-        str, typer.Option(help="Learning rates to choose from, for every method.")
-    ] = "0.001,0.003,0.01,0.03",
+        str | None,
+        typer.Option(help="Learning rates to choose from; without it they are searched."),
+    ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, with commas.")] = "0,1,2,3,4",
     epochs: Annotated[int, typer.Option(help="Passes over the 5,000 examples.")] = 100,
-    resample_every: Annotated[int, typer.Option(help="Epochs between ROSA's resamples.")] = 4,
+    resample_every: Annotated[int, typer.Option(help="Epochs between ROSA's resamples.")] = 1,
     jobs: Annotated[int, typer.Option(help="Runs to train at a time.")] = 2,
 ) -> None:
     """The paper's regression: LoRA stalls below the true rank of the change, ROSA does not.
@@ -348,7 +349,7 @@ def synthetic(
         output,
         models=_words(models),
         ranks=_integers("ranks", ranks),
-        lrs=_floats("lrs", lrs),
+        lrs=None if lrs is None else _floats("lrs", lrs),
         seeds=_integers("seeds", seeds),
         epochs=epochs,
         resample_every=resample_every,

@@ -4,15 +4,20 @@ A linear layer 512 -> 32, or two with 64 hidden units and a ReLU between, is to 
 a change of rank 24 in every layer, from 5,000 examples. LoRA below that rank cannot; ROSA and full
 fine-tuning can (Abdel Hameed et al., 2024, figures 1 and 2).
 
-The learning rate of each method and rank is chosen with the first seed, as the one with the lowest
-final validation loss; what is reported is the loss on other data, the test set.
+Every method is trained by Adam at a learning rate that falls linearly to zero. It begins at the one
+of several with the lowest final validation loss, chosen per method and rank with the first seed;
+what is reported is the loss on other data, the test set.
 """
 
 from __future__ import annotations
 
 import copy
+import json
+import math
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from multiprocessing import get_context
@@ -28,11 +33,25 @@ METHODS = {
     "rosa": "ROSA, singular directions",
     "rosa-orthonormal": "ROSA, random directions",
     "rosa-gradient": "ROSA, gradient directions",
+    "rosa-split-b": "ROSA, singular, split B",
     "full": "full fine-tuning",
+}
+# Directions and split. The authors' code, which stores a weight (in, out), keeps its singular
+# values on the factor that meets the inputs: our A.
+ROSA = {
+    "rosa": ("svd", "A"),
+    "rosa-orthonormal": ("orthonormal", "A"),
+    "rosa-gradient": ("gradient", "A"),
+    "rosa-split-b": ("svd", "B"),
 }
 INPUTS, HIDDEN, OUTPUTS, TRUE_RANK = 512, 64, 32, 24
 EXAMPLES = {"train": 5000, "validation": 1000, "test": 1000}
 RESULT = "synthetic.json"
+# Where a search for a learning rate begins, and where it can go: half a decade at a time.
+FIRST_LRS = (1e-2, 3e-2, 1e-1)
+LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+POINTS = 50  # of a run's curve
+SOON = 0.01  # a run is said to be there when its loss is this part of the start's
 
 
 @dataclass(frozen=True)
@@ -56,7 +75,13 @@ class Run:
 
 
 def train(run: Run) -> dict[str, Any]:
-    """Train one run; returns the losses on validation by epoch, and at the end on test."""
+    """Train one run.
+
+    Returns:
+        `curve`, pairs of an epoch and the loss on validation data after it, at most `POINTS` of
+        them, the last epoch's among them; `validation` and `test`, the losses at the end;
+        `before`, the loss on test data at the start; `trainable_parameters`.
+    """
     import torch
     from torch.nn.functional import mse_loss
 
@@ -69,7 +94,15 @@ def train(run: Run) -> dict[str, Any]:
     factors = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(factors, lr=run.lr)
     x, y = data["train"]
-    losses = []
+    steps = run.epochs * -(-len(x) // run.batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    curve = []
+
+    @torch.no_grad()
+    def loss_on(model: Any, split: str) -> float:
+        x, y = data[split]
+        return float(f"{mse_loss(model(x), y):.4g}")  # more digits would only make a long file
+
     for epoch in range(run.epochs):
         if _draws(run, epoch):
             seen = ()
@@ -86,19 +119,22 @@ def train(run: Run) -> dict[str, Any]:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        with torch.no_grad():
-            losses.append(float(mse_loss(model(data["validation"][0]), data["validation"][1])))
-    with torch.no_grad():
-        test = float(mse_loss(model(data["test"][0]), data["test"][1]))
-        before = float(mse_loss(start(data["test"][0]), data["test"][1]))
-    trained = sum(p.numel() for p in factors)
-    return {"validation": losses, "test": test, "before": before, "trainable_parameters": trained}
+            schedule.step()
+        if (epoch + 1) * POINTS // run.epochs > epoch * POINTS // run.epochs:
+            curve.append([epoch + 1, loss_on(model, "validation")])
+    return {
+        "curve": curve,
+        "validation": curve[-1][1],
+        "test": loss_on(model, "test"),
+        "before": loss_on(start, "test"),
+        "trainable_parameters": sum(p.numel() for p in factors),
+    }
 
 
 def _draws(run: Run, epoch: int) -> bool:
     """Whether subspaces are drawn at the begin of an epoch; by the gradient, at the first too."""
     first = 0 if run.method == "rosa-gradient" else run.resample_every
-    return run.method.startswith("rosa") and epoch >= first and epoch % run.resample_every == 0
+    return run.method in ROSA and epoch >= first and epoch % run.resample_every == 0
 
 
 def _problem(kind: str) -> tuple[Any, dict[str, Any]]:
@@ -139,9 +175,9 @@ def _adapt(start: Any, run: Run) -> Any:
     if run.method == "lora":
         config = LoraConfig(r=run.rank, lora_alpha=run.rank, target_modules=layers)
     else:
-        directions = run.method.partition("-")[2] or "svd"
+        directions, split = ROSA[run.method]
         config = rosa.RosaConfig(
-            r=run.rank, directions=directions, target_modules=layers, seed=run.seed
+            r=run.rank, directions=directions, split=split, target_modules=layers, seed=run.seed
         )
     return get_peft_model(model, config)
 
@@ -151,20 +187,32 @@ def experiment(
     *,
     models: Sequence[str] = MODELS,
     ranks: Sequence[int] = (1, 2, 4, 8, 16, 24),
-    lrs: Sequence[float] = (1e-3, 3e-3, 1e-2, 3e-2),
+    lrs: Sequence[float] | None = None,
     seeds: Sequence[int] = (0, 1, 2, 3, 4),
     epochs: int = 100,
-    resample_every: int = 4,
+    resample_every: int = 1,
     jobs: int = 2,
     say: Any = None,
 ) -> dict[str, Any]:
     """Train everything that the result file lacks; returns its content.
 
+    Args:
+        output: the folder of the result file.
+        models: of `MODELS`.
+        ranks: of LoRA and ROSA.
+        lrs: the learning rates to choose from. None begins with `FIRST_LRS`, and for each method
+            and rank goes on through `LRS` while the best rate so far is the last one tried.
+        seeds: the first chooses the learning rates.
+        epochs: passes over the training data.
+        resample_every: epochs between ROSA's draws.
+        jobs: runs at a time, each on one thread.
+        say: a rich console to show progress on.
+
     Raises:
         ValueError: a setting is of no use, or the file is of other settings.
     """
     for name, values in (("models", models), ("ranks", ranks), ("lrs", lrs), ("seeds", seeds)):
-        if not values:
+        if values is not None and not values:
             raise ValueError(f"no {name}: name at least one")
     unknown = sorted(set(models) - set(MODELS))
     if unknown:
@@ -174,9 +222,10 @@ def experiment(
     if min(epochs, resample_every, jobs) < 1:
         raise ValueError("epochs, resample-every and jobs must be at least 1")
     fixed = {"epochs": epochs, "resample_every": resample_every}
+    settings = {**fixed, "lr": "falls linearly to zero"}
     path = output / RESULT
-    found = runs.read_json(path) if path.is_file() else {"settings": fixed, "runs": {}}
-    if found.get("settings") != fixed:
+    found = runs.read_json(path) if path.is_file() else {"settings": settings, "runs": {}}
+    if found.get("settings") != settings:
         raise ValueError(
             f"{path} is of other settings ({found.get('settings')}): name a new folder"
         )
@@ -188,10 +237,20 @@ def experiment(
         for method in METHODS
         for rank in ((None,) if method == "full" else ranks)
     ]
-    tuning = [Run(*group, lr, seeds[0], **fixed) for group in groups for lr in lrs]
-    _train_all(path, found, tuning, jobs, say)
+    tried = {group: tuple(lrs or FIRST_LRS) for group in groups}
+    todo = [(group, lr) for group in groups for lr in tried[group]]
+    while todo:
+        _train_all(
+            path, found, [Run(*group, lr, seeds[0], **fixed) for group, lr in todo], jobs, say
+        )
+        todo = []
+        for group in groups if lrs is None else ():
+            lr = _next_lr(tried[group], best_lr(found, group, tried[group], seeds[0]))
+            if lr is not None:
+                tried[group] += (lr,)
+                todo.append((group, lr))
     rest = [
-        Run(*group, best_lr(found, group, lrs, seeds[0]), seed, **fixed)
+        Run(*group, best_lr(found, group, tried[group], seeds[0]), seed, **fixed)
         for group in groups
         for seed in seeds[1:]
     ]
@@ -199,15 +258,36 @@ def experiment(
     return found
 
 
+def _next_lr(tried: Sequence[float], best: float) -> float | None:
+    """The rate of `LRS` beyond the best one, if that is the lowest or the highest one tried."""
+    if best == min(tried):
+        return max((lr for lr in LRS if lr < best), default=None)
+    if best == max(tried):
+        return min((lr for lr in LRS if lr > best), default=None)
+    return None
+
+
 def _train_all(path: Path, found: dict[str, Any], todo: list[Run], jobs: int, say: Any) -> None:
     from rich.progress import track
 
     todo = [run for run in todo if run.name not in found["runs"]]
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        results = zip(todo, pool.map(train, todo), strict=True)
+    if not todo:
+        return
+    several = ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) if jobs > 1 else None
+    with several or nullcontext():
+        results = zip(todo, (several.map if several else map)(train, todo), strict=True)
         for run, result in track(results, "Training", len(todo), console=say):
             found["runs"][run.name] = {**asdict(run), **result}
-            runs.write_json(path, found)
+            _write(path, found)
+
+
+def _write(path: Path, found: dict[str, Any]) -> None:
+    """A result file with one line per run, whole or not at all."""
+    lines = [f"{json.dumps(name)}: {json.dumps(run)}" for name, run in found["runs"].items()]
+    text = f'{{"settings": {json.dumps(found["settings"])}, "runs": {{\n'
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text + ",\n".join(lines) + "\n}}\n", encoding="utf-8")
+    os.replace(partial, path)
 
 
 def best_lr(
@@ -215,7 +295,7 @@ def best_lr(
 ) -> float:
     """The rate with the lowest final validation loss; a diverged run loses."""
     rows = [r for r in _of_group(found, group) if r["seed"] == seed and r["lr"] in lrs]
-    return min(rows, key=lambda r: r["validation"][-1] if r["validation"][-1] >= 0 else 1e99)["lr"]
+    return min(rows, key=lambda r: r["validation"] if r["validation"] >= 0 else math.inf)["lr"]
 
 
 def _of_group(found: dict[str, Any], group: tuple[str, str, int | None]) -> list[dict[str, Any]]:
@@ -223,14 +303,19 @@ def _of_group(found: dict[str, Any], group: tuple[str, str, int | None]) -> list
 
 
 def summary(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A row per model, method and rank: test loss over all seeds at the chosen learning rate."""
+    """A row per model, method and rank: losses over all seeds at the chosen learning rate.
+
+    `loss` is the test loss over the start's, and `over_full` over full fine-tuning's; `soon` is
+    the first epoch of the mean curve at or below `SOON`, or None.
+    """
     groups = dict.fromkeys((r["model"], r["method"], r["rank"]) for r in found["runs"].values())
     full: dict[str, float] = {}
     for group in sorted(groups, key=lambda g: (g[0], g[1] != "full", g[1], g[2] or 0)):
         rows = _of_group(found, group)
         counts = {lr: sum(r["lr"] == lr for r in rows) for lr in {r["lr"] for r in rows}}
         lr = best_lr(found, group, list(counts), min(r["seed"] for r in rows))
-        losses = [r["test"] / r["before"] for r in rows if r["lr"] == lr]
+        rows = [r for r in rows if r["lr"] == lr]
+        losses = [r["test"] / r["before"] for r in rows]
         model, method, rank = group
         if method == "full":
             full[model] = mean(losses)
@@ -244,13 +329,18 @@ def summary(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
             "loss": mean(losses),
             "spread": stdev(losses) if len(losses) > 1 else None,
             "over_full": mean(losses) / full[model] if full.get(model) else None,
+            "soon": next((x for x, y in _curve(rows) if y <= SOON), None),
         }
 
 
-COLUMNS = ("method", "rank", "lr", "seeds", "loss / start's", "spread", "loss / full's")
+COLUMNS = (
+    *("method", "rank", "lr", "seeds", "loss /\nstart's", "spread", "loss /\nfull's"),
+    f"epochs\nto {SOON:.0%}",
+)
 NOTE = (
     "Mean squared error on test data, over what it was before training and over full "
-    "fine-tuning's: means over the seeds; * the chosen learning rate is at the edge of those tried."
+    f"fine-tuning's; epochs until the validation loss is {SOON:.0%} of the start's: means over the "
+    "seeds. * The chosen learning rate is the lowest or highest of those tried."
 )
 
 
@@ -265,6 +355,7 @@ def shown_rows(found: dict[str, Any], model: str) -> list[list[str]]:
             f"{row['loss']:.2e}",
             "" if row["spread"] is None else f"{row['spread']:.0e}",
             "" if row["over_full"] is None else f"{row['over_full']:.3g}",
+            "never" if row["soon"] is None else str(row["soon"]),
         ]
         for row in summary(found)
         if row["model"] == model
@@ -275,38 +366,57 @@ def pictures(found: dict[str, Any], folder: Path) -> list[Path]:
     """The paper's figures 1 and 2: validation loss by epoch, a panel a method; means over seeds."""
     import matplotlib
     from matplotlib import pyplot
+    from PIL import Image
 
     from rosa.pictures import tidy  # also chooses the backend that needs no display
 
     written = []
     rows = list(summary(found))
     for model in dict.fromkeys(row["model"] for row in rows):
+        mine = [row for row in rows if row["model"] == model]
         methods = [m for m in METHODS if m != "full"]
-        figure, panels = pyplot.subplots(1, len(methods), figsize=(12, 4), sharey=True)
-        full = next(r for r in rows if r["model"] == model and r["method"] == "full")
-        ranks = sorted({r["rank"] for r in rows if r["rank"]})
-        colours = matplotlib.colormaps["viridis_r"]
+        ranks = sorted({row["rank"] for row in mine if row["rank"]})
+        colours = matplotlib.colormaps["plasma_r"]
+        shades = {rank: colours(0.15 + 0.8 * i / len(ranks)) for i, rank in enumerate(ranks)}
+        figure, panels = pyplot.subplots(
+            1, len(methods), figsize=(3 * len(methods), 4.2), sharey=True, layout="constrained"
+        )
         for axes, method in zip(panels, methods, strict=True):
-            for row in (r for r in rows if r["model"] == model and r["method"] == method):
-                shade = colours((ranks.index(row["rank"]) + 1) / len(ranks))
-                axes.plot(_curve(found, row), color=shade, label=f"rank {row['rank']}")
-            axes.plot(_curve(found, full), color="black", ls="--", label="full fine-tuning")
-            axes.set(title=METHODS[method], xlabel="epoch", yscale="log")
+            for row in sorted(mine, key=lambda row: row["rank"] or math.inf):
+                if row["method"] not in (method, "full"):
+                    continue
+                group = model, row["method"], row["rank"]
+                curve = _curve([r for r in _of_group(found, group) if r["lr"] == row["lr"]])
+                style = {"color": "black", "ls": "--", "label": "full fine-tuning"}
+                if row["rank"]:
+                    style = {"color": shades[row["rank"]], "label": f"rank {row['rank']}"}
+                axes.plot(*zip(*[(0, 1.0), *curve], strict=True), **style)
+            axes.set_title(METHODS[method], fontsize=10)
+            axes.set(xlabel="epoch", yscale="log")
+            axes.margins(x=0)
             tidy(axes)
-        panels[0].set_ylabel("validation loss, of the start's")
-        panels[0].legend(frameon=False, fontsize=8)
+            axes.locator_params(axis="x", nbins=5)
+        panels[0].set_ylabel("validation loss / loss at the start")
+        names = {
+            text: line for line, text in zip(*panels[0].get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(
+            names.values(), names, loc="outside lower center", ncols=len(names), frameon=False
+        )
         what = {"linear": "One linear layer", "mlp": "Two layers with a ReLU between"}[model]
         figure.suptitle(f"{what}, true change of rank {TRUE_RANK}")
-        figure.tight_layout()
-        path = folder / f"synthetic-{model}.svg"
-        figure.savefig(path, metadata={"Date": None})
+        path = folder / f"synthetic-{model}.png"
+        figure.savefig(path, dpi=90)
         pyplot.close(figure)
+        with Image.open(path) as picture:
+            few_colours = picture.convert("RGB").quantize(64)  # a third of the bytes
+        few_colours.save(path, optimize=True)
         written.append(path)
     return written
 
 
-def _curve(found: dict[str, Any], row: dict[str, Any]) -> list[float]:
-    group = row["model"], row["method"], row["rank"]
-    rows = [r for r in _of_group(found, group) if r["lr"] == row["lr"]]
-    curves = [[loss / r["before"] for loss in r["validation"]] for r in rows]
-    return [mean(losses) for losses in zip(*curves, strict=True)]
+def _curve(rows: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    """Epochs, and the validation loss over the start's: the mean of several runs."""
+    epochs = [epoch for epoch, _ in rows[0]["curve"]]
+    curves = [[loss / row["before"] for _, loss in row["curve"]] for row in rows]
+    return [(e, mean(losses)) for e, losses in zip(epochs, zip(*curves, strict=True), strict=True)]
