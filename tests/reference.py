@@ -27,8 +27,8 @@ class ReferenceRosa:
         with torch.no_grad():
             merged = self.weight().clone()
             u, sizes, vh = torch.linalg.svd(merged, full_matrices=False)
-            self.B.copy_(u[:, chosen] * sizes[chosen] / self.scaling)
-            self.A.copy_(vh[chosen])
+            self.B.copy_(u[:, chosen])
+            self.A.copy_(sizes[chosen][:, None] * vh[chosen] / self.scaling)
             self.fixed = merged - self.scaling * self.B @ self.A
 
 

@@ -30,13 +30,14 @@ def attach(model, **options):
 
 
 def learn(model, rounds=3):
-    """Change the factors at random, with resamples between."""
+    """Change the factors at random, with resamples between; by as much whatever the rounds."""
+    size = 0.05 * (3 / max(rounds, 3)) ** 0.5
     for round_ in range(rounds):
         if round_:
             resample(model)
         for name, p in model.named_parameters():
             if "rosa_" in name and p.requires_grad:
-                p.data.add_(torch.randn_like(p), alpha=0.05)
+                p.data.add_(torch.randn_like(p), alpha=size)
     return model.eval()
 
 

@@ -81,12 +81,13 @@ def test_zero_directions_start_as_lora_does():
     torch.testing.assert_close(a.std(), torch.tensor(0.1 / 3**0.5).double(), rtol=0.1, atol=0)
 
 
-def test_svd_with_the_scale_on_b_is_the_papers_factoring():
+def test_svd_with_the_scale_on_a_is_the_papers_factoring():
+    """The paper's layer is x W, with W (in, out): its U S is what stands beside the inputs."""
     weight = torch.randn(9, 6, dtype=torch.float64)
-    a, b = draw(weight, 2, directions="svd", triplets="top", split="B")
-    torch.testing.assert_close(a @ a.T, torch.eye(2, dtype=torch.float64))
+    a, b = draw(weight, 2, directions="svd", triplets="top", split="A")
+    torch.testing.assert_close(b.T @ b, torch.eye(2, dtype=torch.float64))
     sizes = torch.linalg.svdvals(weight)
-    torch.testing.assert_close(b.T @ b, torch.diag(sizes[:2] ** 2))
+    torch.testing.assert_close(a @ a.T, torch.diag(sizes[:2] ** 2))
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (5, 11), (12, 4)])
@@ -102,7 +103,7 @@ def test_orthonormal_directions_have_the_root_mean_square_singular_value_as_size
 @pytest.mark.parametrize(("triplets", "expected"), [("top", [0, 1]), ("bottom", [4, 5])])
 def test_top_and_bottom_triplets(triplets, expected):
     weight = torch.randn(7, 6, dtype=torch.float64)
-    _, b = draw(weight, 2, directions="svd", triplets=triplets)
+    _, b = draw(weight, 2, directions="svd", triplets=triplets, split="B")
     sizes = torch.linalg.svdvals(weight)[expected]
     torch.testing.assert_close(b.norm(dim=0), sizes)
 
@@ -112,7 +113,7 @@ def test_random_triplets_are_a_uniform_subset_without_replacement():
     counts, draws = torch.zeros(6), 3000
     pairs = torch.zeros(6, 6)
     for seed in range(draws):
-        _, b = draw(weight, 2, seed=seed, directions="svd")
+        _, b = draw(weight, 2, seed=seed, directions="svd", split="B")
         chosen = (b.norm(dim=0).round().long() - 1).tolist()
         assert len(set(chosen)) == 2
         counts[chosen] += 1

@@ -25,8 +25,9 @@ class RosaConfig(PeftConfig):
             starts.
         triplets: Which triplets ``directions="svd"`` takes: a ``"random"`` subset, uniform
             without replacement, the ``"top"`` or the ``"bottom"`` ones.
-        split: How the scale is split between the factors: all on ``"B"`` (the paper), ``"even"``,
-            or all on ``"A"``. The size of a factor acts as the other's learning rate.
+        split: How the scale is split between the factors: all on ``"A"`` (as the authors' code
+            has it), ``"even"``, or all on ``"B"``. The size of a factor acts as the other's
+            learning rate.
         informed: The share of the directions that ``directions="gradient"`` takes from the
             gradient; the rest are random, so that every direction is drawn in the end.
         temperature: How ``directions="gradient"`` chooses among the gradient's directions: 0 takes
@@ -69,7 +70,7 @@ class RosaConfig(PeftConfig):
         metadata={"help": f"Which singular triplets svd takes: one of {', '.join(TRIPLETS)}."},
     )
     split: str = field(
-        default="B",
+        default="A",
         metadata={"help": f"Which factor gets the scale: one of {', '.join(SPLITS)}."},
     )
     informed: float = field(

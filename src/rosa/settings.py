@@ -46,7 +46,7 @@ class RunSettings:
     alpha: float | None = None
     directions: str = "gradient"
     triplets: str = "random"
-    split: str = "B"
+    split: str = "A"
     informed: float = 1.0
     temperature: float = 0.0
     side: str = "left"

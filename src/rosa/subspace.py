@@ -4,7 +4,8 @@ Nothing here knows of layers or models. Shapes follow a linear layer: a weight i
 factor ``A`` is (r, in) and the factor ``B`` is (out, r), so that ``B @ A`` has the weight's shape.
 
 Source: Abdel Hameed et al., "ROSA: Random Subspace Adaptation for Efficient Fine-Tuning",
-arXiv 2407.07802, section 3. The paper writes ``W = W_fixed + A B``; its A is our B.
+arXiv 2407.07802, section 3. The paper writes a layer as x W and ``W = W_fixed + A B``: its W is
+ours transposed, and its A, which holds the singular values, is our A.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def draw(
     *,
     directions: Directions = "svd",
     triplets: Triplets = "random",
-    split: Split = "B",
+    split: Split = "A",
     scaling: float = 1.0,
     change: LowRank | None = None,
     size: float | None = None,
@@ -154,7 +155,7 @@ def draw(
             directions of the loss gradient (`known`); or "zero", which takes nothing of the weight:
             a random A and a zero B, as LoRA starts.
         triplets: which triplets, for ``directions="svd"``.
-        split: where the scale goes: all on B (the paper), half on each, all on A.
+        split: where the scale goes: all on A (the authors' code), half on each, all on B.
         scaling: the factor s that the layer multiplies the product with.
         change: to be added to the weight first, such as what was learned since the last draw.
         size: the size of an orthonormal direction; None takes the root mean square of the weight's
