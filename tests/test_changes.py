@@ -17,10 +17,14 @@ from tests.models import Mlp
 TARGETS = ["first", "middle"]
 
 
+def state():
+    return SimpleNamespace(epoch=1.0, global_step=1, log_history=[])
+
+
 def recorded(model, before):
     recorder = ChangeRecorder(before, TARGETS)
-    recorder.on_epoch_end(None, SimpleNamespace(epoch=1.0), None, model=model)
-    recorder.on_train_end(None, SimpleNamespace(epoch=1.0), None, model=model)
+    recorder.on_epoch_end(None, state(), None, model=model)
+    recorder.on_train_end(None, state(), None, model=model)
     return recorder
 
 
@@ -62,7 +66,7 @@ def test_ranks_and_spectra_are_those_of_the_change(method):
 def test_nothing_changed_is_rank_zero_and_few_layers_are_recorded():
     model = nn.Sequential(*[nn.Linear(3, 3) for _ in range(30)])
     recorder = ChangeRecorder(model, [str(i) for i in range(30)])
-    recorder.on_epoch_end(None, SimpleNamespace(epoch=1.0), None, model=model)
+    recorder.on_epoch_end(None, state(), None, model=model)
     ranks = recorder.epochs[0]["ranks"]
     assert 6 <= len(ranks) <= 12
     assert set(ranks.values()) == {0}

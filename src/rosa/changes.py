@@ -42,7 +42,10 @@ class ChangeRecorder(TrainerCallback):
         """Record the ranks."""
         found = self._singular_values(kwargs["model"])
         ranks = {n: int((s > TOLERANCE * s[0]).sum()) if s[0] else 0 for n, s in found.items()}
-        self.epochs.append({"epoch": state.epoch, "ranks": ranks})
+        # The Trainer's log is in its checkpoints: a run that is resumed knows of the epochs before.
+        state.log_history.append({"epoch": state.epoch, "step": state.global_step, "ranks": ranks})
+        seen = [row for row in state.log_history if "ranks" in row]
+        self.epochs = [{"epoch": row["epoch"], "ranks": row["ranks"]} for row in seen]
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

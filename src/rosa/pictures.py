@@ -175,16 +175,17 @@ def _by_time(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _ranks(axes: Axes, rows: Sequence[Row]) -> None:
-    drawn = False
+    found = False
     for i, row in enumerate(rows):
-        records = [h["changes"]["epochs"] for h in row.histories if "changes" in h]
-        if not records or not records[0]:
-            continue
-        drawn = True
-        epochs = [record["epoch"] for record in records[0]]
-        curves = [[median(e["ranks"].values()) for e in record] for record in records]
-        axes.plot(epochs, [mean(v) for v in zip(*curves, strict=True)], label=row.name, **_style(i))
-    if not drawn:
+        medians: dict[float, list[float]] = {}
+        for history in row.histories:
+            for record in history.get("changes", {}).get("epochs", ()):
+                medians.setdefault(record["epoch"], []).append(median(record["ranks"].values()))
+        if medians:
+            found = True
+            epochs = sorted(medians)
+            axes.plot(epochs, [mean(medians[e]) for e in epochs], label=row.name, **_style(i))
+    if not found:
         _nothing(axes, "no ranks were recorded")
         return
     axes.set(xlabel="epoch", ylabel="rank, median of the layers")
