@@ -43,8 +43,9 @@ class ChangeRecorder(TrainerCallback):
         found = self._singular_values(kwargs["model"])
         ranks = {n: int((s > TOLERANCE * s[0]).sum()) if s[0] else 0 for n, s in found.items()}
         # The Trainer's log is in its checkpoints: a run that is resumed knows of the epochs before.
-        state.log_history.append({"epoch": state.epoch, "step": state.global_step, "ranks": ranks})
-        seen = [row for row in state.log_history if "ranks" in row]
+        log: list[dict[str, Any]] = state.log_history  # type: ignore[assignment]  # of floats, it says
+        log.append({"epoch": state.epoch, "step": state.global_step, "ranks": ranks})
+        seen = [row for row in log if "ranks" in row]
         self.epochs = [{"epoch": row["epoch"], "ranks": row["ranks"]} for row in seen]
 
     def on_train_end(
