@@ -372,12 +372,19 @@ def draw_growth(points: list[dict[str, object]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     names = list(dict.fromkeys(p["over"] for p in points))
-    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.4), layout="constrained")
+    labels = list(dict.fromkeys(p["directions"] for p in points))
+    figure, axes = plt.subplots(
+        1, len(names), figsize=(4 * len(names), 3.4), sharey=True, layout="constrained"
+    )
     for axis, name in zip(axes, names, strict=True):
         here = [p for p in points if p["over"] == name]
-        for label in dict.fromkeys(p["directions"] for p in here):
+        for number, label in enumerate(labels):
             line = [p for p in here if p["directions"] == label]
-            axis.loglog([p["size"] for p in line], [p["seconds"] for p in line], "o-", label=label)
+            at, seconds = [p["size"] for p in line], [p["seconds"] for p in line]
+            axis.loglog(at, seconds, "o-", color=f"C{number}", label=label)
+        axis.set_xticks(sorted({p["size"] for p in here}), minor=False)
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.minorticks_off()
         axis.set_xlabel(name)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("seconds a resample")
