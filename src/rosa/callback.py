@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rosa.decay import DecayTowardDrawn
-from rosa.moments import MOMENTS
+from rosa.moments import check_moments
 from rosa.resample import check, check_spent, is_informed, resample, unwrap, watch
 
 ROUNDS, SHORTEST_ROUND = 5, 128
@@ -71,8 +71,7 @@ class RosaCallback(TrainerCallback):
             raise ValueError(f"every must be positive, got {every}")
         if rewarm < 0:
             raise ValueError(f"rewarm must not be negative, got {rewarm}")
-        if moments not in MOMENTS:
-            raise ValueError(f"moments must be one of {', '.join(MOMENTS)}; got {moments!r}")
+        check_moments(moments, {}, [])
         check_spent(spent)
         if decay_toward not in ("drawn", "zero"):
             raise ValueError(f"decay_toward must be 'drawn' or 'zero', got {decay_toward!r}")

@@ -78,11 +78,11 @@ def resample(
     jobs = check(model, optimizer)
     informed = [job for job in jobs if is_informed(job)]
     check_spent(spent, informed)
-    if batches and informed:
-        look(model, informed, batches, loss)
     state = {} if optimizer is None else unwrap(optimizer).state
     check_moments(moments, state, [f for _, layer, a in jobs for f in factors_of(layer, a)])
     _check_finite(jobs)
+    if batches and informed:
+        look(model, informed, batches, loss)
     _agree(informed)
     _warn_of_blind(informed)
     drawn = [job for job in jobs if not _lasts(job, spent)]
