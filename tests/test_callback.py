@@ -34,7 +34,9 @@ class Draws(TrainerCallback):
         self.at[state.global_step] = layer.rosa_offset["default"].draws
 
 
-def train(folder, data, every="epoch", base=None, resume=None, directions="svd", **options):
+def train(
+    folder, data, every="epoch", base=None, resume=None, directions="svd", spent=None, **options
+):
     config = RosaConfig(
         r=2, directions=directions, target_modules=["query", "value"], task_type="SEQ_CLS"
     )
@@ -54,7 +56,7 @@ def train(folder, data, every="epoch", base=None, resume=None, directions="svd",
         }
     )
     draws = Draws()
-    callback = RosaCallback(every)
+    callback = RosaCallback(every, spent=spent)
     trainer = Trainer(
         model, args, train_dataset=data, eval_dataset=data, callbacks=[callback, draws]
     )
@@ -78,6 +80,19 @@ def test_auto_is_an_epoch_or_a_fifth_but_no_short_round(
     _, _, draws = train(tmp_path, data, "auto", **options)
     steps = sorted(draws)
     assert {s for s in steps if s and draws[s] > draws[s - 1]} == expected
+
+
+def test_auto_with_a_bound_looks_often_and_draws_what_is_spent(tmp_path, data, monkeypatch):
+    monkeypatch.setattr("rosa.callback.LOOK", 6)
+    drawn = {}
+    for spent in (1e-6, 1.0):
+        _, callback, draws = train(tmp_path, data, "auto", directions="gradient", spent=spent)
+        assert callback.period == 6
+        assert callback.resamples == 3  # looks, at 3, 9 and 15
+        drawn[spent] = callback.drawn
+        if spent < 1:
+            assert len(set(draws.values())) == 1  # something of the gradient is always inside
+    assert drawn == {1e-6: 0, 1.0: 3 * 4}
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,47 @@ def test_watching_changes_neither_outputs_nor_gradients():
     torch.testing.assert_close(torch.autograd.grad(loss_of(model, x), factors), expected)
 
 
+def spectrum(weight):
+    """Left and right singular vectors, as columns."""
+    u, _, vh = torch.linalg.svd(weight, full_matrices=False)
+    return {"left": u, "right": vh.T}
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_informed_triplets_are_those_that_hold_most_of_the_gradient(side):
+    """Against the full gradient; its rank is below the sketch's, so the order is found exactly."""
+    options = {"side": side, "informed": 0.5, "r": 4, "target_modules": ["first", "middle"]}
+    model, x = adapted(directions="svd", triplets="gradient", **options), torch.randn(1, 7).double()
+    gradients = weights_gradients(model, x)
+    before = model(x)
+    weights = {
+        n: layer._weight() + layer.learned("default").dense() for n, layer in rosa_layers(model)
+    }
+    resample(model, batches=[x], loss=loss_of)
+    torch.testing.assert_close(model(x), before)
+    for name, layer in rosa_layers(model):
+        gradient, vectors = gradients[name], spectrum(weights[name])
+        energy = torch.zeros(min(gradient.shape)).double()
+        if side != "right":
+            energy += (vectors["left"].T @ gradient).square().sum(1)
+        if side != "left":
+            energy += (gradient @ vectors["right"]).square().sum(0)
+        b = torch.linalg.qr(layer.rosa_B["default"].detach()).Q
+        taken = (vectors["left"].T @ b).square().sum(1)
+        torch.testing.assert_close(taken.round(), taken)  # whole triplets: each all in, or all out
+        assert taken.sum().round() == 4
+        assert set(energy.topk(2).indices.tolist()) <= set(taken.topk(4).indices.tolist()), name
+
+
+def test_informed_triplets_are_random_until_a_gradient_was_seen():
+    model = adapted(directions="svd", triplets="gradient")
+    with pytest.warns(UserWarning, match="no gradient was seen of 3 of 3 weights"):
+        resample(model)
+    assert all(layer.rosa_offset["default"].draws == 2 for _, layer in rosa_layers(model))
+    assert watch(model) == 3
+    assert watch(adapted(directions="svd", triplets="gradient", informed=0.0)) == 0
+
+
 def test_the_same_seed_draws_the_same():
     base, x, draws = Mlp().double(), torch.randn(5, 7).double(), []
     for seed in (1, 1, 2):

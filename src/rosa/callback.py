@@ -13,6 +13,8 @@ from rosa.resample import check, check_spent, is_informed, resample, unwrap, wat
 
 ROUNDS, SHORTEST_ROUND = 5, 128
 """What "auto" goes by: subspaces in a training, and the fewest optimizer steps for each."""
+LOOK = 32
+"""Optimizer steps from one look at what is spent to the next, with "auto"."""
 
 
 class RosaCallback(TrainerCallback):
@@ -22,16 +24,16 @@ class RosaCallback(TrainerCallback):
     schedule is the Trainer's own step count) and with `load_best_model_at_end`. Nothing is drawn
     before the first step or after the last one.
 
-    With ``directions="gradient"`` the first steps of each period, from the first of all, are
-    watched, and the draw comes after them. A run that is resumed between the two watches anew, so
-    it draws up to `watch` steps later than it would have.
+    With ``directions="gradient"``, or ``triplets="gradient"``, the first steps of each period,
+    from the first of all, are watched, and the draw comes after them. A run that is resumed between
+    the two watches anew, so it draws up to `watch` steps later than it would have.
 
     Args:
         every: ``"auto"``, an epoch or a fifth of the training, whichever is shorter, but 128
             optimizer steps at least, since a subspace needs some to learn; or ``"epoch"``; or a
             whole number of optimizer steps; or a fraction or multiple of an epoch as a float, such
-            as 0.5; or ``"never"``, which leaves the draw of ``directions="gradient"`` after the
-            first steps.
+            as 0.5; or ``"never"``, which leaves the gradient's draw after the first steps. With
+            `spent`, ``"auto"`` looks every 32 steps, and draws what is spent.
         moments: see `rosa.resample`.
         spent: see `rosa.resample`; a share above 0, up to 1, or None.
         rewarm: optimizer steps over which the learning rate rises again after a resample, linearly
@@ -39,11 +41,12 @@ class RosaCallback(TrainerCallback):
         decay_toward: what weight decay pulls the factors to: what they were ``"drawn"`` as, or
             ``"zero"``, which wears away the part of the pretrained weight that they hold. See
             `rosa.decay`; it is AdamW's decay that is meant.
-        watch: optimizer steps that ``directions="gradient"`` watches before a draw; at most half a
+        watch: optimizer steps that are watched before a draw by the gradient; at most half a
             period.
 
     Attributes:
-        resamples: how many times it has drawn in this process.
+        resamples: how many times it has drawn in this process, or looked at what is spent.
+        drawn: how many weights it has drawn, in all of them.
         seconds: the time that took.
         period: optimizer steps from one draw to the next, known once training has begun; None for
             "never".
@@ -84,6 +87,7 @@ class RosaCallback(TrainerCallback):
         self.decay_toward = decay_toward
         self.watch = watch
         self.resamples = 0
+        self.drawn = 0
         self.seconds = 0.0
         self.period: int | None = None
         self._delay = 0  # steps from the begin of a period to its draw
@@ -120,6 +124,8 @@ class RosaCallback(TrainerCallback):
             return self.every
         if self.every == "never":
             return None
+        if self.every == "auto" and self.spent is not None:
+            return LOOK
         batches = _length(dataloader)
         epoch = None
         if batches is not None:
@@ -171,7 +177,7 @@ class RosaCallback(TrainerCallback):
             self._draw_at = step
         if step == self._draw_at:
             started = time.perf_counter()
-            resample(model, optimizer, moments=self.moments, spent=self.spent)
+            self.drawn += resample(model, optimizer, moments=self.moments, spent=self.spent)
             if self._decay is not None:
                 self._decay.refresh()
             self.seconds += time.perf_counter() - started

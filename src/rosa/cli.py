@@ -148,20 +148,22 @@ def train(
         ),
     ] = RunSettings.directions,
     triplets: Annotated[
-        str, _option(METHOD, "ROSA with svd: which triplets: random, top or bottom.")
+        str, _option(METHOD, "ROSA with svd: which triplets: random, top, bottom or gradient.")
     ] = RunSettings.triplets,
     split: Annotated[
         str, _option(METHOD, "ROSA: which factor holds the scale: B, even or A.")
     ] = RunSettings.split,
     informed: Annotated[
-        float, _option(METHOD, "ROSA with gradient: share of directions from it; rest random.")
+        float, _option(METHOD, "ROSA: share of directions that the gradient decides; rest random.")
     ] = RunSettings.informed,
     temperature: Annotated[
-        float, _option(METHOD, "ROSA with gradient: 0 takes the strongest; above, by chance.")
+        float, _option(METHOD, "ROSA by the gradient: 0 takes the strongest; above, by chance.")
     ] = RunSettings.temperature,
     side: Annotated[
         str,
-        _option(METHOD, "ROSA with gradient: directions of outputs (left), inputs (right), both."),
+        _option(
+            METHOD, "ROSA by the gradient: of the outputs' side (left), the inputs' (right), both."
+        ),
     ] = RunSettings.side,
     resample_every: ResampleEvery = RunSettings.resample_every,
     allocate: Annotated[
@@ -178,7 +180,7 @@ def train(
         _option(
             METHOD,
             "ROSA: weights whose subspace holds this share of the gradient that it could hold keep "
-            "it at a resample; all are drawn if left out.",
+            "it at a resample (auto: a look every 32 steps); all are drawn if left out.",
         ),
     ] = None,
     rewarm: Annotated[

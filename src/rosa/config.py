@@ -24,17 +24,19 @@ class RosaConfig(PeftConfig):
             see `rosa.watch`), ``"zero"`` nothing of the weight: a fresh zero product, as LoRA
             starts.
         triplets: Which triplets ``directions="svd"`` takes: a ``"random"`` subset, uniform
-            without replacement, the ``"top"`` or the ``"bottom"`` ones.
+            without replacement, the ``"top"`` or the ``"bottom"`` ones, or, at the cost of a full
+            SVD, those that hold the most of the loss ``"gradient"`` (random ones until one was
+            seen: see `rosa.watch`).
         split: How the scale is split between the factors: all on ``"A"`` (as the authors' code
             has it), ``"even"``, or all on ``"B"``. The size of a factor acts as the other's
             learning rate.
-        informed: The share of the directions that ``directions="gradient"`` takes from the
-            gradient; the rest are random, so that every direction is drawn in the end.
-        temperature: How ``directions="gradient"`` chooses among the gradient's directions: 0 takes
-            those with most of its energy; above, a direction's chance is its energy to the power of
-            1 / temperature.
-        side: Which side's directions ``directions="gradient"`` takes: the outputs' (``"left"``),
-            the inputs' (``"right"``) or half of them each's (``"both"``).
+        informed: The share of the directions that the gradient decides, with
+            ``directions="gradient"`` or ``triplets="gradient"``; the rest are random, so that every
+            direction is drawn in the end.
+        temperature: How the gradient decides: 0 takes the directions with most of its energy;
+            above, a direction's chance is its energy to the power of 1 / temperature.
+        side: Of which side it is: the outputs' (``"left"``), the inputs' (``"right"``) or half of
+            the directions each's (``"both"``; of triplets, the sum of both energies).
         seed: Seed of the draws. They depend on nothing else that draws random numbers.
         rosa_dropout: Dropout on the input of the trained factors. Unlike LoRA's, they hold a part
             of the pretrained weight, which is dropped with it: 0 unless you have reason.
@@ -75,13 +77,13 @@ class RosaConfig(PeftConfig):
     )
     informed: float = field(
         default=1.0,
-        metadata={"help": "Share of the directions that 'gradient' takes from the gradient."},
+        metadata={"help": "Share of the directions that the gradient decides."},
     )
     temperature: float = field(
         default=0.0,
         metadata={
-            "help": "0: 'gradient' takes the directions with most of the gradient's energy; above, "
-            "a direction's chance is its energy to the power of 1 / temperature."
+            "help": "0: the gradient's directions are those with most of its energy; above, a "
+            "direction's chance is its energy to the power of 1 / temperature."
         },
     )
     side: str = field(
@@ -138,6 +140,14 @@ class RosaConfig(PeftConfig):
         default=None,
         metadata={"help": "Written on saving: which base weights the adapter belongs to."},
     )
+
+    @property
+    def is_informed(self) -> bool:
+        """Whether the loss gradient has a say in what is drawn."""
+        by_gradient = self.directions == "gradient" or (
+            self.directions == "svd" and self.triplets == "gradient"
+        )
+        return by_gradient and self.informed > 0
 
     def __post_init__(self) -> None:
         super().__post_init__()

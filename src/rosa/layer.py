@@ -267,11 +267,8 @@ class RosaLayer(BaseTunerLayer):
         norm, _ = self.base_fingerprint() or (0.0, 0.0)
         generator = subspace.generator(config.seed, f"{self.name}.{adapter}", entry.draws)
         try:
-            sketch, known = self._sketches.pop(adapter, None), {}
-            if sketch is not None:
-                for side, rank in subspace.rank_of_sides(config.side, self.r[adapter]).items():
-                    if count := round(config.informed * rank):
-                        known[side] = sketch.directions(side, count, config.temperature, generator)
+            sketch = self._sketches.pop(adapter, None)
+            known, choose = self._from_gradient(adapter, sketch, generator)
             a, b = subspace.draw(
                 weight,
                 self.r[adapter],
@@ -284,6 +281,7 @@ class RosaLayer(BaseTunerLayer):
                 size=subspace.root_mean_square_size(norm, weight.shape),
                 side=None if sketch is None else config.side,
                 known=known,
+                choose=choose,
                 generator=generator,
             )
         except RuntimeError as error:  # torch.linalg.LinAlgError is one
@@ -299,6 +297,21 @@ class RosaLayer(BaseTunerLayer):
         if config.directions == "zero":
             return LowRank(drawn.B[:, :0], drawn.A[:0])
         return LowRank(-drawn.B, drawn.A)
+
+    def _from_gradient(
+        self, adapter: str, sketch: Sketch | None, generator: torch.Generator
+    ) -> tuple[dict[str, Tensor], subspace.Choose | None]:
+        """The directions that the gradient gives, or how it chooses triplets: for `draw`."""
+        config, known = self.rosa_config[adapter], {}
+        if sketch is None or not config.is_informed:
+            return known, None
+        if config.directions == "svd":
+            count = round(config.informed * self.r[adapter])
+            return known, lambda bases: sketch.places(bases, count, config.temperature, generator)
+        for side, rank in subspace.rank_of_sides(config.side, self.r[adapter]).items():
+            if count := round(config.informed * rank):
+                known[side] = sketch.directions(side, count, config.temperature, generator)
+        return known, None
 
     def watch(self, adapter: str) -> None:
         """Begin to sum up where the loss gradient lies, in backward passes, until the next draw."""
@@ -330,10 +343,12 @@ class RosaLayer(BaseTunerLayer):
         entry = self.rosa_offset[adapter]
         learned, weight = self.learned(adapter), self._weight()
         start = self._draw(adapter, weight.to(self._work_dtype()), learned)
-        change, settled = learned + start, entry.terms + learned.to("cpu")
-        if settled.rank + start.rank > _MOST_TERMS * min(self.out_features, self.in_features):
-            settled = settled.compressed()
-        entry.terms = settled + start.to("cpu")  # in this order: see `drawn`
+        change = (learned + start).joined()
+        if entry.terms.rank + change.rank > _MOST_TERMS * min(self.out_features, self.in_features):
+            settled = (entry.terms + learned.to("cpu")).compressed()
+            entry.terms = settled + start.to("cpu")  # in this order: see `drawn`
+        else:
+            entry.terms = entry.terms + change.to("cpu")
         if self._pretrained is None and entry.in_weight is not None:
             # In one pass over the weight: cheaper than the old offset out and the new one in.
             self._versions.leaving(weight, self.standing())

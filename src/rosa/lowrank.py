@@ -90,6 +90,19 @@ class LowRank:
         total._parts = self._parts + other._parts
         return total
 
+    def joined(self) -> LowRank:
+        """The same matrix with its terms side by side, in one block of memory.
+
+        For what is kept long: many small pieces would lie about where the next step's activations
+        go, and cost several times their size.
+        """
+        lefts, rights = zip(*self._parts, strict=True)
+        out_features, in_features = lefts[0].shape[0], rights[0].shape[1]
+        block = lefts[0].new_empty(self.rank * (out_features + in_features))
+        left, right = block.split([self.rank * out_features, self.rank * in_features])
+        left, right = left.view(out_features, -1), right.view(-1, in_features)
+        return LowRank(torch.cat(lefts, dim=1, out=left), torch.cat(rights, out=right))
+
     def to(self, device: torch.device | str) -> LowRank:
         """The same matrix on a device."""
         moved = LowRank.__new__(LowRank)

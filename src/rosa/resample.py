@@ -18,7 +18,9 @@ from rosa.moments import check_moments, project
 
 
 def watch(model: nn.Module) -> int:
-    """Begin to look where the loss falls, for the next draw of ``directions="gradient"``.
+    """Begin to look where the loss falls, for the next draw that the gradient has a say in.
+
+    That is one with ``directions="gradient"`` or ``triplets="gradient"``: an informed one.
 
     From now on every ordinary backward pass adds a projection of each weight's loss gradient to a
     small sum (see `rosa.sketch`), until the next `resample` draws from it. A few steps are enough;
@@ -60,10 +62,10 @@ def resample(
         moments: what becomes of the optimizer's moments of the factors, which belong to the old
             subspace: ``"clear"`` begins anew, ``"keep"`` goes on with them as they are,
             ``"project"`` moves Adam's into the new subspace (see `rosa.moments`).
-        spent: for ``directions="gradient"``, a layer whose subspace still holds at least this share
+        spent: of informed draws, a layer whose subspace still holds at least this share
             of the gradient's energy that its rank could hold at best keeps it, with all of its
             state. None draws every layer.
-        batches: for ``directions="gradient"``, batches to find the gradient with, instead of what
+        batches: for informed draws, batches to find the gradient with, instead of what
             was seen since `watch`; about four. All other parameters' gradients stay as they are.
         loss: takes the model and a batch and returns the loss; None is ``model(**batch).loss``.
 
@@ -106,8 +108,7 @@ Job = tuple[str, RosaLinear, str]
 def is_informed(job: Job) -> bool:
     """Whether a layer's adapter draws where the gradient lies."""
     _, layer, adapter = job
-    config = layer.rosa_config[adapter]
-    return config.directions == "gradient" and config.informed > 0
+    return layer.rosa_config[adapter].is_informed
 
 
 def check_spent(spent: float | None, informed: list[Job] | None = None) -> None:

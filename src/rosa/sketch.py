@@ -89,12 +89,34 @@ class Sketch:
         # Of the tall one: LAPACK is four times faster there than on the wide one.
         columns, sizes, _ = torch.linalg.svd(total.T, full_matrices=False)
         there = int((sizes > sizes[0] * torch.finfo(sizes.dtype).eps * max(total.shape)).sum())
-        scores = 2 * sizes[:there].log().cpu()
-        if temperature:  # the Gumbel trick: the largest of log p + noise are a draw by p
-            uniform = torch.rand(there, generator=generator, dtype=scores.dtype)
-            scores = scores / temperature - uniform.log().neg().log()
-        chosen = scores.topk(min(count, there)).indices
+        chosen = _choose(sizes[:there].square(), min(count, there), temperature, generator)
         return columns.index_select(1, chosen.to(columns.device))
+
+    def places(
+        self,
+        bases: Mapping[str, Tensor],
+        count: int,
+        temperature: float,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """Which columns of a basis hold the most of G's energy: places, (k,), on the CPU.
+
+        k is `count`, or fewer where fewer hold any.
+
+        Args:
+            bases: orthonormal columns by side, (out, n) of "left" and (in, n) of "right", whose
+                energies are added up where the sketch was made for both sides.
+            count: how many are wanted.
+            temperature: see `directions`.
+            generator: see `directions`.
+        """
+        held = [
+            (total @ bases[side].to(total.dtype)).square().sum(0) / total.shape[0]
+            for side, total in self.sums.items()
+        ]
+        energies = torch.stack(held).sum(0)
+        there = int((energies > 0).sum())
+        return _choose(energies, min(count, there), temperature, generator)
 
     def energies(self) -> Tensor:
         """Squares of G's largest singular values, estimated: falling, as many as were asked for."""
@@ -115,6 +137,15 @@ class Sketch:
         inside = (total @ torch.linalg.qr(factor.to(total.dtype)).Q).square().sum()
         best = torch.linalg.svdvals(total)[: factor.shape[1]].square().sum()
         return float(inside / best)
+
+
+def _choose(energies: Tensor, count: int, temperature: float, generator: torch.Generator) -> Tensor:
+    """Places of the largest, or a draw by chance; see `Sketch.directions`."""
+    scores = energies.log().cpu()
+    if temperature:  # the Gumbel trick: the largest of log p + noise are a draw by p
+        uniform = torch.rand(len(scores), generator=generator, dtype=scores.dtype)
+        scores = scores / temperature - uniform.log().neg().log()
+    return scores.topk(count).indices
 
 
 class Watch(torch.autograd.Function):

@@ -11,7 +11,7 @@ ours transposed, and its A, which holds the singular values, is our A.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal, get_args
 
@@ -22,13 +22,16 @@ from rosa.lowrank import LowRank, full_precision
 from rosa.triplets import singular_triplets
 
 Directions = Literal["svd", "orthonormal", "gradient", "zero"]
-Triplets = Literal["random", "top", "bottom"]
+Triplets = Literal["random", "top", "bottom", "gradient"]
 Split = Literal["B", "even", "A"]
 
 DIRECTIONS: tuple[str, ...] = get_args(Directions)
 TRIPLETS: tuple[str, ...] = get_args(Triplets)
 SPLITS: tuple[str, ...] = get_args(Split)
 SIDES = ("left", "right", "both")
+
+Choose = Callable[[Mapping[str, Tensor]], Tensor]
+"""Takes all singular vectors by side, (out, k) of "left" and (in, k) of "right"; gives places."""
 
 NOTHING_KNOWN: Mapping[str, Tensor] = MappingProxyType({})
 
@@ -71,11 +74,22 @@ def orthonormal_basis(
 
 
 def _svd_directions(
-    weight: Tensor, rank: int, triplets: Triplets, generator: torch.Generator
+    weight: Tensor,
+    rank: int,
+    triplets: Triplets,
+    choose: Choose | None,
+    generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pick singular triplets of the weight (the paper's choice is a uniform random subset)."""
     count = min(weight.shape)
-    if triplets == "random":
+    if choose is not None:
+        u, sizes, vh = torch.linalg.svd(weight, full_matrices=False)
+        chosen = choose({"left": u, "right": vh.T})
+        others = torch.randperm(count, generator=generator)
+        others = others[~torch.isin(others, chosen)][: rank - len(chosen)]
+        chosen = torch.cat([chosen, others]).to(weight.device)
+        return u[:, chosen], sizes[chosen], vh[chosen]
+    if triplets in ("random", "gradient"):
         chosen = torch.randperm(count, generator=generator)[:rank].sort().values
     elif triplets == "top":
         chosen = torch.arange(rank)
@@ -144,6 +158,7 @@ def draw(
     size: float | None = None,
     side: str | None = None,
     known: Mapping[str, Tensor] = NOTHING_KNOWN,
+    choose: Choose | None = None,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Draw a subspace of a weight: ``scaling * B @ A`` is the weight's part in it.
@@ -154,7 +169,7 @@ def draw(
         directions: singular triplets of the weight; random orthonormal directions; orthonormal
             directions of the loss gradient (`known`); or "zero", which takes nothing of the weight:
             a random A and a zero B, as LoRA starts.
-        triplets: which triplets, for ``directions="svd"``.
+        triplets: which triplets, for ``directions="svd"``; "gradient" leaves it to `choose`.
         split: where the scale goes: all on A (the authors' code), half on each, all on B.
         scaling: the factor s that the layer multiplies the product with.
         change: to be added to the weight first, such as what was learned since the last draw.
@@ -164,6 +179,8 @@ def draw(
             half of them each's ("both"); None takes the smaller side.
         known: orthonormal directions that the subspace shall have, by side, (out, k) for "left" and
             (in, k) for "right"; random ones complete them. For ``directions="gradient"``.
+        choose: for ``triplets="gradient"``, finds the places of those to take among all triplets;
+            random ones complete them, and take its place where it is None.
         generator: see `generator`.
 
     Returns:
@@ -184,7 +201,7 @@ def draw(
     share = _SHARE_OF_B[split]
     if directions == "svd":
         whole = weight if change is None else torch.addmm(weight, change.B, change.A)
-        u, sizes, v = _svd_directions(whole, rank, triplets, generator)
+        u, sizes, v = _svd_directions(whole, rank, triplets, choose, generator)
         sizes = sizes / scaling
         if share == 0.5:
             # A triplet of size 0 split evenly would have two zero factors, which get no gradient.
