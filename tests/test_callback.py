@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from rosa import RosaCallback, RosaConfig
+from rosa import RosaCallback, RosaConfig, watch
 from rosa.model import rosa_layers
 from tests.models import tiny_bert
 
@@ -35,7 +35,7 @@ class Draws(TrainerCallback):
 
 
 def train(
-    folder, data, every="epoch", base=None, resume=None, directions="svd", spent=None, **options
+    folder, data, every="epoch", base=None, resume=None, directions="svd", how=None, **options
 ):
     config = RosaConfig(
         r=2, directions=directions, target_modules=["query", "value"], task_type="SEQ_CLS"
@@ -56,7 +56,7 @@ def train(
         }
     )
     draws = Draws()
-    callback = RosaCallback(every, spent=spent)
+    callback = RosaCallback(every, **(how or {}))
     trainer = Trainer(
         model, args, train_dataset=data, eval_dataset=data, callbacks=[callback, draws]
     )
@@ -86,7 +86,9 @@ def test_auto_with_a_bound_looks_often_and_draws_what_is_spent(tmp_path, data, m
     monkeypatch.setattr("rosa.callback.LOOK", 6)
     drawn = {}
     for spent in (1e-6, 1.0):
-        _, callback, draws = train(tmp_path, data, "auto", directions="gradient", spent=spent)
+        _, callback, draws = train(
+            tmp_path, data, "auto", directions="gradient", how={"spent": spent}
+        )
         assert callback.period == 6
         assert callback.resamples == 3  # looks, at 3, 9 and 15
         drawn[spent] = callback.drawn
@@ -114,6 +116,28 @@ def test_when_informed_subspaces_are_drawn(tmp_path, data, every, options, expec
     assert {s for s in steps if s and draws[s] > draws[s - 1]} == expected
     assert callback.resamples == len(expected)
     assert callback.draws_before(trainer.state.global_step) == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("first", "watched", "steps", "drawn"),
+    [(8, 4, 60, 6), (5, 2, 100, 5), (32, 4, 60, 6), (9, 4, 200, 9), (4, 4, 30, 4)],
+)
+def test_the_first_draw_waits_and_watches_the_steps_before_it(
+    tmp_path, data, monkeypatch, first, watched, steps, drawn
+):
+    """It waits for `first` steps, or a tenth of the training."""
+    seen = []
+
+    def note(model):
+        seen.append(watch(model))
+
+    monkeypatch.setattr("rosa.callback.watch", note)
+    how = {"first": first, "watch": watched}
+    _, callback, draws = train(tmp_path, data, 40, directions="gradient", max_steps=steps, how=how)
+    expected = set(range(drawn, steps, 40))
+    assert {s for s in sorted(draws) if s and draws[s] > draws[s - 1]} == expected
+    assert callback.draws_before(steps) == len(expected) == callback.resamples
+    assert len(seen) == len(expected)
 
 
 def test_an_informed_run_resumed_at_the_begin_of_a_period_is_the_same_run(tmp_path, data):
@@ -211,6 +235,7 @@ def test_a_period_that_makes_no_sense_is_refused(every):
         ({"spent": 2.0}, "spent is a share above 0"),
         ({"moments": "some"}, "moments must be one of"),
         ({"watch": 0}, "watch must be at least 1"),
+        ({"first": 3}, "first must be at least watch, 4"),
         ({"rewarm": -1}, "rewarm must not be negative"),
     ],
 )

@@ -24,15 +24,16 @@ class RosaCallback(TrainerCallback):
     schedule is the Trainer's own step count) and with `load_best_model_at_end`. Nothing is drawn
     before the first step or after the last one.
 
-    With ``directions="gradient"``, or ``triplets="gradient"``, the first steps of each period,
-    from the first of all, are watched, and the draw comes after them. A run that is resumed between
-    the two watches anew, so it draws up to `watch` steps later than it would have.
+    With ``directions="gradient"``, or ``triplets="gradient"``, the first draw comes early, at the
+    step `first`, and the others a period after one another; the steps before each are watched. A
+    run that is resumed between the two watches anew, so it draws up to `watch` steps later than it
+    would have.
 
     Args:
         every: ``"auto"``, an epoch or a fifth of the training, whichever is shorter, but 128
             optimizer steps at least, since a subspace needs some to learn; or ``"epoch"``; or a
             whole number of optimizer steps; or a fraction or multiple of an epoch as a float, such
-            as 0.5; or ``"never"``, which leaves the gradient's draw after the first steps. With
+            as 0.5; or ``"never"``, which leaves the gradient's first draw. With
             `spent`, ``"auto"`` looks every 32 steps, and draws what is spent.
         moments: see `rosa.resample`.
         spent: see `rosa.resample`; a share above 0, up to 1, or None.
@@ -41,8 +42,10 @@ class RosaCallback(TrainerCallback):
         decay_toward: what weight decay pulls the factors to: what they were ``"drawn"`` as, or
             ``"zero"``, which wears away the part of the pretrained weight that they hold. See
             `rosa.decay`; it is AdamW's decay that is meant.
-        watch: optimizer steps that are watched before a draw by the gradient; at most half a
-            period.
+        first: optimizer steps before the first draw by the gradient; at most a tenth of the
+            training and half a period. Random directions are trained until then: what the gradient
+            tells at the very start is about an untrained head.
+        watch: optimizer steps that are watched before a draw by the gradient; at most `first`.
 
     Attributes:
         resamples: how many times it has drawn in this process, or looked at what is spent.
@@ -63,6 +66,7 @@ class RosaCallback(TrainerCallback):
         spent: float | None = None,
         rewarm: int = 0,
         decay_toward: str = "drawn",
+        first: int = 32,
         watch: int = 4,
     ) -> None:
         message = f"every must be 'auto', 'epoch', 'never' or a number, got {every!r}"
@@ -80,17 +84,23 @@ class RosaCallback(TrainerCallback):
             raise ValueError(f"decay_toward must be 'drawn' or 'zero', got {decay_toward!r}")
         if watch < 1:
             raise ValueError(f"watch must be at least 1, got {watch}")
+        if first < watch:
+            raise ValueError(
+                f"first must be at least watch, {watch}, to have seen them: got {first}"
+            )
         self.every = every
         self.moments = moments
         self.spent = spent
         self.rewarm = rewarm
         self.decay_toward = decay_toward
+        self.first = first
         self.watch = watch
         self.resamples = 0
         self.drawn = 0
         self.seconds = 0.0
         self.period: int | None = None
         self._delay = 0  # steps from the begin of a period to its draw
+        self._watched = 0  # the last of them, that are watched
         self._draw_at: int | None = None
         self._last_step = -1
         self._decay: DecayTowardDrawn | None = None
@@ -105,8 +115,10 @@ class RosaCallback(TrainerCallback):
         self.period = self._period_in_steps(args, state, kwargs.get("train_dataloader"))
         informed = [job for job in jobs if is_informed(job)]
         check_spent(self.spent, informed)
-        longest = self.watch if self.period is None else max(self.period // 2, 1)
-        self._delay = min(self.watch, longest) if informed else 0
+        first = min(self.first, max(state.max_steps // 10, self.watch))
+        latest = first if self.period is None else max(self.period // 2, 1)
+        self._delay = min(first, latest) if informed else 0
+        self._watched = min(self.watch, self._delay)
         self.on_train_end()
         if self.decay_toward == "drawn" and kwargs.get("optimizer") is not None:
             self._decay = DecayTowardDrawn(unwrap(kwargs["optimizer"]), jobs)
@@ -170,9 +182,10 @@ class RosaCallback(TrainerCallback):
 
     def _begin_step(self, step: int, resumed: bool, model: Any, optimizer: Any) -> None:
         place = step if self.period is None else step % self.period
-        if self._delay and (place == 0 or (resumed and place <= self._delay)):
+        begin = self._delay - self._watched
+        if self._delay and (place == begin or (resumed and begin < place <= self._delay)):
             watch(model)
-            self._draw_at = step + self._delay
+            self._draw_at = step + self._watched
         elif not self._delay and place == 0 and step:
             self._draw_at = step
         if step == self._draw_at:
