@@ -50,7 +50,8 @@ class Row:
 
     Attributes:
         about: what is measured.
-        jobs: makes the things to time: "rosa", "peer", and perhaps "floor".
+        jobs: makes the things to time: "rosa", "peer", and perhaps "floor". What one returns is
+            called after it, and not timed.
         target: what the median of rosa / peer should be at most.
         rounds: how many, if not as many as asked for.
     """
@@ -194,8 +195,8 @@ def load_jobs() -> Jobs:
     """`PeftModel.from_pretrained`, against a LoRA of the same file size."""
     folder = Path(tempfile.mkdtemp())
 
-    def load(base, place) -> None:
-        PeftModel.from_pretrained(base, place).unload()
+    def load(base, place) -> Callable[[], object]:
+        return PeftModel.from_pretrained(base, place).unload
 
     jobs: Jobs = {}
     for name, method in (("rosa", "rosa"), ("peer", "lora")):
@@ -205,7 +206,7 @@ def load_jobs() -> Jobs:
 
 
 def switch_jobs() -> Jobs:
-    """`set_adapter` between two loaded adapters; the floor passes over the touched weights once."""
+    """`set_adapter` between two loaded adapters; the floor writes the touched weights once."""
     folder = Path(tempfile.mkdtemp())
     jobs: Jobs = {}
     for name, method in (("rosa", "rosa"), ("peer", "lora")):
@@ -217,11 +218,11 @@ def switch_jobs() -> Jobs:
             model.set_adapter("second" if model.active_adapter == "first" else "first")
 
         jobs[name] = switch
-    weights = [torch.randn(768, 768) for _ in range(4 * 12)]
+    weights, pretrained = ([torch.randn(768, 768) for _ in range(4 * 12)] for _ in range(2))
 
     def floor() -> None:
-        for weight in weights:
-            weight.add_(1e-3)
+        for weight, before in zip(weights, pretrained, strict=True):
+            weight.copy_(before)
 
     return {**jobs, "floor": floor}
 
@@ -397,15 +398,18 @@ def draw_growth(points: list[dict[str, object]], path: Path) -> None:
 
 def clock(job: Callable[[], object]) -> float:
     started = time.perf_counter()
-    job()
-    return time.perf_counter() - started
+    after = job()
+    seconds = time.perf_counter() - started
+    if callable(after):
+        after()
+    return seconds
 
 
 def measure(row: Row, rounds: int) -> dict[str, list[float]]:
     torch.manual_seed(0)
     jobs = row.jobs()
     for job in jobs.values():
-        job()
+        clock(job)
     times: dict[str, list[float]] = {name: [] for name in jobs}
     for _ in track(range(rounds), row.about[:60]):
         for name, job in jobs.items():

@@ -167,7 +167,7 @@ def test_what_is_saved_for_the_backward_pass_is_what_lora_saves():
         adapted_linear(base, x, a, b, 1.0)
     known = {t.untyped_storage().data_ptr() for t in (x, a, b, base.weight, base.bias)}
     extra = [t for t in saved if t.untyped_storage().data_ptr() not in known]
-    assert [tuple(t.shape) for t in extra] == [(7, 2)]
+    assert [tuple(t.shape) for t in extra] == [(2, 7)]
 
 
 def adapted(**options):

@@ -56,7 +56,9 @@ class RosaLayer(BaseTunerLayer):
     rosa_A: nn.ParameterDict
     rosa_B: nn.ParameterDict
 
-    def __init__(self, base_layer: nn.Module, name: str) -> None:
+    def __init__(
+        self, base_layer: nn.Module, name: str, fingerprint: tuple[float, float] | None = None
+    ) -> None:
         self.base_layer = base_layer
         self.name = name  # the module's name in the model: for the draws and for messages
         self.r: dict[str, int] = {}
@@ -74,7 +76,7 @@ class RosaLayer(BaseTunerLayer):
         self.out_features, self.in_features = self._weight().shape
         self._pretrained: Tensor | None = None  # the exact copy of W_0 (out, in), where one is kept
         self._versions = Versions()
-        self._fingerprint: tuple[float, float] | None = None
+        self._fingerprint = fingerprint
         self.base_fingerprint()
         self._loaded_marks: dict[str, int] | None = None
         self._sketches: dict[str, Sketch] = {}  # of the adapters that are watched
@@ -441,9 +443,10 @@ class RosaLinear(nn.Module, RosaLayer):
         r: int,
         alpha: float | None,
         name: str,
+        fingerprint: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
-        RosaLayer.__init__(self, base_layer, name)
+        RosaLayer.__init__(self, base_layer, name, fingerprint)
         self._active_adapter = adapter_name
         self.register_state_dict_post_hook(_after_save)
         self.register_load_state_dict_pre_hook(_before_load)

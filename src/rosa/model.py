@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
+import math
 import re
 import warnings
 from collections import defaultdict
@@ -33,7 +34,7 @@ from transformers.pytorch_utils import Conv1D
 from rosa.config import RosaConfig
 from rosa.layer import SUPPORTED_DTYPES, RosaLayer, RosaLinear, check_in_memory
 from rosa.lowrank import are_finite
-from rosa.subspace import same_fingerprint
+from rosa.subspace import fingerprint, same_fingerprint
 
 
 def rosa_layers(model: nn.Module) -> Iterator[tuple[str, RosaLinear]]:
@@ -90,6 +91,7 @@ class RosaModel(BaseTuner):
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Check every layer that will be adapted, before any is touched."""
         config = _rosa_config(peft_config)
+        self._fingerprints: dict[str, tuple[float, float]] = {}
         capped = []
         owners = _weight_owners(model)
         for name, module in self._targets(config, model):
@@ -102,11 +104,8 @@ class RosaModel(BaseTuner):
                     f"(exclude_modules=[{name!r}]) or untie it first (for tied embeddings load the "
                     "model with tie_word_embeddings=False and clone the weight)"
                 )
-            if not weight.is_meta and not are_finite([weight.detach()]):
-                raise ValueError(
-                    f"the weight of {name} has NaN or infinity: the checkpoint is broken or was "
-                    "converted to a precision that does not hold it"
-                )
+            if not weight.is_meta:
+                self._fingerprints[name] = _fingerprint_of_sound(name, module, weight.detach())
             r, _ = _rank_and_alpha(config, name)
             if r > min(weight.shape):
                 capped.append(f"{name} ({r} to {min(weight.shape)})")
@@ -144,7 +143,8 @@ class RosaModel(BaseTuner):
         if isinstance(target, RosaLayer):
             target.update_layer(adapter_name, r, alpha, config)
             return
-        layer = RosaLinear(target, adapter_name, config, r, alpha, name=current_key)
+        fingerprint = self._fingerprints.get(current_key)
+        layer = RosaLinear(target, adapter_name, config, r, alpha, current_key, fingerprint)
         if isinstance(parent, nn.TransformerEncoderLayer):
             # Its fast path reads the weights instead of calling the layers, unless one has a hook.
             layer.register_forward_pre_hook(_no_fast_path)
@@ -296,6 +296,20 @@ def _adaptable_weight(name: str, module: nn.Module) -> torch.Tensor:
             "data-parallel without sharding of the weights"
         )
     return base.weight
+
+
+def _fingerprint_of_sound(
+    name: str, module: nn.Module, weight: torch.Tensor
+) -> tuple[float, float]:
+    """Of the weight as it lies in memory; ValueError if it has NaN or infinity."""
+    found = fingerprint(weight.T if isinstance(module, Conv1D) else weight)
+    # The norm has read the whole weight already; that of large numbers can overflow.
+    if not math.isfinite(found[0]) and not are_finite([weight]):
+        raise ValueError(
+            f"the weight of {name} has NaN or infinity: the checkpoint is broken or was converted "
+            "to a precision that does not hold it"
+        )
+    return found
 
 
 def _near_names(config: PeftConfig, model: nn.Module) -> str:

@@ -10,6 +10,7 @@ ours transposed, and its A, which holds the singular values, is our A.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -230,11 +231,16 @@ def fingerprint(weight: Tensor) -> tuple[float, float]:
     Unlike a hash they hardly change when the same weight is stored in another precision or
     computed on another device, so they can be compared within a tolerance; see `same_fingerprint`.
     """
-    fixed = torch.Generator().manual_seed(0)
-    u, v = (torch.randn(size, generator=fixed) for size in weight.shape)
+    u, v = _fixed_vectors(*weight.shape)
     weight = weight.detach().float()
     projection = u.to(weight.device) @ (weight @ v.to(weight.device))
-    return float(torch.linalg.matrix_norm(weight)), float(projection)
+    return float(torch.linalg.vector_norm(weight)), float(projection)
+
+
+@functools.lru_cache(maxsize=64)
+def _fixed_vectors(out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
+    fixed = torch.Generator().manual_seed(0)
+    return torch.randn(out_features, generator=fixed), torch.randn(in_features, generator=fixed)
 
 
 def same_fingerprint(first: tuple[float, float], second: tuple[float, float], eps: float) -> bool:
