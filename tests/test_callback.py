@@ -70,7 +70,7 @@ def train(
         (2, {}, {4, 8, 12, 16}),  # a fifth of 18 steps
         (2, {"num_train_epochs": 10}, set(range(6, 60, 6))),  # an epoch of 6
         (9, {}, {9}),  # the shortest round
-        (128, {}, set()),
+        (1024, {}, set()),
     ],
 )
 def test_auto_is_an_epoch_or_a_fifth_but_no_short_round(

@@ -11,7 +11,7 @@ from rosa.decay import DecayTowardDrawn
 from rosa.moments import check_moments
 from rosa.resample import check, check_spent, is_informed, resample, unwrap, watch
 
-ROUNDS, SHORTEST_ROUND = 5, 128
+ROUNDS, SHORTEST_ROUND = 5, 1024
 """What "auto" goes by: subspaces in a training, and the fewest optimizer steps for each."""
 LOOK = 32
 """Optimizer steps from one look at what is spent to the next, with "auto"."""
@@ -30,7 +30,7 @@ class RosaCallback(TrainerCallback):
     would have.
 
     Args:
-        every: ``"auto"``, an epoch or a fifth of the training, whichever is shorter, but 128
+        every: ``"auto"``, an epoch or a fifth of the training, whichever is shorter, but 1024
             optimizer steps at least, since a subspace needs some to learn; or ``"epoch"``; or a
             whole number of optimizer steps; or a fraction or multiple of an epoch as a float, such
             as 0.5; or ``"never"``, which leaves the gradient's first draw. With
