@@ -120,12 +120,12 @@ def test_when_informed_subspaces_are_drawn(tmp_path, data, every, options, expec
 
 @pytest.mark.parametrize(
     ("first", "watched", "steps", "drawn"),
-    [(8, 4, 60, 6), (5, 2, 100, 5), (32, 4, 60, 6), (9, 4, 200, 9), (4, 4, 30, 4)],
+    [(None, 4, 60, 6), (None, 4, 400, 20), (None, 4, 30, 4), (9, 4, 60, 9), (50, 2, 100, 50)],
 )
 def test_the_first_draw_waits_and_watches_the_steps_before_it(
     tmp_path, data, monkeypatch, first, watched, steps, drawn
 ):
-    """It waits for `first` steps, or a tenth of the training."""
+    """Unless told, for a tenth of the training, and no more than half a period."""
     seen = []
 
     def note(model):
@@ -235,7 +235,7 @@ def test_a_period_that_makes_no_sense_is_refused(every):
         ({"spent": 2.0}, "spent is a share above 0"),
         ({"moments": "some"}, "moments must be one of"),
         ({"watch": 0}, "watch must be at least 1"),
-        ({"first": 3}, "first must be at least watch, 4"),
+        ({"first": 0}, "first must be at least 1"),
         ({"rewarm": -1}, "rewarm must not be negative"),
     ],
 )

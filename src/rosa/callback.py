@@ -13,6 +13,8 @@ from rosa.resample import check, check_spent, is_informed, resample, unwrap, wat
 
 ROUNDS, SHORTEST_ROUND = 5, 1024
 """What "auto" goes by: subspaces in a training, and the fewest optimizer steps for each."""
+FIRST = 32
+"""Optimizer steps before the first draw by the gradient, in a training of ten times that."""
 LOOK = 32
 """Optimizer steps from one look at what is spent to the next, with "auto"."""
 
@@ -42,10 +44,11 @@ class RosaCallback(TrainerCallback):
         decay_toward: what weight decay pulls the factors to: what they were ``"drawn"`` as, or
             ``"zero"``, which wears away the part of the pretrained weight that they hold. See
             `rosa.decay`; it is AdamW's decay that is meant.
-        first: optimizer steps before the first draw by the gradient; at most a tenth of the
-            training and half a period. Random directions are trained until then: what the gradient
-            tells at the very start is about an untrained head.
-        watch: optimizer steps that are watched before a draw by the gradient; at most `first`.
+        first: optimizer steps before the first draw by the gradient; None takes 32, or a tenth of
+            a shorter training, and at most half a period. Random directions are trained until then:
+            what the gradient tells at the very start is about an untrained head.
+        watch: optimizer steps that are watched before a draw by the gradient; at most half a
+            period.
 
     Attributes:
         resamples: how many times it has drawn in this process, or looked at what is spent.
@@ -66,7 +69,7 @@ class RosaCallback(TrainerCallback):
         spent: float | None = None,
         rewarm: int = 0,
         decay_toward: str = "drawn",
-        first: int = 32,
+        first: int | None = None,
         watch: int = 4,
     ) -> None:
         message = f"every must be 'auto', 'epoch', 'never' or a number, got {every!r}"
@@ -84,10 +87,8 @@ class RosaCallback(TrainerCallback):
             raise ValueError(f"decay_toward must be 'drawn' or 'zero', got {decay_toward!r}")
         if watch < 1:
             raise ValueError(f"watch must be at least 1, got {watch}")
-        if first < watch:
-            raise ValueError(
-                f"first must be at least watch, {watch}, to have seen them: got {first}"
-            )
+        if first is not None and first < 1:
+            raise ValueError(f"first must be at least 1, got {first}")
         self.every = every
         self.moments = moments
         self.spent = spent
@@ -99,8 +100,8 @@ class RosaCallback(TrainerCallback):
         self.drawn = 0
         self.seconds = 0.0
         self.period: int | None = None
-        self._delay = 0  # steps from the begin of a period to its draw
-        self._watched = 0  # the last of them, that are watched
+        self._first: int | None = None  # the step that begins with the first draw
+        self._watched = 0  # steps that are watched before each draw
         self._draw_at: int | None = None
         self._last_step = -1
         self._decay: DecayTowardDrawn | None = None
@@ -115,10 +116,12 @@ class RosaCallback(TrainerCallback):
         self.period = self._period_in_steps(args, state, kwargs.get("train_dataloader"))
         informed = [job for job in jobs if is_informed(job)]
         check_spent(self.spent, informed)
-        first = min(self.first, max(state.max_steps // 10, self.watch))
-        latest = first if self.period is None else max(self.period // 2, 1)
-        self._delay = min(first, latest) if informed else 0
-        self._watched = min(self.watch, self._delay)
+        self._first, self._watched = self.period, 0
+        if informed:
+            soon = min(FIRST, max(state.max_steps // 10, self.watch))
+            half = soon if self.period is None else max(self.period // 2, 1)
+            self._first = min(soon, half) if self.first is None else self.first
+            self._watched = min(self.watch, self._first, half)
         self.on_train_end()
         if self.decay_toward == "drawn" and kwargs.get("optimizer") is not None:
             self._decay = DecayTowardDrawn(unwrap(kwargs["optimizer"]), jobs)
@@ -152,17 +155,11 @@ class RosaCallback(TrainerCallback):
             )
         return max(round((1.0 if self.every == "epoch" else float(self.every)) * epoch), 1)
 
-    @property
-    def _first_draw(self) -> int | None:
-        """The step that begins with the first draw; None if there is none."""
-        return self._delay or self.period
-
     def draws_before(self, step: int) -> int:
         """How many draws a run from the first step on makes before a step."""
-        first = self._first_draw
-        if first is None or step <= first:
+        if self._first is None or step <= self._first:
             return 0
-        return 1 if self.period is None else 1 + (step - 1 - first) // self.period
+        return 1 if self.period is None else 1 + (step - 1 - self._first) // self.period
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -181,13 +178,11 @@ class RosaCallback(TrainerCallback):
                 group["lr"] = group["lr"] * (since + 1) / (self.rewarm + 1)
 
     def _begin_step(self, step: int, resumed: bool, model: Any, optimizer: Any) -> None:
-        place = step if self.period is None else step % self.period
-        begin = self._delay - self._watched
-        if self._delay and (place == begin or (resumed and begin < place <= self._delay)):
-            watch(model)
+        ahead = self._steps_to_draw(step)
+        if ahead is not None and (ahead == self._watched or (resumed and ahead < self._watched)):
+            if self._watched:
+                watch(model)
             self._draw_at = step + self._watched
-        elif not self._delay and place == 0 and step:
-            self._draw_at = step
         if step == self._draw_at:
             started = time.perf_counter()
             self.drawn += resample(model, optimizer, moments=self.moments, spent=self.spent)
@@ -196,11 +191,16 @@ class RosaCallback(TrainerCallback):
             self.seconds += time.perf_counter() - started
             self.resamples += 1
 
+    def _steps_to_draw(self, step: int) -> int | None:
+        """Steps until the next draw, 0 if it is due; None if there is none any more."""
+        if self._first is None or step <= self._first:
+            return None if self._first is None else self._first - step
+        return None if self.period is None else (self._first - step) % self.period
+
     def _steps_since_draw(self, step: int) -> int | None:
-        first = self._first_draw
-        if first is None or step < first:
+        if self._first is None or step < self._first:
             return None
-        return step - first if self.period is None else (step - first) % self.period
+        return step - self._first if self.period is None else (step - self._first) % self.period
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

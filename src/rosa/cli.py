@@ -183,6 +183,17 @@ def train(
             "it at a resample (auto: a look every 32 steps); all are drawn if left out.",
         ),
     ] = None,
+    first_draw: Annotated[
+        int | None,
+        _option(
+            METHOD,
+            "ROSA: step of the first draw by the gradient; default: 32, or a tenth of a shorter "
+            "training.",
+        ),
+    ] = None,
+    watch: Annotated[
+        int, _option(METHOD, "ROSA: steps that the gradient is watched before a draw.")
+    ] = RunSettings.watch,
     rewarm: Annotated[
         int, _option(METHOD, "ROSA: steps over which the rate rises again after a resample.")
     ] = 0,

@@ -26,8 +26,9 @@ class RunSettings:
     "never", a number of optimizer steps, or epochs as in "0.5epochs". `target_modules` is
     "attention" (the paper's choice: the projections of attention), "all-linear", or names. `warmup`
     is a share of all steps. `rank` None takes 8 where the method has a rank. `rewarm` is a number
-    of steps. For `moments`, `spent` and `decay_toward` see `RosaCallback`; `allocate` gives the
-    weights ranks by their gradients (`rosa.allocate_ranks`).
+    of steps. For `moments`, `spent`, `decay_toward` and `watch` see `RosaCallback`, of which
+    `first_draw` is `first`; `allocate` gives the weights ranks by their gradients
+    (`rosa.allocate_ranks`).
     """
 
     model: str
@@ -54,6 +55,8 @@ class RunSettings:
     resample_every: str = "auto"
     moments: str = "clear"
     spent: float | None = None
+    first_draw: int | None = None
+    watch: int = 4
     rewarm: int = 0
     decay_toward: str = "drawn"
     target_modules: tuple[str, ...] = ("attention",)
@@ -124,6 +127,8 @@ def schedule(settings: RunSettings) -> RosaCallback:
         moments=settings.moments,
         spent=settings.spent,
         rewarm=settings.rewarm,
+        first=settings.first_draw,
+        watch=settings.watch,
         decay_toward=settings.decay_toward,
     )
 
