@@ -193,8 +193,10 @@ class RosaCallback(TrainerCallback):
 
     def _steps_to_draw(self, step: int) -> int | None:
         """Steps until the next draw, 0 if it is due; None if there is none any more."""
-        if self._first is None or step <= self._first:
-            return None if self._first is None else self._first - step
+        if self._first is None:
+            return None
+        if step <= self._first:
+            return self._first - step
         return None if self.period is None else (self._first - step) % self.period
 
     def _steps_since_draw(self, step: int) -> int | None:
