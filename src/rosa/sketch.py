@@ -105,13 +105,14 @@ class Sketch:
 
         Args:
             bases: orthonormal columns by side, (out, n) of "left" and (in, n) of "right", whose
-                energies are added up where the sketch was made for both sides.
+                shares of the energy are added up where the sketch was made for both sides.
             count: how many are wanted.
             temperature: see `directions`.
             generator: see `directions`.
         """
         held = [
-            (total @ bases[side].to(total.dtype)).square().sum(0) / total.shape[0]
+            (total @ bases[side].to(total.dtype)).square().sum(0)
+            / total.square().sum().clamp_min(torch.finfo(total.dtype).tiny)
             for side, total in self.sums.items()
         ]
         energies = torch.stack(held).sum(0)
