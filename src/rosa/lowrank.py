@@ -75,8 +75,12 @@ class LowRank:
 
     def _whole(self) -> tuple[Tensor, Tensor]:
         if len(self._parts) > 1:
-            left = torch.cat([b for b, _ in self._parts], dim=1)
-            self._parts = [(left, torch.cat([a for _, a in self._parts], dim=0))]
+            lefts, rights = zip(*self._parts, strict=True)
+            out_features, in_features = lefts[0].shape[0], rights[0].shape[1]
+            block = lefts[0].new_empty(self.rank * (out_features + in_features))
+            left, right = block.split([self.rank * out_features, self.rank * in_features])
+            left, right = left.view(out_features, self.rank), right.view(self.rank, in_features)
+            self._parts = [(torch.cat(lefts, dim=1, out=left), torch.cat(rights, out=right))]
         return self._parts[0]
 
     @property
@@ -96,12 +100,8 @@ class LowRank:
         For what is kept long: many small pieces would lie about where the next step's activations
         go, and cost several times their size.
         """
-        lefts, rights = zip(*self._parts, strict=True)
-        out_features, in_features = lefts[0].shape[0], rights[0].shape[1]
-        block = lefts[0].new_empty(self.rank * (out_features + in_features))
-        left, right = block.split([self.rank * out_features, self.rank * in_features])
-        left, right = left.view(out_features, -1), right.view(-1, in_features)
-        return LowRank(torch.cat(lefts, dim=1, out=left), torch.cat(rights, out=right))
+        self._whole()
+        return self
 
     def to(self, device: torch.device | str) -> LowRank:
         """The same matrix on a device."""

@@ -240,7 +240,9 @@ def fingerprint(weight: Tensor) -> tuple[float, float]:
 @functools.lru_cache(maxsize=64)
 def _fixed_vectors(out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
     fixed = torch.Generator().manual_seed(0)
-    return torch.randn(out_features, generator=fixed), torch.randn(in_features, generator=fixed)
+    # On the CPU, whatever device is torch's default while they are made: they are kept.
+    u, v = (torch.randn(n, generator=fixed, device="cpu") for n in (out_features, in_features))
+    return u, v
 
 
 def same_fingerprint(first: tuple[float, float], second: tuple[float, float], eps: float) -> bool:
