@@ -70,8 +70,8 @@ def adapted_linear(base: nn.Module, x: Tensor, a: Tensor, b: Tensor, scaling: fl
 class _AdaptedLinear(torch.autograd.Function):
     """On rows: x (n, in), weight (out, in), bias (out) or None, a (r, in), b (out, r).
 
-    The thin products are computed as (r, n), and added to the transposed outputs: BLAS is up to a
-    third faster so than on (n, r), which holds one row of r numbers after the other.
+    The thin products are computed as (r, n), and added to the transposed outputs: BLAS is
+    faster so than on (n, r), which holds one row of r numbers after the other.
     """
 
     @staticmethod
