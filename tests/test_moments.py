@@ -10,7 +10,7 @@ from peft import get_peft_model
 
 from rosa import RosaConfig, resample
 from rosa.model import rosa_layers
-from rosa.moments import project
+from rosa.moments import clear, project
 from tests.models import Mlp
 
 OUT, IN, R = 9, 7, 3
@@ -103,6 +103,31 @@ def test_what_a_resample_does_to_them(moments):
         assert (entry["exp_avg_sq"] > 0).all()
         assert (entry["max_exp_avg_sq"] > 0).all()
     step(model, optimizer)
+
+
+def test_of_terms_that_go_the_mean_is_zero_and_the_square_the_mean_of_those_that_stay():
+    a, b, lasts = randn(R, IN), randn(OUT, R), torch.tensor([True, False, True])
+    state = moments_of(a, b, randn(4, OUT, IN))
+    before = copy.deepcopy([state[a], state[b].copy()])
+    clear(state, a, b, lasts)
+    for factor, old in zip((a, b), before, strict=True):
+        new = state[factor]
+        assert new["step"] == 5
+        for name in ("exp_avg", "exp_avg_sq"):
+            rows, were = (v[name].T if factor is b else v[name] for v in (new, old))
+            torch.testing.assert_close(rows[lasts], were[lasts], rtol=0, atol=0)
+            fresh = were[lasts].mean() if name == "exp_avg_sq" else 0.0
+            torch.testing.assert_close(rows[1], torch.zeros_like(rows[1]) + fresh)
+    clear(state, a, b, ~lasts & lasts)
+    assert not state
+
+
+def test_moments_of_another_kind_are_dropped_whole():
+    model, factors = adapted()
+    optimizer = torch.optim.RMSprop(factors)
+    step(model, optimizer)
+    clear(optimizer.state, *factors, torch.tensor([True, False]))
+    assert not optimizer.state
 
 
 def test_moments_of_another_kind_are_refused_before_anything_is_drawn():

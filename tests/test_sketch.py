@@ -308,7 +308,8 @@ def test_only_the_spent_subspaces_are_drawn():
         b = layer.rosa_B["default"].detach()
         inside = torch.linalg.qr(torch.cat([b, torch.randn(len(b), 1).double()], dim=1)).Q
         # As if the gradient lay in the subspace, but in the second layer beside it.
-        layer.watched("default").sums["left"] = inside.T[-1:] if number == 1 else inside.T[:1]
+        total = layer.watched("default").sums["left"].zero_()
+        total[0] = inside.T[-1] if number == 1 else inside.T[0]
     kept = [layer.rosa_A["default"].detach().clone() for layer in layers]
     before = model(x)
     assert resample(model, spent=0.99) == 1
@@ -334,13 +335,107 @@ def test_a_bound_of_no_use_is_refused(directions, spent, message):
     assert all(layer.rosa_offset["default"].draws == 1 for _, layer in rosa_layers(model))
 
 
-def test_the_share_held_is_of_the_best_that_the_rank_could_hold():
-    u, gradient = low_rank_gradient(30, 20, [2.0, 1.0, 1.0, 1.0])
+def test_a_column_lasts_if_it_holds_what_a_fresh_direction_would():
+    u, gradient = low_rank_gradient(30, 20, [4.0, 3.0, 2.0, 1.0])
     sketch = sketch_of(gradient, 4)
     sketch.sums["left"] = gradient.T  # without the noise of the projection
-    # Two directions could hold 4 + 1; the second and third hold 1 + 1.
-    assert sketch.held("left", 3 * u[:, 1:3]) == pytest.approx(2 / 5)
-    assert sketch.held("left", u[:, :2] @ torch.randn(2, 2).double()) == pytest.approx(1)
+    beside = torch.linalg.qr(torch.cat([u, torch.randn(30, 2).double()], dim=1)).Q[:, 4:]
+
+    def lasting(*columns, share=0.9):
+        sizes = torch.rand(len(columns)).double() + 0.5  # which do not matter
+        return sketch.lasting("left", torch.stack(columns, dim=1) * sizes, share).tolist()
+
+    assert lasting(u[:, 2], u[:, 0], u[:, 1]) == [True, True, True]
+    # The third direction of G holds what a third one would, but not what the second would.
+    assert lasting(u[:, 2], beside[:, 0], u[:, 0]) == [True, False, True]
+    assert lasting(u[:, 3], u[:, 0]) == [False, True]
+    assert lasting(u[:, 3], u[:, 0], share=0.1) == [True, True]
+    # What two columns hold together is counted once.
+    assert lasting(u[:, 0], u[:, 0] + 0.01 * beside[:, 0]) == [True, False]
+    assert lasting(beside[:, 0], beside[:, 1]) == [False, False]
+    # G has four directions; of a fifth nothing is asked.
+    assert lasting(*u.T, beside[:, 0]) == [True] * 5
+
+
+@pytest.mark.parametrize("moments", ["clear", "keep", "project"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"side": "right"},
+        {"side": "both"},
+        {"informed": 0.5, "alpha": 3.0},
+        {"directions": "svd", "triplets": "gradient"},
+        {"directions": "svd", "triplets": "gradient", "side": "both"},
+    ],
+    ids=str,
+)
+def test_terms_that_are_not_spent_stay_with_their_part_of_the_optimizers_state(
+    options, moments, monkeypatch
+):
+    """Where some terms stay, all that is of them is untouched, and the model computes the same."""
+    model, x = adapted(r=3, **options), torch.randn(4, 7).double()
+    optimizer = trained(model, x)
+    layers = [layer for _, layer in rosa_layers(model)]
+    lasts = torch.tensor([True, False, True])
+    monkeypatch.setattr(type(layers[0]), "lasting", lambda *_: lasts)
+    (olds, state), output = copy.deepcopy((layers, optimizer.state)), model(x)
+    assert resample(model, optimizer, batches=[x], loss=loss_of, moments=moments, spent=0.5) == 3
+    torch.testing.assert_close(model(x), output)
+    for old, new in zip(olds, layers, strict=True):
+        rank = old.rosa_offset["default"].terms.rank
+        assert new.rosa_offset["default"].terms.rank == rank + 2
+        drawn = new.drawn("default")
+        torch.testing.assert_close(drawn[lasts].A, old.drawn("default")[lasts].A, rtol=0, atol=0)
+        torch.testing.assert_close(drawn[~lasts].A, new.learned("default")[~lasts].A)
+        torch.testing.assert_close(drawn[~lasts].B, new.learned("default")[~lasts].B)
+        for factors, at in (("rosa_A", (lasts,)), ("rosa_B", (slice(None), lasts))):
+            a, b = getattr(old, factors)["default"], getattr(new, factors)["default"]
+            assert torch.equal(a[at], b[at])
+            assert not torch.equal(a, b)
+            assert optimizer.state[b]["step"] == 1
+            for name in ("exp_avg", "exp_avg_sq"):
+                torch.testing.assert_close(optimizer.state[b][name][at], state[a][name][at])
+
+
+def test_drawn_are_the_strongest_directions_beside_those_that_stay():
+    u, gradient = low_rank_gradient(10, 7, [4.0, 3.0, 2.0, 1.0])
+    model = adapted(r=2, target_modules=["first"])
+    ((_, layer),) = rosa_layers(model)
+    with torch.no_grad():
+        layer.rosa_B["default"][:, 1] = u[:, 0] + 0.1 * u[:, 3]  # the second term holds the first
+        layer.rosa_B["default"][:, 0] = u[:, 3]
+    x = torch.randn(4, 7).double()
+    before = model(x)
+    watch(model)
+    layer.watched("default").sums["left"] = gradient.T.clone()
+    assert resample(model, spent=0.5) == 1
+    torch.testing.assert_close(model(x), before)
+    fresh = layer.rosa_B["default"].detach()[:, 0]
+    # In what the second term leaves of G, the second direction is the strongest as before.
+    torch.testing.assert_close((fresh @ u[:, 1]).abs(), fresh.norm())
+
+
+def test_offsets_stay_small_and_exact_over_many_partial_draws():
+    model, x = adapted(r=2), torch.randn(4, 7).double()
+    optimizer = trained(model, x)
+    drawn = 0
+    for _ in range(40):
+        batch = torch.randn(2, 7).double()
+        loss_of(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        before = model(x)
+        drawn += resample(model, optimizer, batches=[batch], loss=loss_of, spent=0.3)
+        torch.testing.assert_close(model(x), before)
+    assert drawn > 0
+    for _, layer in rosa_layers(model):
+        terms = layer.rosa_offset["default"].terms
+        assert terms.rank <= 1.5 * min(layer.in_features, layer.out_features) + 4
+    base = copy.deepcopy(model).unload()
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(x), before)
+    assert not torch.allclose(base(x), before)
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan")])

@@ -48,7 +48,7 @@ def test_directions_of_either_side_are_taken_out_of_the_weight(shape, side, coun
         name: torch.linalg.qr(torch.randn(size, k, dtype=torch.float64)).Q
         for name, size, k in zip(("left", "right"), shape, count, strict=True)
     }
-    options = {"side": side, "known": bases if known else {}}
+    options = {"sides": subspace.rank_of_sides(side, 3), "known": bases if known else {}}
     change = LowRank(*(torch.randn(n, 2, dtype=torch.float64) for n in shape))
     change = LowRank(change.B, change.A.T)
     a, b = draw(weight, 3, directions="gradient", change=change, **options)

@@ -179,8 +179,8 @@ def train(
         float | None,
         _option(
             METHOD,
-            "ROSA: weights whose subspace holds this share of the gradient that it could hold keep "
-            "it at a resample (auto: a look every 32 steps); all are drawn if left out.",
+            "ROSA: directions that hold this share of the gradient that fresh ones would hold stay "
+            "at a resample (auto: a look every 32 steps); all are drawn if left out.",
         ),
     ] = None,
     first_draw: Annotated[

@@ -203,7 +203,8 @@ class RosaLayer(BaseTunerLayer):
         )
         if config.directions == "zero" or not config.init_weights or terms.rank < r:
             return None
-        return LowRank(-terms.B[:, -r:], terms.A[-r:])
+        start = terms[-r:]
+        return LowRank(-start.B, start.A)
 
     def is_untouched(self, adapter: str) -> bool:
         """Whether the adapter is as it was made: not trained, not resampled, not loaded."""
@@ -257,23 +258,34 @@ class RosaLayer(BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @torch.no_grad()
-    def _draw(self, adapter: str, weight: Tensor, change: LowRank | None = None) -> LowRank:
-        """Draw new factors from a weight and a change of it, and return what takes them out of it.
+    def _draw(
+        self,
+        adapter: str,
+        weight: Tensor,
+        change: LowRank | None = None,
+        places: Tensor | None = None,
+    ) -> LowRank:
+        """Draw terms of the factors from a weight and a change of it; returns what takes them out.
 
         Args:
             adapter: whose factors.
             weight: (out, in), in the work dtype; not changed.
             change: to be added to the weight first.
+            places: which terms to draw, in rising order; None draws all of them.
         """
         config, entry = self.rosa_config[adapter], self.rosa_offset[adapter]
+        r = self.r[adapter]
+        if places is None:
+            places = torch.arange(r)
         norm, _ = self.base_fingerprint() or (0.0, 0.0)
         generator = subspace.generator(config.seed, f"{self.name}.{adapter}", entry.draws)
         try:
             sketch = self._sketches.pop(adapter, None)
-            known, choose = self._from_gradient(adapter, sketch, generator)
+            sides = self._sides(adapter, places)
+            known, choose = self._from_gradient(adapter, sketch, sides, len(places), generator)
             a, b = subspace.draw(
                 weight,
-                self.r[adapter],
+                len(places),
                 directions=config.directions,  # type: ignore[arg-type]  # checked by RosaConfig
                 triplets=config.triplets,  # type: ignore[arg-type]
                 split=config.split,  # type: ignore[arg-type]
@@ -281,7 +293,7 @@ class RosaLayer(BaseTunerLayer):
                 change=change,
                 # Of the pretrained weight: the speed of learning does not drift with the training.
                 size=subspace.root_mean_square_size(norm, weight.shape),
-                side=None if sketch is None else config.side,
+                sides=None if sketch is None else sides,
                 known=known,
                 choose=choose,
                 generator=generator,
@@ -291,29 +303,71 @@ class RosaLayer(BaseTunerLayer):
                 f"no subspace of layer {self.name} could be drawn ({error}): check its weight for "
                 "NaN and infinity, or use directions='orthonormal'"
             ) from error
-        self.rosa_A[adapter].copy_(a)
-        self.rosa_B[adapter].copy_(b)
+        self.rosa_A[adapter][places] = a.to(self.rosa_A[adapter])
+        self.rosa_B[adapter][:, places] = b.to(self.rosa_B[adapter])
         entry.draws += 1
         # From the factors as they are now stored: their rounding cancels too.
         drawn = self.learned(adapter)
+        drawn = drawn if len(places) == r else drawn[places]
         if config.directions == "zero":
             return LowRank(drawn.B[:, :0], drawn.A[:0])
         return LowRank(-drawn.B, drawn.A)
 
+    def _sides(self, adapter: str, places: Tensor) -> dict[str, int]:
+        """How many of some terms are directions of each side: the left ones come first."""
+        all_sides = subspace.rank_of_sides(self.rosa_config[adapter].side, self.r[adapter])
+        left = int((places < all_sides["left"]).sum())
+        return {"left": left, "right": len(places) - left}
+
     def _from_gradient(
-        self, adapter: str, sketch: Sketch | None, generator: torch.Generator
+        self,
+        adapter: str,
+        sketch: Sketch | None,
+        sides: dict[str, int],
+        rank: int,
+        generator: torch.Generator,
     ) -> tuple[dict[str, Tensor], subspace.Choose | None]:
         """The directions that the gradient gives, or how it chooses triplets: for `draw`."""
         config, known = self.rosa_config[adapter], {}
         if sketch is None or not config.is_informed:
             return known, None
         if config.directions == "svd":
-            count = round(config.informed * self.r[adapter])
+            count = round(config.informed * rank)
             return known, lambda bases: sketch.places(bases, count, config.temperature, generator)
-        for side, rank in subspace.rank_of_sides(config.side, self.r[adapter]).items():
-            if count := round(config.informed * rank):
+        for side, wanted in sides.items():
+            if count := round(config.informed * wanted):
                 known[side] = sketch.directions(side, count, config.temperature, generator)
         return known, None
+
+    def _columns(self, adapter: str) -> dict[str, tuple[Tensor, Tensor]]:
+        """By side that is looked at: which terms are judged there, and their columns.
+
+        Columns are those of B (out, r) for the left side, and of A's transpose (in, r).
+        """
+        config, r = self.rosa_config[adapter], self.r[adapter]
+        columns = {"left": self.rosa_B[adapter].detach(), "right": self.rosa_A[adapter].detach().T}
+        sides = subspace.rank_of_sides(config.side, r)
+        places = dict(zip(sides, torch.arange(r).split(list(sides.values())), strict=True))
+        if config.directions == "svd":  # a triplet is of both sides
+            places = dict.fromkeys(sides, torch.arange(r))
+        return {
+            side: (places[side], columns[side][:, places[side]]) for side in sides if sides[side]
+        }
+
+    def lasting(self, adapter: str, share: float) -> Tensor:
+        """Which terms of the product hold enough of the gradient that was seen: (r,), of bool.
+
+        Args:
+            adapter: none of it lasts if it was not watched, or saw nothing.
+            share: of the energy that a fresh direction would hold; see `Sketch.lasting`.
+        """
+        sketch = self._sketches.get(adapter)
+        if sketch is None or sketch.is_empty() or self.drawn(adapter) is None:
+            return torch.zeros(self.r[adapter], dtype=torch.bool)
+        lasts = torch.ones(self.r[adapter], dtype=torch.bool)
+        for side, (places, columns) in self._columns(adapter).items():
+            lasts[places] &= sketch.lasting(side, columns, share)
+        return lasts
 
     def watch(self, adapter: str) -> None:
         """Begin to sum up where the loss gradient lies, in backward passes, until the next draw."""
@@ -336,21 +390,39 @@ class RosaLayer(BaseTunerLayer):
         return self._sketches.get(adapter)
 
     @torch.no_grad()
-    def resample(self, adapter: str) -> None:
+    def resample(self, adapter: str, lasts: Tensor | None = None) -> None:
         """Merge the adapter's product into its offset and draw a new subspace.
 
         What the layer computes stays the same to rounding, and the factors stay the same
         Parameter objects. Use `rosa.resample`, which also clears the optimizer's state.
+
+        Args:
+            adapter: whose product.
+            lasts: which of its terms stay as they are, as `lasting` finds them: (r,), of bool.
         """
-        entry = self.rosa_offset[adapter]
+        entry, r = self.rosa_offset[adapter], self.r[adapter]
         learned, weight = self.learned(adapter), self._weight()
-        start = self._draw(adapter, weight.to(self._work_dtype()), learned)
+        spent = None
+        if lasts is not None and lasts.any():
+            spent = torch.arange(r)[~lasts]
+            learned = learned[spent]
+            for side, (places, columns) in self._columns(adapter).items():
+                self._sketches[adapter].without(side, columns[:, lasts[places]])
+        start = self._draw(adapter, weight.to(self._work_dtype()), learned, spent)
         change = (learned + start).joined()
-        if entry.terms.rank + change.rank > _MOST_TERMS * min(self.out_features, self.in_features):
-            settled = (entry.terms + learned.to("cpu")).compressed()
-            entry.terms = settled + start.to("cpu")  # in this order: see `drawn`
+        if spent is None:
+            terms, last = entry.terms + change.to("cpu"), start.rank
         else:
-            entry.terms = entry.terms + change.to("cpu")
+            begun, fresh = entry.terms[-r:], start.to("cpu")  # see `drawn`
+            begun_now = LowRank(
+                begun.B.index_copy(1, spent, fresh.B), begun.A.index_copy(0, spent, fresh.A)
+            )
+            terms = entry.terms[:-r] + begun[spent] + learned.to("cpu") + begun_now
+            terms, last = terms.joined(), r
+        if terms.rank > _MOST_TERMS * min(self.out_features, self.in_features):
+            settled = terms.rank - last
+            terms = terms[:settled].compressed() + terms[settled:]
+        entry.terms = terms
         if self._pretrained is None and entry.in_weight is not None:
             # In one pass over the weight: cheaper than the old offset out and the new one in.
             self._versions.leaving(weight, self.standing())

@@ -94,6 +94,10 @@ class LowRank:
         total._parts = self._parts + other._parts
         return total
 
+    def __getitem__(self, terms: slice | Tensor) -> LowRank:
+        """Some of the terms, by their places or as a mask, in the order asked for."""
+        return LowRank(self.B[:, terms], self.A[terms])
+
     def joined(self) -> LowRank:
         """The same matrix with its terms side by side, in one block of memory.
 

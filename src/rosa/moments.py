@@ -38,6 +38,34 @@ def _of_shape(entry: Mapping[str, Any], factor: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
+def clear(state: State, a: Tensor, b: Tensor, lasts: Tensor | None = None) -> None:
+    """Drop the moments of terms that were drawn anew.
+
+    Those of the terms that stay go on, and with them the step count. So that a new term's first
+    steps are no larger than others', its mean of the square begins as the mean of theirs. The
+    state of an optimizer other than torch's, which may be quantized or factored, is dropped whole.
+
+    Args:
+        state: the optimizer's.
+        a: A, (r, in), as the optimizer knows it.
+        b: B, (out, r).
+        lasts: which terms stay, (r,), of bool; None drops all.
+    """
+    for factor, columns in ((a, False), (b, True)):
+        entry = state.get(factor, {})
+        moments = _of_shape(entry, factor)
+        others = [v for k, v in entry.items() if isinstance(v, Tensor) and v.numel() > 1]
+        known = len(others) == len(moments) and set(moments) <= {*_MEANS, *_SQUARES}
+        if lasts is None or not lasts.any() or not known:
+            state.pop(factor, None)
+            continue
+        for name, value in moments.items():
+            rows = value.T if columns else value  # (r, n), a view
+            stay = lasts.to(rows.device)
+            rows[~stay] = 0.0 if name in _MEANS else rows[stay].mean()
+
+
+@torch.no_grad()
 def project(state: State, a: Tensor, b: Tensor, old_a: Tensor, old_b: Tensor) -> None:
     """Move Adam's moments from the old factors' subspace into the new one's.
 

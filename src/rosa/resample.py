@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from rosa.layer import RosaLinear
 from rosa.lowrank import are_finite
 from rosa.model import rosa_layers
-from rosa.moments import check_moments, project
+from rosa.moments import check_moments, clear, project
 
 
 def watch(model: nn.Module) -> int:
@@ -62,15 +62,15 @@ def resample(
         moments: what becomes of the optimizer's moments of the factors, which belong to the old
             subspace: ``"clear"`` begins anew, ``"keep"`` goes on with them as they are,
             ``"project"`` moves Adam's into the new subspace (see `rosa.moments`).
-        spent: of informed draws, a layer whose subspace still holds at least this share
-            of the gradient's energy that its rank could hold at best keeps it, with all of its
-            state. None draws every layer.
+        spent: of informed draws, the terms of a product that still hold at least this share of the
+            gradient's energy that fresh ones would hold stay, with their part of the optimizer's
+            state; the others are drawn. None draws all.
         batches: for informed draws, batches to find the gradient with, instead of what
             was seen since `watch`; about four. All other parameters' gradients stay as they are.
         loss: takes the model and a batch and returns the loss; None is ``model(**batch).loss``.
 
     Returns:
-        The number of weights whose subspace was drawn.
+        The number of weights whose subspace was drawn, or a part of it.
 
     Raises:
         ValueError: the model has no ROSA, or is merged or disabled; a factor is NaN; the optimizer
@@ -87,19 +87,23 @@ def resample(
         look(model, informed, batches, loss)
     _agree(informed)
     _warn_of_blind(informed)
-    drawn = [job for job in jobs if not _lasts(job, spent)]
-    for _, layer, adapter in drawn:
+    drawn = 0
+    for _, layer, adapter in jobs:
+        lasts = None if spent is None else layer.lasting(adapter, spent)
+        if lasts is not None and lasts.all():
+            layer.forget(adapter)
+            continue
+        drawn += 1
         a, b = factors_of(layer, adapter)
         old_a, old_b = (a.detach().clone(), b.detach().clone()) if moments == "project" else (a, b)
-        layer.resample(adapter)
+        layer.resample(adapter, lasts)
         a.grad = b.grad = None
         if moments == "project":
             project(state, a, b, old_a, old_b)
         elif moments == "clear":
-            state.pop(a, None)
-            state.pop(b, None)
+            clear(state, a, b, lasts)
     torch.clear_autocast_cache()  # else an autocast around the call would go on with old factors
-    return len(drawn)
+    return drawn
 
 
 Job = tuple[str, RosaLinear, str]
@@ -122,20 +126,6 @@ def check_spent(spent: float | None, informed: list[Job] | None = None) -> None:
             "spent is a share of the gradient, and none of the active adapters looks at it: use "
             "directions='gradient', or leave spent out"
         )
-
-
-def _lasts(job: Job, spent: float | None) -> bool:
-    """Whether a subspace still holds enough of the gradient that was seen; if so, it stays."""
-    _, layer, adapter = job
-    sketch = layer.watched(adapter)
-    if spent is None or sketch is None or sketch.is_empty():
-        return False
-    a, b = factors_of(layer, adapter)
-    columns = {"left": b.detach(), "right": a.detach().T}
-    if min(sketch.held(side, columns[side]) for side in sketch.sums) < spent:
-        return False
-    layer.forget(adapter)
-    return True
 
 
 def factors_of(layer: RosaLinear, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:

@@ -124,20 +124,46 @@ class Sketch:
         total = next(iter(self.sums.values()))
         return torch.linalg.svdvals(total).square() / total.shape[0]
 
-    def held(self, side: str, factor: Tensor) -> float:
-        """How much of the energy that its rank could hold at best lies where a factor can move.
+    def lasting(self, side: str, factor: Tensor, share: float) -> Tensor:
+        """Which columns of a factor still hold as much of G's energy as a fresh direction would.
+
+        The column with the most energy is held against the largest singular direction of G; what
+        both that column and the others hold is counted once, and of the others the one with the
+        most is next, against the second largest, and so on.
 
         Args:
             side: see `directions`.
             factor: (out, k) for the left side, (in, k) for the right one.
+            share: of a singular direction's energy, from 0 to 1.
 
         Returns:
-            From 0 to 1; nan where no gradient was seen.
+            (k,), of bool, on the CPU.
         """
+        rest = self.sums[side].clone()
+        columns = factor.to(rest.dtype)
+        lengths = torch.linalg.vector_norm(columns, dim=0)
+        # To the nearest that rounding tells apart: a direction that G lacks need not be held.
+        eps = torch.finfo(rest.dtype).eps * max(rest.shape)
+        lasts = torch.zeros(factor.shape[1], dtype=torch.bool)
+        best = torch.linalg.svdvals(rest).square()[: len(lasts)]
+        for wanted in share * best - eps * best[0]:
+            left = torch.linalg.vector_norm(columns, dim=0)
+            unit = torch.where(left > eps * lengths, columns / left, 0.0)
+            energies = (rest @ unit).square().sum(0)
+            energies[lasts.to(energies.device)] = -1.0
+            place = int(energies.argmax())
+            if energies[place] >= wanted:
+                lasts[place] = True
+                found = unit[:, place]
+                rest = rest - torch.outer(rest @ found, found)
+                columns = columns - torch.outer(found, found @ columns)
+        return lasts
+
+    def without(self, side: str, factor: Tensor) -> None:
+        """Take what lies in a factor's columns, (out, k) or (in, k), out of a side's sums."""
         total = self.sums[side]
-        inside = (total @ torch.linalg.qr(factor.to(total.dtype)).Q).square().sum()
-        best = torch.linalg.svdvals(total)[: factor.shape[1]].square().sum()
-        return float(inside / best)
+        basis = torch.linalg.qr(factor.to(total.dtype)).Q
+        total -= (total @ basis) @ basis.T
 
 
 def _choose(energies: Tensor, count: int, temperature: float, generator: torch.Generator) -> Tensor:

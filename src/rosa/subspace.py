@@ -157,7 +157,7 @@ def draw(
     scaling: float = 1.0,
     change: LowRank | None = None,
     size: float | None = None,
-    side: str | None = None,
+    sides: Mapping[str, int] | None = None,
     known: Mapping[str, Tensor] = NOTHING_KNOWN,
     choose: Choose | None = None,
     generator: torch.Generator,
@@ -176,8 +176,8 @@ def draw(
         change: to be added to the weight first, such as what was learned since the last draw.
         size: the size of an orthonormal direction; None takes the root mean square of the weight's
             singular values.
-        side: whether orthonormal directions are the outputs' ("left"), the inputs' ("right") or
-            half of them each's ("both"); None takes the smaller side.
+        sides: how many of the orthonormal directions are the outputs' ("left") and the inputs'
+            ("right"), as `rank_of_sides` says; None takes the smaller side's.
         known: orthonormal directions that the subspace shall have, by side, (out, k) for "left" and
             (in, k) for "right"; random ones complete them. For ``directions="gradient"``.
         choose: for ``triplets="gradient"``, finds the places of those to take among all triplets;
@@ -212,14 +212,12 @@ def draw(
     if size is None:
         whole = weight if change is None else weight + change.dense()
         size = root_mean_square_size(float(torch.linalg.vector_norm(whole)), weight.shape)
-    if side is None:
-        side = "left" if weight.shape[0] <= weight.shape[1] else "right"
+    if sides is None:
+        sides = rank_of_sides("left" if weight.shape[0] <= weight.shape[1] else "right", rank)
     bases = {
-        name: orthonormal_basis(length, count, generator, weight, known.get(name))
-        for (name, count), length in zip(
-            rank_of_sides(side, rank).items(), weight.shape, strict=True
-        )
-        if count
+        name: orthonormal_basis(length, sides[name], generator, weight, known.get(name))
+        for name, length in zip(("left", "right"), weight.shape, strict=True)
+        if sides[name]
     }
     return _orthonormal_factors(weight, change, bases, size / scaling, share, scaling)
 
