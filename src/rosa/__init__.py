@@ -5,7 +5,6 @@ Importing this package registers the method: `peft.get_peft_model(model, rosa.Ro
 
 from typing import TYPE_CHECKING, Any
 
-from rosa.allocation import allocate_ranks
 from rosa.config import RosaConfig
 from rosa.export import export_lora, export_merged
 from rosa.model import RosaModel
@@ -21,7 +20,6 @@ __all__ = [
     "RosaConfig",
     "RosaModel",
     "__version__",
-    "allocate_ranks",
     "export_lora",
     "export_merged",
     "resample",

@@ -1,91 +1,55 @@
-"""Which weights get which rank, within a fixed number of trained parameters."""
+"""Which weights get which rank, within a fixed number of trained parameters.
+
+The singular values of each weight's gradient are known from its sketch (see `rosa.sketch`). Those
+with the most energy for the in + out numbers that a direction costs get one: at least one a weight,
+and at most 8 more than it had.
+"""
 
 from __future__ import annotations
 
-import copy
-import re
-from collections.abc import Callable, Iterable
-from typing import Any
+from torch import Tensor
 
-from peft import get_peft_model
-from torch import Tensor, nn
-
-from rosa.config import RosaConfig
-from rosa.resample import check, look
-
-MOST = 4
-"""The largest rank of a weight, over the config's."""
+from rosa.layer import RosaLinear
 
 
-def allocate_ranks(
-    model: nn.Module,
-    config: RosaConfig,
-    batches: Iterable[Any],
-    loss: Callable[[nn.Module, Any], Tensor] | None = None,
-) -> dict[str, int]:
-    """Ranks by weight, by where the loss gradient lies, for as many parameters as ``config.r`` has.
-
-    The singular values of each weight's gradient are found by a sketch (see `rosa.sketch`). Those
-    with the most energy for the r (in + out) numbers that a direction costs get one: at least one
-    and at most four times ``config.r`` directions a weight.
-
-        config.rank_pattern = rosa.allocate_ranks(base_model, config, batches)
-        model = peft.get_peft_model(base_model, config)
+def allocate(jobs: list[tuple[str, RosaLinear, str]]) -> dict[tuple[str, str], int]:
+    """Ranks by weight and adapter, for no more numbers in all than the factors have now.
 
     Args:
-        model: the pretrained model, without ROSA; it is left as it was.
-        config: says which weights, and by `r` how many parameters. Not changed.
-        batches: of training data, about four.
-        loss: takes the model and a batch and returns the loss; None is ``model(**batch).loss``.
-
-    Returns:
-        For `RosaConfig.rank_pattern`: a regex for each weight's name, and its rank.
-
-    Raises:
-        ValueError: a batch gives no loss, or none of them a gradient.
+        jobs: (name, layer, adapter) of what is drawn together. Those that saw no gradient keep
+            their rank.
     """
-    look_config = copy.deepcopy(config)
-    # Drawn at zero: the factors cost nothing to draw and the outputs are the pretrained model's.
-    look_config.directions, look_config.rank_pattern = "zero", {}
-    look_config.r = MOST * config.r
-    watched = get_peft_model(model, look_config)
-    try:
-        jobs = check(watched)
-        look(watched, jobs, batches, loss)
-        costs: dict[str, int] = {}
-        spectra: dict[str, Tensor] = {}
-        for name, layer, adapter in jobs:
-            name = name.removeprefix("base_model.model.")
-            costs[name] = layer.in_features + layer.out_features
-            if (sketch := layer.watched(adapter)) is not None:
-                spectra[name] = sketch.energies()[: layer.r[adapter]]
-    finally:
-        watched.unload()
-    if not any(energies.any() for energies in spectra.values()):
-        raise ValueError(
-            "the batches gave no gradient to allocate ranks by: their loss is 0, NaN or infinite, "
-            "or depends on none of the target modules"
-        )
-    return {f"^{re.escape(name)}": rank for name, rank in _fill(costs, spectra, config.r).items()}
+    ranks: dict[tuple[str, str], int] = {}
+    costs: dict[tuple[str, str], int] = {}
+    spectra: dict[tuple[str, str], Tensor] = {}
+    for name, layer, adapter in jobs:
+        sketch = layer.watched(adapter)
+        if sketch is not None and not sketch.is_empty():
+            key = name, adapter
+            ranks[key] = layer.r[adapter]
+            costs[key] = layer.in_features + layer.out_features
+            spectra[key] = sketch.energies()
+    return fill(ranks, costs, spectra)
 
 
-def _fill(costs: dict[str, int], spectra: dict[str, Tensor], r: int) -> dict[str, int]:
+def fill(ranks: dict, costs: dict, spectra: dict) -> dict:
     """One direction for each weight, then those with the most energy a number, while there is room.
 
     Args:
+        ranks: of the weights now.
         costs: numbers that a direction takes, by weight.
         spectra: energies of the gradient's directions, falling, by weight.
-        r: the mean rank.
     """
-    ranks = dict.fromkeys(costs, 1)
-    room = (r - 1) * sum(costs.values())
+    new = dict.fromkeys(ranks, 1)
+    room = sum((rank - 1) * costs[key] for key, rank in ranks.items())
     wanted = [
-        (float(energy) / costs[name], name)
-        for name, energies in spectra.items()
+        (float(energy) / costs[key], key)
+        for key, energies in spectra.items()
         for energy in energies[1:]
+        if energy > 0
     ]
-    for _, name in sorted(wanted, reverse=True):
-        if costs[name] <= room:
-            ranks[name] += 1
-            room -= costs[name]
-    return ranks
+    for _, key in sorted(wanted, reverse=True):
+        if costs[key] <= room:
+            new[key] += 1
+            room -= costs[key]
+    return new

@@ -72,10 +72,7 @@ def adapt(
         if settings.method == "head":
             _train_head_only(model, base.fresh)
         return model, recorder
-    import torch
     from peft import get_peft_model
-
-    from rosa import RosaConfig, allocate_ranks
 
     shared = {
         "target_modules": targets,
@@ -85,13 +82,6 @@ def adapt(
     config = method.config(settings, settings.rank or 0, shared)
     if settings.method == "lora_ga":
         _find_gradients(model, config, batches())
-    if isinstance(config, RosaConfig) and settings.allocate:
-
-        def loss(model: Any, batch: Any) -> Any:
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=in_bf16(settings)):
-                return model(**batch).loss
-
-        config.rank_pattern = allocate_ranks(model, config, batches(), loss)
     return get_peft_model(model, config), recorder
 
 

@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rosa.decay import DecayTowardDrawn
 from rosa.moments import check_moments
-from rosa.resample import check, check_spent, is_informed, resample, unwrap, watch
+from rosa.resample import check, check_allocating, check_spent, is_informed, resample, unwrap, watch
 
 ROUNDS, SHORTEST_ROUND = 5, 1024
 """What "auto" goes by: subspaces in a training, and the fewest optimizer steps for each."""
@@ -116,6 +116,7 @@ class RosaCallback(TrainerCallback):
         self.period = self._period_in_steps(args, state, kwargs.get("train_dataloader"))
         informed = [job for job in jobs if is_informed(job)]
         check_spent(self.spent, informed)
+        check_allocating(informed, self.spent)
         self._first, self._watched = self.period, 0
         if informed:
             soon = min(FIRST, max(state.max_steps // 10, self.watch))

@@ -37,6 +37,9 @@ class RosaConfig(PeftConfig):
             above, a direction's chance is its energy to the power of 1 / temperature.
         side: Of which side it is: the outputs' (``"left"``), the inputs' (``"right"``) or half of
             the directions each's (``"both"``; of triplets, the sum of both energies).
+        allocate: Let draws by the gradient hand out the ranks too: weights that hold more of its
+            energy get more directions, for as many trained numbers in all (`rosa.allocation`).
+            `rank_pattern` follows.
         seed: Seed of the draws. They depend on nothing else that draws random numbers.
         rosa_dropout: Dropout on the input of the trained factors. Unlike LoRA's, they hold a part
             of the pretrained weight, which is dropped with it: 0 unless you have reason.
@@ -91,6 +94,10 @@ class RosaConfig(PeftConfig):
         metadata={
             "help": "Side of the gradient's directions: left (outputs), right (inputs) or both."
         },
+    )
+    allocate: bool = field(
+        default=False,
+        metadata={"help": "Weights with more of the gradient get more rank, as many numbers."},
     )
     seed: int = field(default=0, metadata={"help": "Seed of the draws of subspaces."})
     rosa_dropout: float = field(
@@ -187,6 +194,11 @@ class RosaConfig(PeftConfig):
             raise ValueError(f"informed is a share, from 0 to 1, got {self.informed}")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature must be a number, 0 or above, got {self.temperature}")
+        if self.allocate and not self.is_informed:
+            raise ValueError(
+                "allocate hands out ranks by the gradient, which has no say in these draws: use "
+                "directions='gradient', or leave allocate out"
+            )
         if not 0 <= self.rosa_dropout < 1:
             raise ValueError(
                 f"rosa_dropout must be at least 0 and below 1, got {self.rosa_dropout}"

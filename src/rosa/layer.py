@@ -6,6 +6,7 @@ The weight in memory is ``W_0 + sum of offsets O`` of the adapters in use, and t
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -50,7 +51,7 @@ class RosaLayer(BaseTunerLayer):
     """
 
     adapter_layer_names = ("rosa_A", "rosa_B")
-    other_param_names = ("r", "scaling", "rosa_dropout", "rosa_config", "rosa_offset")
+    other_param_names = ("r", "alpha", "scaling", "rosa_dropout", "rosa_config", "rosa_offset")
 
     base_layer: nn.Module
     rosa_A: nn.ParameterDict
@@ -62,6 +63,7 @@ class RosaLayer(BaseTunerLayer):
         self.base_layer = base_layer
         self.name = name  # the module's name in the model: for the draws and for messages
         self.r: dict[str, int] = {}
+        self.alpha: dict[str, float | None] = {}
         self.scaling: dict[str, float] = {}
         self.rosa_config: dict[str, RosaConfig] = {}
         self.rosa_dropout = nn.ModuleDict()
@@ -239,7 +241,7 @@ class RosaLayer(BaseTunerLayer):
         (``inference_mode``): both wait for a file. Until then they leave the model as it is.
         """
         r = min(r, self.in_features, self.out_features)
-        self.r[adapter_name] = r
+        self.r[adapter_name], self.alpha[adapter_name] = r, alpha
         self.scaling[adapter_name] = 1.0 if alpha is None else alpha / r
         self.rosa_config[adapter_name] = config
         dropout = nn.Dropout(config.rosa_dropout) if config.rosa_dropout > 0 else nn.Identity()
@@ -256,6 +258,26 @@ class RosaLayer(BaseTunerLayer):
             if config.init_weights:
                 self.rosa_offset[adapter_name].terms = start.to("cpu")
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def resize(self, adapter: str, r: int) -> None:
+        """Give the factors another rank, and zeros until they are drawn or loaded.
+
+        They stay the same Parameter objects; the config's `rank_pattern` follows.
+        """
+        config, alpha = self.rosa_config[adapter], self.alpha[adapter]
+        self.r[adapter] = r
+        self.scaling[adapter] = 1.0 if alpha is None else alpha / r
+        shapes = (r, self.in_features), (self.out_features, r)
+        for factor, shape in zip((self.rosa_A[adapter], self.rosa_B[adapter]), shapes, strict=True):
+            new = torch.zeros(shape, dtype=factor.dtype, device=factor.device)
+            # Data of another dtype in between: only so does autograd forget the old shape while
+            # someone still holds a loss.
+            other = torch.float32 if factor.dtype == torch.float64 else torch.float64
+            factor.grad, factor.data = None, new.to(other)
+            factor.data = new
+        name = f"^{re.escape(self.name)}"  # before other patterns, which may match it too
+        others = {key: rank for key, rank in config.rank_pattern.items() if key != name}
+        config.rank_pattern = {name: r, **others}
 
     @torch.no_grad()
     def _draw(
@@ -390,7 +412,7 @@ class RosaLayer(BaseTunerLayer):
         return self._sketches.get(adapter)
 
     @torch.no_grad()
-    def resample(self, adapter: str, lasts: Tensor | None = None) -> None:
+    def resample(self, adapter: str, lasts: Tensor | None = None, rank: int | None = None) -> None:
         """Merge the adapter's product into its offset and draw a new subspace.
 
         What the layer computes stays the same to rounding, and the factors stay the same
@@ -399,9 +421,12 @@ class RosaLayer(BaseTunerLayer):
         Args:
             adapter: whose product.
             lasts: which of its terms stay as they are, as `lasting` finds them: (r,), of bool.
+            rank: of the new subspace, if it is not r; without `lasts`.
         """
         entry, r = self.rosa_offset[adapter], self.r[adapter]
         learned, weight = self.learned(adapter), self._weight()
+        if rank is not None and rank != r:
+            self.resize(adapter, rank)
         spent = None
         if lasts is not None and lasts.any():
             spent = torch.arange(r)[~lasts]
@@ -621,6 +646,10 @@ def _before_load(layer: RosaLinear, state_dict: dict[str, Any], prefix: str, *_:
     A state dict with the base weight brings a weight of its own: it holds of each adapter what the
     mark saved beside the offset says, and is the pretrained weight where there is none.
     """
+    for adapter, factor in layer.rosa_A.items():
+        loaded = state_dict.get(f"{prefix}rosa_A.{adapter}", factor)
+        if layer.rosa_config[adapter].allocate and len(loaded) != layer.r[adapter]:
+            layer.resize(adapter, len(loaded))  # a draw has given it this rank
     layer._loaded_marks = None
     if f"{prefix}base_layer.weight" in state_dict:
         marks = {a: f"{prefix}rosa_offset.{a}.in_weight" for a in layer.rosa_offset}

@@ -46,6 +46,7 @@ def _rosa(settings: RunSettings, rank: int, shared: dict[str, Any]) -> PeftConfi
         informed=settings.informed,
         temperature=settings.temperature,
         side=settings.side,
+        allocate=settings.allocate,
         seed=settings.seed,
         **shared,
     )

@@ -11,6 +11,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rosa.allocation import allocate
 from rosa.layer import RosaLinear
 from rosa.lowrank import are_finite
 from rosa.model import rosa_layers
@@ -75,11 +76,14 @@ def resample(
     Raises:
         ValueError: the model has no ROSA, or is merged or disabled; a factor is NaN; the optimizer
             does not hold the factors, or holds what cannot be projected; a batch gives no loss;
-            `spent` is no share, or no adapter looks at the gradient. Nothing has been changed then.
+            `spent` is no share, or no adapter looks at the gradient, or it hands out ranks
+            (`RosaConfig.allocate`), as it cannot in data-parallel processes. Nothing has been
+            changed then.
     """
     jobs = check(model, optimizer)
     informed = [job for job in jobs if is_informed(job)]
     check_spent(spent, informed)
+    check_allocating(informed, spent)
     state = {} if optimizer is None else unwrap(optimizer).state
     check_moments(moments, state, [f for _, layer, a in jobs for f in factors_of(layer, a)])
     _check_finite(jobs)
@@ -87,18 +91,22 @@ def resample(
         look(model, informed, batches, loss)
     _agree(informed)
     _warn_of_blind(informed)
+    ranks = allocate([job for job in informed if hands_out_ranks(job)])
     drawn = 0
-    for _, layer, adapter in jobs:
+    for name, layer, adapter in jobs:
         lasts = None if spent is None else layer.lasting(adapter, spent)
         if lasts is not None and lasts.all():
             layer.forget(adapter)
             continue
         drawn += 1
         a, b = factors_of(layer, adapter)
+        rank = layer.r[adapter]
         old_a, old_b = (a.detach().clone(), b.detach().clone()) if moments == "project" else (a, b)
-        layer.resample(adapter, lasts)
+        layer.resample(adapter, lasts, ranks.get((name, adapter)))
         a.grad = b.grad = None
-        if moments == "project":
+        if layer.r[adapter] != rank:
+            clear(state, a, b)
+        elif moments == "project":
             project(state, a, b, old_a, old_b)
         elif moments == "clear":
             clear(state, a, b, lasts)
@@ -113,6 +121,25 @@ def is_informed(job: Job) -> bool:
     """Whether a layer's adapter draws where the gradient lies."""
     _, layer, adapter = job
     return layer.rosa_config[adapter].is_informed
+
+
+def hands_out_ranks(job: Job) -> bool:
+    """Whether a layer's adapter gets its rank by the gradient."""
+    _, layer, adapter = job
+    return layer.rosa_config[adapter].allocate
+
+
+def check_allocating(informed: list[Job], spent: float | None) -> None:
+    """Raise ValueError where ranks are to be handed out and cannot be."""
+    if not any(map(hands_out_ranks, informed)):
+        return
+    if spent is not None:
+        raise ValueError("ranks are handed out in whole draws: leave spent or allocate out")
+    if in_processes():
+        raise ValueError(
+            "ranks cannot move in data-parallel processes, whose buffers are of fixed sizes: let "
+            "one process find them, and give its rank_pattern to a config without allocate"
+        )
 
 
 def check_spent(spent: float | None, informed: list[Job] | None = None) -> None:
@@ -191,9 +218,15 @@ def _own_loss(model: nn.Module, batch: Any) -> Tensor:
     return getattr(model(**batch), "loss", None)  # type: ignore[return-value]  # is checked
 
 
+def in_processes() -> bool:
+    """Whether this is one of several data-parallel processes."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return there and torch.distributed.get_world_size() > 1
+
+
 def _agree(jobs: list[Job]) -> None:
     """Sum what data-parallel processes have seen, so that all draw the same."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if in_processes():
         for _, layer, adapter in jobs:
             if (sketch := layer.watched(adapter)) is not None:
                 for total in sketch.sums.values():

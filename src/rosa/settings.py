@@ -27,8 +27,7 @@ class RunSettings:
     "attention" (the paper's choice: the projections of attention), "all-linear", or names. `warmup`
     is a share of all steps. `rank` None takes 8 where the method has a rank. `rewarm` is a number
     of steps. For `moments`, `spent`, `decay_toward` and `watch` see `RosaCallback`, of which
-    `first_draw` is `first`; `allocate` gives the weights ranks by their gradients
-    (`rosa.allocate_ranks`).
+    `first_draw` is `first`; for what a draw takes, and `allocate`, see `RosaConfig`.
     """
 
     model: str
