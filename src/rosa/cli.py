@@ -18,9 +18,7 @@ except ImportError as error:
     )
 
 from rosa.methods import METHODS
-from rosa.moments import MOMENTS
-from rosa.settings import RunSettings
-from rosa.tasks import TASKS
+from rosa.options import DATA, METHOD, OPTIONS, OUTPUT, TRAINING, option, settings_of, takes
 
 app = typer.Typer(
     name="rosa",
@@ -31,12 +29,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-
-DATA, METHOD, TRAINING, OUTPUT = "Data", "Method", "Training", "Output"
-
-
-def _option(panel: str, text: str, *names: str) -> typer.models.OptionInfo:
-    return typer.Option(*names, help=text, rich_help_panel=panel)
 
 
 def _read_recipe(context: typer.Context, recipe: Path | None) -> Path | None:
@@ -71,160 +63,26 @@ Recipe = Annotated[
         callback=_read_recipe,
     ),
 ]
-Model = Annotated[str, _option(DATA, "Pretrained model: a hub id or a folder.")]
-TrainFile = Annotated[
-    Path | None, _option(DATA, "Training file: .csv, .tsv, .jsonl, or .txt for a decoder.")
-]
-ValidationFile = Annotated[
-    Path | None, _option(DATA, "Validation file; else a tenth is split off the training data.")
-]
-TaskName = Annotated[str | None, _option(DATA, f"A task by name: {', '.join(TASKS)}.")]
-DataFolder = Annotated[Path | None, _option(DATA, "Folder of the task's own files.")]
-TextColumn = Annotated[list[str], _option(DATA, "Column of the text; give it twice for pairs.")]
-LabelColumn = Annotated[str, _option(DATA, "Column of the label.")]
-LimitTrain = Annotated[int | None, _option(DATA, "Train on this many examples, drawn by the seed.")]
-LimitTest = Annotated[int | None, _option(DATA, "Report on the first so many test examples.")]
-MaxLength = Annotated[int, _option(DATA, "Longest text in tokens; the rest is cut.")]
-GroupByLength = Annotated[
-    bool,
-    _option(DATA, "Batches of texts of like length: less padding, faster.", "--group-by-length"),
-]
-TargetModules = Annotated[
-    list[str],
-    _option(METHOD, "Layers to adapt: attention, all-linear, or names (repeat the option)."),
-]
-Epochs = Annotated[float, _option(TRAINING, "Passes over the training data.")]
-BatchSize = Annotated[int, _option(TRAINING, "Examples per device and step.")]
-EvalBatchSize = Annotated[int, _option(TRAINING, "Examples per step of evaluation.")]
-Accumulation = Annotated[int, _option(TRAINING, "Batches per optimizer step.")]
-WeightDecay = Annotated[
-    float, _option(TRAINING, "AdamW's; ROSA's factors decay toward what they were drawn as.")
-]
-Warmup = Annotated[float, _option(TRAINING, "Share of the steps with rising rate.")]
-Precision = Annotated[str, _option(TRAINING, "auto (bf16 where a GPU has it), fp32 or bf16.")]
-ResampleEvery = Annotated[
-    str,
-    _option(METHOD, "ROSA: draw new subspaces every: auto, epoch, never, 200 (steps), 0.5epochs."),
-]
-ReportTo = Annotated[str, _option(OUTPUT, "Trackers as in Trainer: none, tensorboard, wandb, ...")]
+# What all cells of a comparison share; any other setting of a run is given with its method's name.
+SHARED = (
+    *("model", "output", "train", "validation", "task", "data", "text_column", "label_column"),
+    *("limit_train", "limit_test", "max_length", "group_by_length", "resample_every"),
+    *("target_modules", "epochs", "batch_size", "eval_batch_size", "gradient_accumulation"),
+    *("weight_decay", "warmup", "precision", "report_to"),
+)
 
 
 @app.command()
+@takes(*OPTIONS)
 def train(
-    model: Model,
-    output: Annotated[Path, _option(OUTPUT, "Folder for the adapter, metrics and settings.")],
     recipe: Recipe = None,
-    train: TrainFile = None,
-    validation: ValidationFile = None,
-    task: TaskName = None,
-    data: DataFolder = None,
-    text_column: TextColumn = ["text"],  # noqa: B006
-    label_column: LabelColumn = "label",
-    limit_train: LimitTrain = None,
-    limit_test: LimitTest = None,
-    hold_out: Annotated[
-        bool,
-        _option(
-            DATA,
-            "Validate on a tenth of the training data; report the task's own set as test.",
-            "--hold-out",
-        ),
-    ] = False,
-    max_length: MaxLength = 128,
-    group_by_length: GroupByLength = False,
-    method: Annotated[str, _option(METHOD, f"What trains: {', '.join(METHODS)}.")] = "rosa",
-    rank: Annotated[
-        int | None, _option(METHOD, "Rank of the trained subspaces, or of LoRA's kin. [default: 8]")
-    ] = None,
-    alpha: Annotated[
-        float | None, _option(METHOD, "Scale is alpha / rank; default: rank (LoRA: 2 rank).")
-    ] = None,
-    directions: Annotated[
-        str,
-        _option(
-            METHOD,
-            "ROSA: svd (singular triplets), orthonormal (random), gradient (where the loss falls) "
-            "or zero.",
-        ),
-    ] = RunSettings.directions,
-    triplets: Annotated[
-        str, _option(METHOD, "ROSA with svd: which triplets: random, top, bottom or gradient.")
-    ] = RunSettings.triplets,
-    split: Annotated[
-        str, _option(METHOD, "ROSA: which factor holds the scale: B, even or A.")
-    ] = RunSettings.split,
-    informed: Annotated[
-        float, _option(METHOD, "ROSA: share of directions that the gradient decides; rest random.")
-    ] = RunSettings.informed,
-    temperature: Annotated[
-        float, _option(METHOD, "ROSA by the gradient: 0 takes the strongest; above, by chance.")
-    ] = RunSettings.temperature,
-    side: Annotated[
-        str,
-        _option(
-            METHOD, "ROSA by the gradient: of the outputs' side (left), the inputs' (right), both."
-        ),
-    ] = RunSettings.side,
-    resample_every: ResampleEvery = RunSettings.resample_every,
-    allocate: Annotated[
-        bool,
-        _option(
-            METHOD, "ROSA: more rank for weights with more gradient, as many numbers.", "--allocate"
-        ),
-    ] = False,
-    moments: Annotated[
-        str, _option(METHOD, f"ROSA: the optimizer's, at a resample: {', '.join(MOMENTS)}.")
-    ] = RunSettings.moments,
-    spent: Annotated[
-        float | None,
-        _option(
-            METHOD,
-            "ROSA: directions that hold this share of the gradient that fresh ones would hold stay "
-            "at a resample (auto: a look every 32 steps); all are drawn if left out.",
-        ),
-    ] = None,
-    first_draw: Annotated[
-        int | None,
-        _option(
-            METHOD,
-            "ROSA: step of the first draw by the gradient; default: 32, or a tenth of a shorter "
-            "training.",
-        ),
-    ] = None,
-    watch: Annotated[
-        int, _option(METHOD, "ROSA: steps that the gradient is watched before a draw.")
-    ] = RunSettings.watch,
-    rewarm: Annotated[
-        int, _option(METHOD, "ROSA: steps over which the rate rises again after a resample.")
-    ] = 0,
-    decay_toward: Annotated[
-        str,
-        _option(METHOD, "ROSA: what weight decay pulls its factors to: drawn (their start), zero."),
-    ] = RunSettings.decay_toward,
-    target_modules: TargetModules = ["attention"],  # noqa: B006
-    lr: Annotated[
-        float | None,
-        _option(TRAINING, "Peak learning rate; default: the method's own (rosa 1e-3). Tune it."),
-    ] = None,
-    epochs: Epochs = 3.0,
-    batch_size: BatchSize = 32,
-    eval_batch_size: EvalBatchSize = 64,
-    gradient_accumulation: Accumulation = 1,
-    weight_decay: WeightDecay = 0.0,
-    warmup: Warmup = 0.06,
-    precision: Precision = "auto",
-    seed: Annotated[int, _option(TRAINING, "Seed of everything random.")] = 0,
-    report_to: ReportTo = "none",
-    record_changes: Annotated[
-        bool,
-        _option(OUTPUT, "Record the rank of the weights' change every epoch.", "--record-changes"),
-    ] = False,
     resume: Annotated[
-        bool, _option(OUTPUT, "Go on with the run in the output folder.", "--resume")
+        bool, option(OUTPUT, "Go on with the run in the output folder.", "--resume")
     ] = False,
     overwrite: Annotated[
-        bool, _option(OUTPUT, "Replace the run in the output folder.", "--overwrite")
+        bool, option(OUTPUT, "Replace the run in the output folder.", "--overwrite")
     ] = False,
+    **given: Any,
 ) -> None:
     """Fine-tune a model on text classification (encoder) or on text (decoder).
 
@@ -243,54 +101,34 @@ def train(
     from rosa.report import metrics_table
     from rosa.training import train as run
 
-    record = run(_settings(locals()), resume=resume, overwrite=overwrite)
-    Console().print(metrics_table(str(output), record))
+    record = run(settings_of(given), resume=resume, overwrite=overwrite)
+    Console().print(metrics_table(str(given["output"]), record))
 
 
 @app.command()
+@takes(*SHARED)
 def compare(
-    model: Model,
-    output: Annotated[Path, _option(OUTPUT, "Folder for the comparison: a run's folder per cell.")],
     recipe: Recipe = None,
     methods: Annotated[
         str,
-        _option(
+        option(
             METHOD,
             f"With commas: {', '.join(METHODS)}. With settings of its own: "
             "rosa+directions=orthonormal+resample_every=200.",
         ),
     ] = "rosa,lora",
-    ranks: Annotated[str, _option(METHOD, "Ranks, with commas. [default: 8]")] = "",
+    ranks: Annotated[str, option(METHOD, "Ranks, with commas. [default: 8]")] = "",
     lrs: Annotated[
         list[str],
-        _option(
+        option(
             TRAINING,
             "Learning rates to choose from, with commas; for one method: full=1e-5,3e-5 (repeat "
             "the option). [default: 0.3, 1 and 3 times each method's own]",
         ),
     ] = [],  # noqa: B006
-    seeds: Annotated[str, _option(TRAINING, "Seeds, with commas.")] = "0,1,2",
-    jobs: Annotated[int, _option(TRAINING, "Cells to train at a time.")] = 1,
-    train: TrainFile = None,
-    validation: ValidationFile = None,
-    task: TaskName = None,
-    data: DataFolder = None,
-    text_column: TextColumn = ["text"],  # noqa: B006
-    label_column: LabelColumn = "label",
-    limit_train: LimitTrain = None,
-    limit_test: LimitTest = None,
-    max_length: MaxLength = 128,
-    group_by_length: GroupByLength = False,
-    resample_every: ResampleEvery = RunSettings.resample_every,
-    target_modules: TargetModules = ["attention"],  # noqa: B006
-    epochs: Epochs = 3.0,
-    batch_size: BatchSize = 32,
-    eval_batch_size: EvalBatchSize = 64,
-    gradient_accumulation: Accumulation = 1,
-    weight_decay: WeightDecay = 0.0,
-    warmup: Warmup = 0.06,
-    precision: Precision = "auto",
-    report_to: ReportTo = "none",
+    seeds: Annotated[str, option(TRAINING, "Seeds, with commas.")] = "0,1,2",
+    jobs: Annotated[int, option(TRAINING, "Cells to train at a time.")] = 1,
+    **given: Any,
 ) -> None:
     """Compare methods, ranks and learning rates on one task, with the same tuning for each.
 
@@ -306,9 +144,8 @@ def compare(
     from rosa.report import write_report
 
     grid = make_grid(_words(methods), _integers("ranks", ranks), lrs, _integers("seeds", seeds))
-    settings = replace(_settings(locals()), record_changes=True)
-    failures = run(settings, grid, jobs)
-    write_report(output, Console())
+    failures = run(replace(settings_of(given), record_changes=True), grid, jobs)
+    write_report(given["output"], Console())
     if failures:
         raise ValueError(
             f"{len(failures)} cells failed; the same command tries them again: "
@@ -399,19 +236,18 @@ def export(
 
 
 @app.command()
+@takes("task", "data", "text_column", "label_column")
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="A run's folder, an adapter's, or a model's.")],
-    validation: Annotated[Path | None, typer.Option(help="File to evaluate on.")] = None,
-    task: TaskName = None,
-    data: DataFolder = None,
-    text_column: TextColumn = ["text"],  # noqa: B006
-    label_column: LabelColumn = "label",
+    validation: Annotated[Path | None, option(DATA, "File to evaluate on.")] = None,
     max_length: Annotated[
-        int | None, typer.Option(help="Longest text in tokens; default: the run's own, or 128.")
+        int | None,
+        option(DATA, "Longest text in tokens; default: the run's own, or 128."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="The base model, if not the one that the adapter names.")
+        str | None, option(DATA, "The base model, if not the one that the adapter names.")
     ] = None,
+    **given: Any,
 ) -> None:
     """Evaluate a trained model, an adapter or an export on a task or a file.
 
@@ -421,13 +257,8 @@ def evaluate(
     from rosa.tasks import DataSettings
     from rosa.training import evaluate as run
 
-    settings = DataSettings(
-        task=task,
-        data=data,
-        validation=validation,
-        text_columns=tuple(text_column),
-        label_column=label_column,
-    )
+    given["text_columns"] = tuple(given.pop("text_column"))
+    settings = DataSettings(validation=validation, **given)
     Console().print(metrics_table(str(folder), run(folder, settings, model, max_length)))
 
 
@@ -446,14 +277,6 @@ def demo(
     from rosa.demo import run
 
     run(output, seed, overwrite, Console())
-
-
-def _settings(given: dict[str, Any]) -> RunSettings:
-    """The settings of a run from a command's arguments."""
-    values = {k: v for k, v in given.items() if k in RunSettings.__dataclass_fields__}
-    values["text_columns"] = tuple(given["text_column"])
-    values["target_modules"] = tuple(given["target_modules"])
-    return RunSettings(**values)
 
 
 def _words(text: str) -> list[str]:
