@@ -240,6 +240,19 @@ def test_informed_triplets_are_those_that_hold_most_of_the_gradient(side):
         assert set(energy.topk(2).indices.tolist()) <= set(taken.topk(4).indices.tolist()), name
 
 
+def test_a_model_in_eval_mode_is_looked_at_and_left_in_it():
+    base, x = Mlp().double(), torch.randn(5, 7).double()
+    draws = []
+    for training in (True, False):
+        config = RosaConfig(r=2, directions="gradient", target_modules=NAMES)
+        model = get_peft_model(copy.deepcopy(base), config).train(training)
+        with torch.no_grad():  # as an evaluation is written
+            resample(model, batches=[x], loss=loss_of)
+        assert model.training == training
+        draws.append([layer.rosa_B["default"].detach() for _, layer in rosa_layers(model)])
+    torch.testing.assert_close(draws[0], draws[1], rtol=0, atol=0)
+
+
 def test_informed_triplets_are_random_until_a_gradient_was_seen():
     model = adapted(directions="svd", triplets="gradient")
     with pytest.warns(UserWarning, match="no gradient was seen of 3 of 3 weights"):

@@ -67,7 +67,8 @@ def resample(
             gradient's energy that fresh ones would hold stay, with their part of the optimizer's
             state; the others are drawn. None draws all.
         batches: for informed draws, batches to find the gradient with, instead of what
-            was seen since `watch`; about four. All other parameters' gradients stay as they are.
+            was seen since `watch`; about four. All other parameters' gradients stay as they are,
+            and so does the model's mode: in eval mode the gradient is found without dropout.
         loss: takes the model and a batch and returns the loss; None is ``model(**batch).loss``.
 
     Returns:
