@@ -165,6 +165,20 @@ def test_the_best_model_may_be_of_ranks_from_before_they_moved(tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(before, rel=1e-5)
 
 
+def test_a_draw_that_fails_loses_nothing(monkeypatch):
+    model = get_peft_model(tiny_bert(), bert())
+    before = copy.deepcopy(model.state_dict())
+
+    def fails(*_, **__):
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr("rosa.subspace.draw", fails)
+    with pytest.raises(ValueError, match=r"no subspace of layer .* could be drawn"):
+        resample(model, batches=batches())
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert set(ranks_of(model).values()) == {4}
+
+
 def test_where_ranks_cannot_be_handed_out_it_is_said():
     with pytest.raises(ValueError, match="use directions='gradient', or leave allocate out"):
         RosaConfig(directions="svd", allocate=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from importlib import import_module
 
 import pytest
 import torch
@@ -391,7 +392,7 @@ def test_terms_that_are_not_spent_stay_with_their_part_of_the_optimizers_state(
     optimizer = trained(model, x)
     layers = [layer for _, layer in rosa_layers(model)]
     lasts = torch.tensor([True, False, True])
-    monkeypatch.setattr(type(layers[0]), "lasting", lambda *_: lasts)
+    monkeypatch.setattr(import_module("rosa.resample"), "lasting", lambda *_: lasts)
     (olds, state), output = copy.deepcopy((layers, optimizer.state)), model(x)
     assert resample(model, optimizer, batches=[x], loss=loss_of, moments=moments, spent=0.5) == 3
     torch.testing.assert_close(model(x), output)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from rosa import subspace
+from rosa import drawing, subspace
 from rosa.config import RosaConfig
 from rosa.fused import adapted_linear, can_fuse
 from rosa.lowrank import LowRank, full_precision
@@ -242,7 +242,7 @@ class RosaLayer(BaseTunerLayer):
         """
         r = min(r, self.in_features, self.out_features)
         self.r[adapter_name], self.alpha[adapter_name] = r, alpha
-        self.scaling[adapter_name] = 1.0 if alpha is None else alpha / r
+        self.scaling[adapter_name] = self.scaling_at(adapter_name, r)
         self.rosa_config[adapter_name] = config
         dropout = nn.Dropout(config.rosa_dropout) if config.rosa_dropout > 0 else nn.Identity()
         self.rosa_dropout[adapter_name] = dropout
@@ -259,14 +259,18 @@ class RosaLayer(BaseTunerLayer):
                 self.rosa_offset[adapter_name].terms = start.to("cpu")
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def scaling_at(self, adapter: str, r: int) -> float:
+        """The factor s of an adapter's product, if it were of rank r."""
+        alpha = self.alpha[adapter]
+        return 1.0 if alpha is None else alpha / r
+
     def resize(self, adapter: str, r: int) -> None:
         """Give the factors another rank, and zeros until they are drawn or loaded.
 
         They stay the same Parameter objects; the config's `rank_pattern` follows.
         """
-        config, alpha = self.rosa_config[adapter], self.alpha[adapter]
-        self.r[adapter] = r
-        self.scaling[adapter] = 1.0 if alpha is None else alpha / r
+        config = self.rosa_config[adapter]
+        self.r[adapter], self.scaling[adapter] = r, self.scaling_at(adapter, r)
         shapes = (r, self.in_features), (self.out_features, r)
         for factor, shape in zip((self.rosa_A[adapter], self.rosa_B[adapter]), shapes, strict=True):
             new = torch.zeros(shape, dtype=factor.dtype, device=factor.device)
@@ -285,111 +289,50 @@ class RosaLayer(BaseTunerLayer):
         adapter: str,
         weight: Tensor,
         change: LowRank | None = None,
+        rank: int | None = None,
         places: Tensor | None = None,
     ) -> LowRank:
-        """Draw terms of the factors from a weight and a change of it; returns what takes them out.
+        """Draw the factors, or terms of them; returns what takes those out of the weight.
+
+        Nothing is changed if that fails.
 
         Args:
             adapter: whose factors.
             weight: (out, in), in the work dtype; not changed.
             change: to be added to the weight first.
-            places: which terms to draw, in rising order; None draws all of them.
+            rank: of the new factors, if it is not r.
+            places: the terms to draw, in rising order, where the others stay; None draws all.
         """
-        config, entry = self.rosa_config[adapter], self.rosa_offset[adapter]
-        r = self.r[adapter]
+        r = rank or self.r[adapter]
+        config, sketch = self.rosa_config[adapter], self._sketches.pop(adapter, None)
+        sides = subspace.rank_of_sides(config.side, r)
+        if places is not None:
+            sides = drawing.sides_of(self, adapter, places)
+        a, b = drawing.draw(
+            self,
+            adapter,
+            weight,
+            change,
+            sides=sides,
+            scaling=self.scaling_at(adapter, r),
+            sketch=sketch if config.is_informed else None,
+        )
+        if r != self.r[adapter]:
+            self.resize(adapter, r)
         if places is None:
-            places = torch.arange(r)
-        norm, _ = self.base_fingerprint() or (0.0, 0.0)
-        generator = subspace.generator(config.seed, f"{self.name}.{adapter}", entry.draws)
-        try:
-            sketch = self._sketches.pop(adapter, None)
-            sides = self._sides(adapter, places)
-            known, choose = self._from_gradient(adapter, sketch, sides, len(places), generator)
-            a, b = subspace.draw(
-                weight,
-                len(places),
-                directions=config.directions,  # type: ignore[arg-type]  # checked by RosaConfig
-                triplets=config.triplets,  # type: ignore[arg-type]
-                split=config.split,  # type: ignore[arg-type]
-                scaling=self.scaling[adapter],
-                change=change,
-                # Of the pretrained weight: the speed of learning does not drift with the training.
-                size=subspace.root_mean_square_size(norm, weight.shape),
-                sides=None if sketch is None else sides,
-                known=known,
-                choose=choose,
-                generator=generator,
-            )
-        except RuntimeError as error:  # torch.linalg.LinAlgError is one
-            raise ValueError(
-                f"no subspace of layer {self.name} could be drawn ({error}): check its weight for "
-                "NaN and infinity, or use directions='orthonormal'"
-            ) from error
-        self.rosa_A[adapter][places] = a.to(self.rosa_A[adapter])
-        self.rosa_B[adapter][:, places] = b.to(self.rosa_B[adapter])
-        entry.draws += 1
+            self.rosa_A[adapter].copy_(a)
+            self.rosa_B[adapter].copy_(b)
+        else:
+            self.rosa_A[adapter][places] = a.to(self.rosa_A[adapter])
+            self.rosa_B[adapter][:, places] = b.to(self.rosa_B[adapter])
+        self.rosa_offset[adapter].draws += 1
         # From the factors as they are now stored: their rounding cancels too.
         drawn = self.learned(adapter)
-        drawn = drawn if len(places) == r else drawn[places]
+        if places is not None:
+            drawn = drawn[places]
         if config.directions == "zero":
             return LowRank(drawn.B[:, :0], drawn.A[:0])
         return LowRank(-drawn.B, drawn.A)
-
-    def _sides(self, adapter: str, places: Tensor) -> dict[str, int]:
-        """How many of some terms are directions of each side: the left ones come first."""
-        all_sides = subspace.rank_of_sides(self.rosa_config[adapter].side, self.r[adapter])
-        left = int((places < all_sides["left"]).sum())
-        return {"left": left, "right": len(places) - left}
-
-    def _from_gradient(
-        self,
-        adapter: str,
-        sketch: Sketch | None,
-        sides: dict[str, int],
-        rank: int,
-        generator: torch.Generator,
-    ) -> tuple[dict[str, Tensor], subspace.Choose | None]:
-        """The directions that the gradient gives, or how it chooses triplets: for `draw`."""
-        config, known = self.rosa_config[adapter], {}
-        if sketch is None or not config.is_informed:
-            return known, None
-        if config.directions == "svd":
-            count = round(config.informed * rank)
-            return known, lambda bases: sketch.places(bases, count, config.temperature, generator)
-        for side, wanted in sides.items():
-            if count := round(config.informed * wanted):
-                known[side] = sketch.directions(side, count, config.temperature, generator)
-        return known, None
-
-    def _columns(self, adapter: str) -> dict[str, tuple[Tensor, Tensor]]:
-        """By side that is looked at: which terms are judged there, and their columns.
-
-        Columns are those of B (out, r) for the left side, and of A's transpose (in, r).
-        """
-        config, r = self.rosa_config[adapter], self.r[adapter]
-        columns = {"left": self.rosa_B[adapter].detach(), "right": self.rosa_A[adapter].detach().T}
-        sides = subspace.rank_of_sides(config.side, r)
-        places = dict(zip(sides, torch.arange(r).split(list(sides.values())), strict=True))
-        if config.directions == "svd":  # a triplet is of both sides
-            places = dict.fromkeys(sides, torch.arange(r))
-        return {
-            side: (places[side], columns[side][:, places[side]]) for side in sides if sides[side]
-        }
-
-    def lasting(self, adapter: str, share: float) -> Tensor:
-        """Which terms of the product hold enough of the gradient that was seen: (r,), of bool.
-
-        Args:
-            adapter: none of it lasts if it was not watched, or saw nothing.
-            share: of the energy that a fresh direction would hold; see `Sketch.lasting`.
-        """
-        sketch = self._sketches.get(adapter)
-        if sketch is None or sketch.is_empty() or self.drawn(adapter) is None:
-            return torch.zeros(self.r[adapter], dtype=torch.bool)
-        lasts = torch.ones(self.r[adapter], dtype=torch.bool)
-        for side, (places, columns) in self._columns(adapter).items():
-            lasts[places] &= sketch.lasting(side, columns, share)
-        return lasts
 
     def watch(self, adapter: str) -> None:
         """Begin to sum up where the loss gradient lies, in backward passes, until the next draw."""
@@ -420,20 +363,18 @@ class RosaLayer(BaseTunerLayer):
 
         Args:
             adapter: whose product.
-            lasts: which of its terms stay as they are, as `lasting` finds them: (r,), of bool.
+            lasts: which of its terms stay as they are, as `rosa.drawing.lasting` finds them: (r,),
+                of bool.
             rank: of the new subspace, if it is not r; without `lasts`.
         """
         entry, r = self.rosa_offset[adapter], self.r[adapter]
         learned, weight = self.learned(adapter), self._weight()
-        if rank is not None and rank != r:
-            self.resize(adapter, rank)
         spent = None
         if lasts is not None and lasts.any():
             spent = torch.arange(r)[~lasts]
             learned = learned[spent]
-            for side, (places, columns) in self._columns(adapter).items():
-                self._sketches[adapter].without(side, columns[:, lasts[places]])
-        start = self._draw(adapter, weight.to(self._work_dtype()), learned, spent)
+            drawing.leave_lasting(self, adapter, self._sketches[adapter], lasts)
+        start = self._draw(adapter, weight.to(self._work_dtype()), learned, rank, spent)
         change = (learned + start).joined()
         if spent is None:
             terms, last = entry.terms + change.to("cpu"), start.rank

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rosa.allocation import allocate
+from rosa.drawing import lasting
 from rosa.layer import RosaLinear
 from rosa.lowrank import are_finite
 from rosa.model import rosa_layers
@@ -95,7 +96,7 @@ def resample(
     ranks = allocate([job for job in informed if hands_out_ranks(job)])
     drawn = 0
     for name, layer, adapter in jobs:
-        lasts = None if spent is None else layer.lasting(adapter, spent)
+        lasts = None if spent is None else lasting(layer, adapter, spent)
         if lasts is not None and lasts.all():
             layer.forget(adapter)
             continue
