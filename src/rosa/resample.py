@@ -106,12 +106,10 @@ def resample(
         old_a, old_b = (a.detach().clone(), b.detach().clone()) if moments == "project" else (a, b)
         layer.resample(adapter, lasts, ranks.get((name, adapter)))
         a.grad = b.grad = None
-        if layer.r[adapter] != rank:
-            clear(state, a, b)
+        if moments == "clear" or layer.r[adapter] != rank:
+            clear(state, a, b, lasts)
         elif moments == "project":
             project(state, a, b, old_a, old_b)
-        elif moments == "clear":
-            clear(state, a, b, lasts)
     torch.clear_autocast_cache()  # else an autocast around the call would go on with old factors
     return drawn
 
