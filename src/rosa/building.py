@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rosa.errors import UserError
 from rosa.methods import find_method
 from rosa.settings import RunSettings, in_bf16
 from rosa.tasks import Task
@@ -140,7 +141,7 @@ def find_targets(model: nn.Module, wanted: tuple[str, ...]) -> list[str] | str:
         and any("att" in part.lower() for part in name.split(".")[:-1])
     ]
     if not found:
-        raise ValueError(
+        raise UserError(
             f"no attention projections found in {type(model).__name__}: give --target-modules "
             "all-linear, or the names of the layers"
         )
@@ -152,7 +153,7 @@ def _train_head_only(model: nn.Module, fresh: list[str]) -> None:
 
     heads = [getattr(model, name) for name in SEQ_CLS_HEAD_NAMES if hasattr(model, name)]
     if not heads:
-        raise ValueError(f"{type(model).__name__} has no classification head to train alone")
+        raise UserError(f"{type(model).__name__} has no classification head to train alone")
     model.requires_grad_(False)
     for module in (heads[0], *map(model.get_submodule, fresh)):
         module.requires_grad_(True)

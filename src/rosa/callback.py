@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rosa.decay import DecayTowardDrawn
+from rosa.errors import UserError, UserTypeError
 from rosa.moments import check_moments
 from rosa.resample import check, check_allocating, check_spent, is_informed, resample, unwrap, watch
 
@@ -74,21 +75,21 @@ class RosaCallback(TrainerCallback):
     ) -> None:
         message = f"every must be 'auto', 'epoch', 'never' or a number, got {every!r}"
         if isinstance(every, str) and every not in ("auto", "epoch", "never"):
-            raise ValueError(message)
+            raise UserError(message)
         if isinstance(every, bool) or not isinstance(every, (str, int, float)):
-            raise TypeError(message)
+            raise UserTypeError(message)
         if not isinstance(every, str) and not 0 < every < float("inf"):
-            raise ValueError(f"every must be positive, got {every}")
+            raise UserError(f"every must be positive, got {every}")
         if rewarm < 0:
-            raise ValueError(f"rewarm must not be negative, got {rewarm}")
+            raise UserError(f"rewarm must not be negative, got {rewarm}")
         check_moments(moments, {}, [])
         check_spent(spent)
         if decay_toward not in ("drawn", "zero"):
-            raise ValueError(f"decay_toward must be 'drawn' or 'zero', got {decay_toward!r}")
+            raise UserError(f"decay_toward must be 'drawn' or 'zero', got {decay_toward!r}")
         if watch < 1:
-            raise ValueError(f"watch must be at least 1, got {watch}")
+            raise UserError(f"watch must be at least 1, got {watch}")
         if first is not None and first < 1:
-            raise ValueError(f"first must be at least 1, got {first}")
+            raise UserError(f"first must be at least 1, got {first}")
         self.every = every
         self.moments = moments
         self.spent = spent
@@ -150,7 +151,7 @@ class RosaCallback(TrainerCallback):
             share = -(-state.max_steps // ROUNDS)
             return max(share if epoch is None else min(share, epoch), SHORTEST_ROUND)
         if epoch is None:
-            raise ValueError(
+            raise UserError(
                 "the training data has no length, so an epoch has no number of steps: "
                 "use RosaCallback(every='auto') or every=<optimizer steps>"
             )

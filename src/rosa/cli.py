@@ -17,6 +17,7 @@ except ImportError as error:
         f"the rosa command needs more packages ({error.name}): run pip install 'rosa-finetune[cli]'"
     )
 
+from rosa.errors import UserError
 from rosa.methods import METHODS
 from rosa.options import DATA, METHOD, OPTIONS, OUTPUT, TRAINING, option, settings_of, takes
 
@@ -42,11 +43,11 @@ def _read_recipe(context: typer.Context, recipe: Path | None) -> Path | None:
     try:
         found = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"recipe {recipe} is not YAML: {error}") from error
+        raise UserError(f"recipe {recipe} is not YAML: {error}") from error
     known = [parameter.name for parameter in context.command.params]
     unknown = [name for name in found if name not in known] if isinstance(found, dict) else [found]
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"recipe {recipe}: {unknown[0]!r} is no option of this command (named with _, as "
             "batch_size)"
         )
@@ -147,7 +148,7 @@ def compare(
     failures = run(replace(settings_of(given), record_changes=True), grid, jobs)
     write_report(given["output"], Console())
     if failures:
-        raise ValueError(
+        raise UserError(
             f"{len(failures)} cells failed; the same command tries them again: "
             + "; ".join(f"{name} ({why})" for name, why in failures.items())
         )
@@ -287,14 +288,14 @@ def _integers(name: str, text: str) -> list[int]:
     try:
         return [int(word) for word in _words(text)]
     except ValueError:
-        raise ValueError(f"--{name} takes whole numbers with commas, got {text!r}") from None
+        raise UserError(f"--{name} takes whole numbers with commas, got {text!r}") from None
 
 
 def _floats(name: str, text: str) -> list[float]:
     try:
         return [float(word) for word in _words(text)]
     except ValueError:
-        raise ValueError(f"--{name} takes numbers with commas, got {text!r}") from None
+        raise UserError(f"--{name} takes numbers with commas, got {text!r}") from None
 
 
 def main() -> None:

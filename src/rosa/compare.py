@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from rosa import runs
+from rosa.errors import UserError
 from rosa.methods import METHODS, find_method
 from rosa.settings import RunSettings, check
 from rosa.training import load_task, train
@@ -55,7 +56,7 @@ class Variant:
         for option in options:
             name, equals, value = option.partition("=")
             if not equals or name not in types:
-                raise ValueError(
+                raise UserError(
                     f"{text!r}: {option!r} is not setting=value with a setting of a run; there "
                     f"are: {', '.join(types)}"
                 )
@@ -72,7 +73,7 @@ def _convert(text: str, name: str, value: str, kind: str) -> Any:
         if kind.startswith("float"):
             return float(value)
     except (KeyError, ValueError):
-        raise ValueError(f"{text!r}: {name} takes {kind}, got {value!r}") from None
+        raise UserError(f"{text!r}: {name} takes {kind}, got {value!r}") from None
     if kind.startswith("tuple"):
         return tuple(value.split(":"))
     return Path(value) if kind.startswith("Path") else value
@@ -134,29 +135,27 @@ def make_grid(
         ValueError: something is missing, unknown or given twice.
     """
     if not methods:
-        raise ValueError(f"no methods: name some of {', '.join(METHODS)}")
+        raise UserError(f"no methods: name some of {', '.join(METHODS)}")
     if not seeds:
-        raise ValueError("no seeds: name at least one, or three for a spread")
+        raise UserError("no seeds: name at least one, or three for a spread")
     for name, values in (("methods", methods), ("ranks", ranks), ("seeds", seeds)):
         if len(set(values)) != len(values):
-            raise ValueError(f"{name} has one twice: {', '.join(map(str, values))}")
+            raise UserError(f"{name} has one twice: {', '.join(map(str, values))}")
     variants = tuple(Variant.parse(text) for text in methods)
     ranked = [v.name for v in variants if METHODS[v.method].has_rank]
     if ranks and not ranked:
-        raise ValueError(
-            f"none of the methods has a rank ({', '.join(methods)}): leave --ranks out"
-        )
+        raise UserError(f"none of the methods has a rank ({', '.join(methods)}): leave --ranks out")
     rates: dict[str, tuple[float, ...]] = {}
     for text in lrs:
         name, equals, values = text.rpartition("=")
         # A variant's own settings have an = too: "rosa+triplets=top=1e-3" names rosa+triplets=top.
         known = {v.name for v in variants} | {v.method for v in variants}
         if equals and name not in known:
-            raise ValueError(f"--lrs {text}: {name!r} is none of the methods compared")
+            raise UserError(f"--lrs {text}: {name!r} is none of the methods compared")
         try:
             rates[name] = tuple(sorted({float(value) for value in values.split(",")}))
         except ValueError:
-            raise ValueError(f"--lrs {text}: {values!r} are not numbers, as in 1e-4,1e-3") from None
+            raise UserError(f"--lrs {text}: {values!r} are not numbers, as in 1e-4,1e-3") from None
     return Grid(variants, tuple(ranks) or (8,), rates, tuple(seeds))
 
 
@@ -178,7 +177,7 @@ def compare(
     from filelock import FileLock, Timeout
 
     if jobs < 1:
-        raise ValueError(f"jobs must be at least 1, got {jobs}")
+        raise UserError(f"jobs must be at least 1, got {jobs}")
     base = replace(base, hold_out=True)
     cells = [
         Cell(variant, rank, rate, seed)
@@ -196,7 +195,7 @@ def compare(
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise ValueError(
+        raise UserError(
             f"another comparison is writing to {base.output}: wait for it, or name another folder"
         ) from None
     try:
@@ -228,17 +227,17 @@ def _shared(base: RunSettings) -> dict[str, Any]:
 def _check_folder(base: RunSettings) -> None:
     output = base.output
     if output.exists() and not output.is_dir():
-        raise ValueError(f"{output} is a file: name a folder")
+        raise UserError(f"{output} is a file: name a folder")
     if not output.is_dir() or all(p.name == LOCK for p in output.iterdir()):
         return
     if not (output / COMPARISON).is_file():
-        raise ValueError(f"{output} holds files that are not a comparison's: name a new folder")
+        raise UserError(f"{output} holds files that are not a comparison's: name a new folder")
     before, now = runs.read_json(output / COMPARISON), _shared(base)
     differ = [
         f"{k} ({before.get(k)} there, {v} here)" for k, v in now.items() if before.get(k) != v
     ]
     if differ:
-        raise ValueError(
+        raise UserError(
             f"{output} holds a comparison with other settings: {'; '.join(differ)}. Give the same "
             "to go on with it, or name a new folder"
         )

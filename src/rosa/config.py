@@ -7,6 +7,7 @@ from typing import Literal
 
 from peft import PeftConfig
 
+from rosa.errors import UserError, UserTypeError
 from rosa.registration import ROSA
 from rosa.subspace import DIRECTIONS, SIDES, SPLITS, TRIPLETS
 
@@ -164,12 +165,12 @@ class RosaConfig(PeftConfig):
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError(
+            raise UserError(
                 "layers_to_transform needs target_modules to be a list of names, got the string "
                 f"{self.target_modules!r}: name the layers in the regex instead"
             )
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern is only used with layers_to_transform: give both")
+            raise UserError("layers_pattern is only used with layers_to_transform: give both")
 
         check_rank("r", self.r)
         for name, rank in (self.rank_pattern or {}).items():
@@ -184,42 +185,40 @@ class RosaConfig(PeftConfig):
         _check_choice("side", self.side, SIDES)
         _check_choice("bias", self.bias, ("none", "all", "rosa_only"))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise TypeError(f"seed must be an integer, got {self.seed!r}")
+            raise UserTypeError(f"seed must be an integer, got {self.seed!r}")
         if self.base_fingerprint and not {"dtypes", "layers"} <= set(self.base_fingerprint):
-            raise ValueError(
+            raise UserError(
                 "base_fingerprint is written by ROSA when it saves; this one is damaged: remove it "
                 "from adapter_config.json to load without the check of the base weights"
             )
         if not 0 <= self.informed <= 1:
-            raise ValueError(f"informed is a share, from 0 to 1, got {self.informed}")
+            raise UserError(f"informed is a share, from 0 to 1, got {self.informed}")
         if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be a number, 0 or above, got {self.temperature}")
+            raise UserError(f"temperature must be a number, 0 or above, got {self.temperature}")
         if self.allocate and not self.is_informed:
-            raise ValueError(
+            raise UserError(
                 "allocate hands out ranks by the gradient, which has no say in these draws: use "
                 "directions='gradient', or leave allocate out"
             )
         if not 0 <= self.rosa_dropout < 1:
-            raise ValueError(
-                f"rosa_dropout must be at least 0 and below 1, got {self.rosa_dropout}"
-            )
+            raise UserError(f"rosa_dropout must be at least 0 and below 1, got {self.rosa_dropout}")
 
 
 def check_rank(name: str, rank: object) -> None:
     """Raise TypeError or ValueError unless `rank` is a positive integer, naming it `name`."""
     if isinstance(rank, bool) or not isinstance(rank, int):
-        raise TypeError(f"{name} must be a positive integer, got {rank!r}")
+        raise UserTypeError(f"{name} must be a positive integer, got {rank!r}")
     if rank <= 0:
-        raise ValueError(f"{name} must be a positive integer, got {rank}")
+        raise UserError(f"{name} must be a positive integer, got {rank}")
 
 
 def _check_alpha(name: str, alpha: object) -> None:
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        raise TypeError(f"{name} must be a positive number, got {alpha!r}")
+        raise UserTypeError(f"{name} must be a positive number, got {alpha!r}")
     if not 0 < alpha < float("inf"):
-        raise ValueError(f"{name} must be a positive number, got {alpha}")
+        raise UserError(f"{name} must be a positive number, got {alpha}")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+        raise UserError(f"{name} must be one of {', '.join(choices)}; got {value!r}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rosa import subspace
+from rosa.errors import UserError
 from rosa.lowrank import LowRank
 from rosa.sketch import Sketch
 
@@ -72,7 +73,7 @@ def draw(
             generator=generator,
         )
     except RuntimeError as error:  # torch.linalg.LinAlgError is one
-        raise ValueError(
+        raise UserError(
             f"no subspace of layer {layer.name} could be drawn ({error}): check its weight for "
             "NaN and infinity, or use directions='orthonormal'"
         ) from error

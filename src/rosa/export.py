@@ -14,6 +14,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from rosa.config import RosaConfig
+from rosa.errors import UserError
 from rosa.lowrank import LowRank
 from rosa.model import is_rosa_key, rosa_layers
 
@@ -107,12 +108,12 @@ def _merged(model: PeftModel, adapter: str) -> Any:
 
 def _rosa_adapter(model: PeftModel, adapter_name: str | None) -> tuple[str, RosaConfig]:
     if not isinstance(model, PeftModel):
-        raise ValueError(f"expected a PeftModel with ROSA, got {type(model).__name__}")
+        raise UserError(f"expected a PeftModel with ROSA, got {type(model).__name__}")
     adapter = model.active_adapters[0] if adapter_name is None else adapter_name
     config = model.peft_config.get(adapter)
     if not isinstance(config, RosaConfig):
         rosa = [name for name, c in model.peft_config.items() if isinstance(c, RosaConfig)]
-        raise ValueError(f"{adapter!r} is not a ROSA adapter of this model; there are: {rosa}")
+        raise UserError(f"{adapter!r} is not a ROSA adapter of this model; there are: {rosa}")
     return adapter, config
 
 
@@ -135,12 +136,12 @@ def export_folder(folder: Path, form: str, output: Path, model: str | None = Non
     from rosa import runs
 
     if form not in FORMS:
-        raise ValueError(f"--to must be one of {', '.join(FORMS)}; got {form!r}")
+        raise UserError(f"--to must be one of {', '.join(FORMS)}; got {form!r}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} is not empty: name a new folder")
+        raise UserError(f"{output} is not empty: name a new folder")
     trained, tokenizer = runs.load_trained(folder, model)
     if not isinstance(trained, PeftModel):
-        raise ValueError(f"{folder} holds a plain model already: there is no adapter to export")
+        raise UserError(f"{folder} holds a plain model already: there is no adapter to export")
     if form == "lora":
         _rosa_adapter(trained, None)
     base = copy.deepcopy(trained).unload() if form == "lora" else None

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rosa.errors import UserError
+
 
 def generate(
     model: Any,
@@ -47,7 +49,7 @@ def generate(
             length = inputs["input_ids"].shape[1]
             room = (getattr(model.config, "max_position_embeddings", None) or 2**30) - length
             if room < 1:
-                raise ValueError(
+                raise UserError(
                     f"a prompt of {length} tokens leaves no room to write: the model reads "
                     f"{length + room} in all ({prompts[batch[-1]][:60]}...)"
                 )

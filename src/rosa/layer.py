@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rosa import drawing, subspace
 from rosa.config import RosaConfig
+from rosa.errors import UserError
 from rosa.fused import adapted_linear, can_fuse
 from rosa.lowrank import LowRank, full_precision
 from rosa.offset import Offset, OffsetDict
@@ -221,7 +222,7 @@ class RosaLayer(BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's whole change of the weight, in the base weight's own shape."""
         if adapter not in self.rosa_offset:
-            raise ValueError(f"layer {self.name} has no adapter {adapter!r}")
+            raise UserError(f"layer {self.name} has no adapter {adapter!r}")
         delta = self.whole_change(adapter).to(self._weight().device).dense()
         delta = delta.to(self.rosa_A[adapter].dtype)
         return delta.T if self.fan_in_fan_out else delta
@@ -441,7 +442,7 @@ class RosaLayer(BaseTunerLayer):
             for name in [*self.merged_adapters, *names]:
                 _add(merged, self.whole_change(name), +1)
             if not torch.isfinite(merged.to(self._weight().dtype)).all():
-                raise ValueError(
+                raise UserError(
                     f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to "
                     f"be broken (layer {self.name}): load an earlier checkpoint"
                 )
@@ -503,7 +504,7 @@ class RosaLinear(nn.Module, RosaLayer):
         for name in active:
             # Torch would compute with whatever lies in memory.
             if self.rosa_A[name].is_meta and not x.is_meta:
-                raise ValueError(
+                raise UserError(
                     f"the factors of layer {self.name} are not in memory: load the adapter's file "
                     "first (low_cpu_mem_usage), or use the model without offloading (device_map)"
                 )
@@ -537,7 +538,7 @@ class RosaLinear(nn.Module, RosaLayer):
 def check_in_memory(name: str, base: nn.Module) -> None:
     """Raise ValueError if accelerate has offloaded the weight of a base layer."""
     if base.weight.is_meta and hasattr(base, "_hf_hook"):  # type: ignore[union-attr]
-        raise ValueError(
+        raise UserError(
             f"the weight of {name} is offloaded by accelerate: ROSA changes weights in memory, so "
             "load the model without offloading (device_map)"
         )

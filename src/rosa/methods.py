@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rosa.errors import UserError
+
 if TYPE_CHECKING:
     from peft import PeftConfig
 
@@ -116,7 +118,7 @@ def _prompt(kind: str) -> Config:
         import peft
 
         if shared.get("modules_to_save"):
-            raise ValueError(
+            raise UserError(
                 f"method {settings.method} cannot train and save the modules that the checkpoint "
                 f"lacks ({', '.join(shared['modules_to_save'])}): choose another method or model"
             )
@@ -151,5 +153,5 @@ METHODS: dict[str, Method] = {
 def find_method(name: str) -> Method:
     """The row of that name; ValueError lists what there is."""
     if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; there are: {', '.join(METHODS)}")
+        raise UserError(f"unknown method {name!r}; there are: {', '.join(METHODS)}")
     return METHODS[name]

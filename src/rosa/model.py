@@ -32,6 +32,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from rosa.config import RosaConfig
+from rosa.errors import UserError, UserTypeError
 from rosa.layer import SUPPORTED_DTYPES, RosaLayer, RosaLinear, check_in_memory
 from rosa.lowrank import are_finite
 from rosa.subspace import fingerprint, same_fingerprint
@@ -98,7 +99,7 @@ class RosaModel(BaseTuner):
             weight = _adaptable_weight(name, module)
             shared = [n for n in owners[_storage(weight)] if n.removesuffix(".base_layer") != name]
             if shared:
-                raise ValueError(
+                raise UserError(
                     f"the weight of {name} is shared with {', '.join(shared)} (tied weights): "
                     "ROSA changes the weight in memory and would change those too. Leave it out "
                     f"(exclude_modules=[{name!r}]) or untie it first (for tied embeddings load the "
@@ -156,7 +157,7 @@ class RosaModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """PEFT's hook for adapters that differ within a batch: refused."""
         if kwargs.get("adapter_names") is not None:
-            raise ValueError(
+            raise UserError(
                 "adapter_names: ROSA cannot mix adapters in a batch, since the weight in memory "
                 "belongs to one; call set_adapter and run the batch of each by itself"
             )
@@ -187,7 +188,7 @@ class RosaModel(BaseTuner):
             layer.give_pretrained_weight(state_dict, f"{name}.")
         absent = [k for name in layers for k in _state_keys(name, adapter_name) if k not in found]
         if absent:
-            raise ValueError(
+            raise UserError(
                 f"the state dict to save lacks {len(absent)} tensors of adapter {adapter_name!r}, "
                 f"such as {absent[0]}: factors without their offsets would load as another model. "
                 "Save from the whole model (save_pretrained without state_dict)"
@@ -224,7 +225,7 @@ def is_rosa_key(key: str) -> bool:
 
 def _rosa_config(config: PeftConfig) -> RosaConfig:
     if not isinstance(config, RosaConfig):
-        raise TypeError(f"RosaModel needs a RosaConfig, got {type(config).__name__}")
+        raise UserTypeError(f"RosaModel needs a RosaConfig, got {type(config).__name__}")
     return config
 
 
@@ -253,12 +254,12 @@ def _storage(weight: torch.Tensor) -> tuple[int, int]:
 def _check_adapter_name(name: str, model: nn.Module) -> None:
     layers = _layers_of(model, name).values()
     if not all(layer.is_untouched(name) for layer in layers):
-        raise ValueError(
+        raise UserError(
             f"the model already has a trained ROSA adapter {name!r}: choose another adapter_name, "
             "or delete_adapter it first (of a PeftModel; unload() takes all of them out)"
         )
     if name in ("A", "B", "draws", "in_weight", "rosa_A", "rosa_B", "rosa_offset", "rosa"):
-        raise ValueError(f"an adapter cannot be named {name!r}: ROSA's files use that name")
+        raise UserError(f"an adapter cannot be named {name!r}: ROSA's files use that name")
 
 
 def _no_fast_path(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -271,26 +272,26 @@ def _adaptable_weight(name: str, module: nn.Module) -> torch.Tensor:
     if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not isinstance(
         module, RosaLayer
     ):
-        raise ValueError(
+        raise UserError(
             f"{name} already carries another PEFT method ({type(module).__name__}): merge or "
             "unload it before you add ROSA"
         )
     if not isinstance(base, (nn.Linear, Conv1D)) or isinstance(
         base, NonDynamicallyQuantizableLinear
     ):
-        raise ValueError(
+        raise UserError(
             f"Target module {name} is a {type(base).__name__}, which is not supported: ROSA adapts "
             "torch.nn.Linear and transformers' Conv1D. Name other target_modules, or leave it out "
             "with exclude_modules"
         )
     if base.weight.dtype not in SUPPORTED_DTYPES:
-        raise ValueError(
+        raise UserError(
             f"the weight of {name} is stored as {base.weight.dtype} (quantized?): ROSA needs "
             "float32, float64, float16 or bfloat16 weights, since it changes them in place"
         )
     check_in_memory(name, base)
     if base.weight.ndim != 2 or base.weight.numel() == 0:
-        raise ValueError(
+        raise UserError(
             f"the weight of {name} is empty or sharded over processes (shape "
             f"{tuple(base.weight.shape)}): attach ROSA to the whole model, and train it "
             "data-parallel without sharding of the weights"
@@ -305,7 +306,7 @@ def _fingerprint_of_sound(
     found = fingerprint(weight.T if isinstance(module, Conv1D) else weight)
     # The norm has read the whole weight already; that of large numbers can overflow.
     if not math.isfinite(found[0]) and not are_finite([weight]):
-        raise ValueError(
+        raise UserError(
             f"the weight of {name} has NaN or infinity: the checkpoint is broken or was converted "
             "to a precision that does not hold it"
         )
@@ -346,13 +347,13 @@ def _check_adapter_file(
     found = {key for key in state_dict if is_rosa_key(key)}
     if not found:
         example = next(iter(state_dict), "nothing")
-        raise ValueError(
+        raise UserError(
             f"this is not a ROSA adapter: its file holds no rosa_ weights (but {example}). "
             "Check the folder, or load it with the config of the method that wrote it"
         )
     missing, foreign = sorted(expected - found), sorted(found - expected)
     if missing or foreign:
-        raise ValueError(
+        raise UserError(
             "the adapter file does not fit this model: "
             + (f"it lacks {len(missing)} tensors, such as {missing[0]}; " if missing else "")
             + (
@@ -380,7 +381,7 @@ def _check_adapter_file(
         elif draws.numel() != 1 or draws.is_floating_point() or int(draws) < 0:
             wrong.append(f"{name}: the count of draws is not a number")
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"the adapter does not fit the model in {len(wrong)} of {len(layers)} layers: "
             + "; ".join(wrong[:3])
             + ". Load it on the base model and with the config that it was trained with"

@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from rosa.errors import UserError
+
 Moments = Literal["clear", "keep", "project"]
 MOMENTS: tuple[str, ...] = get_args(Moments)
 
@@ -21,13 +23,13 @@ State = MutableMapping[Tensor, Any]
 def check_moments(moments: str, state: State, factors: list[Tensor]) -> None:
     """Raise ValueError for a word of no use, or for moments that cannot be projected."""
     if moments not in MOMENTS:
-        raise ValueError(f"moments must be one of {', '.join(MOMENTS)}; got {moments!r}")
+        raise UserError(f"moments must be one of {', '.join(MOMENTS)}; got {moments!r}")
     if moments != "project":
         return
     for factor in factors:
         for name, value in _of_shape(state.get(factor, {}), factor).items():
             if name not in (*_MEANS, *_SQUARES):
-                raise ValueError(
+                raise UserError(
                     f"moments='project' knows {', '.join((*_MEANS, *_SQUARES))} of an optimizer, "
                     f"and this one holds {name} of shape {tuple(value.shape)}: use 'clear'"
                 )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rosa import runs
 from rosa.compare import COMPARISON, ERROR, best_record
+from rosa.errors import UserError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -106,7 +107,7 @@ def read_comparison(folder: Path) -> Comparison:
         elif runs.settings_of(place):
             unfinished.append(place.name)
     if not groups:
-        raise ValueError(
+        raise UserError(
             f"{folder} has no finished run yet: go on with it by the same `rosa compare` command"
         )
     rows = [_row(*group, cells) for group, cells in groups.items()]

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from rosa.allocation import allocate
 from rosa.drawing import lasting
+from rosa.errors import UserError, UserTypeError
 from rosa.layer import RosaLinear
 from rosa.lowrank import are_finite
 from rosa.model import rosa_layers
@@ -134,9 +135,9 @@ def check_allocating(informed: list[Job], spent: float | None) -> None:
     if not any(map(hands_out_ranks, informed)):
         return
     if spent is not None:
-        raise ValueError("ranks are handed out in whole draws: leave spent or allocate out")
+        raise UserError("ranks are handed out in whole draws: leave spent or allocate out")
     if in_processes():
-        raise ValueError(
+        raise UserError(
             "ranks cannot move in data-parallel processes, whose buffers are of fixed sizes: let "
             "one process find them, and give its rank_pattern to a config without allocate"
         )
@@ -147,9 +148,9 @@ def check_spent(spent: float | None, informed: list[Job] | None = None) -> None:
     if spent is None:
         return
     if not 0 < spent <= 1:
-        raise ValueError(f"spent is a share above 0, up to 1, or None; got {spent}")
+        raise UserError(f"spent is a share above 0, up to 1, or None; got {spent}")
     if informed is not None and not informed:
-        raise ValueError(
+        raise UserError(
             "spent is a share of the gradient, and none of the active adapters looks at it: use "
             "directions='gradient', or leave spent out"
         )
@@ -167,7 +168,7 @@ def _check_finite(jobs: list[Job]) -> None:
     for name, layer, adapter in jobs:
         for factor in factors_of(layer, adapter):
             if not are_finite([factor.detach()]):
-                raise ValueError(
+                raise UserError(
                     f"a factor of layer {name} has NaN or infinity: the training has diverged. Go "
                     "back to a checkpoint and lower the learning rate"
                 )
@@ -195,7 +196,7 @@ def look(
             with torch.enable_grad():
                 value = (loss or _own_loss)(model, send_to_device(batch, device))
             if not isinstance(value, Tensor) or not value.requires_grad:
-                raise ValueError(
+                raise UserError(
                     "a batch gave no loss to differentiate: give batches with labels that "
                     "model(**batch) computes a loss of, or loss=function(model, batch)"
                 )
@@ -211,7 +212,7 @@ def look(
 
 def _own_loss(model: nn.Module, batch: Any) -> Tensor:
     if not isinstance(batch, Mapping):
-        raise ValueError(
+        raise UserError(
             f"a batch is a {type(batch).__name__}, not the model's arguments by name: give "
             "loss=function(model, batch) to say how its loss is computed"
         )
@@ -252,22 +253,22 @@ def check(model: nn.Module, optimizer: Any = None) -> list[Job]:
     """The (name, layer, adapter) that a resample would draw; raises as `resample` does."""
     layers = list(rosa_layers(model))
     if not layers:
-        raise ValueError(
+        raise UserError(
             f"{type(model).__name__} has no ROSA layers: attach them with "
             "peft.get_peft_model(model, rosa.RosaConfig(...))"
         )
     for name, layer in layers:
         if layer.merged:
-            raise ValueError(
+            raise UserError(
                 f"layer {name} is merged: call model.unmerge_adapter() before you resample"
             )
         if layer.disable_adapters:
-            raise ValueError(
+            raise UserError(
                 f"layer {name} has its adapters disabled: leave model.disable_adapter(), or call "
                 "model.base_model.enable_adapter_layers(), before you resample"
             )
         if layer.weight.is_meta or layer.weight.numel() != layer.in_features * layer.out_features:
-            raise ValueError(
+            raise UserError(
                 f"the weight of layer {name} is offloaded or sharded over processes: ROSA draws "
                 "from whole weights, so train data-parallel without sharding or offloading"
             )
@@ -279,12 +280,12 @@ def check(model: nn.Module, optimizer: Any = None) -> list[Job]:
     ]
     for name, layer, adapter in jobs:
         if layer.rosa_A[adapter].is_meta:
-            raise ValueError(
+            raise UserError(
                 f"the factors of layer {name} are on the meta device (low_cpu_mem_usage): load "
                 "the adapter's file first, or attach it without low_cpu_mem_usage"
             )
     if not jobs:
-        raise ValueError(
+        raise UserError(
             f"no ROSA adapter is active (active: {layers[0][1].active_adapters}): call "
             "model.set_adapter(name) first"
         )
@@ -301,7 +302,7 @@ def unwrap(optimizer: Any) -> Optimizer:
             break
         optimizer = inner
     if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "state"):
-        raise TypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
+        raise UserTypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
     return optimizer
 
 
@@ -310,7 +311,7 @@ def _check_optimizer(optimizer: Any, jobs: list[Job]) -> None:
     for name, layer, adapter in jobs:
         for factor in factors_of(layer, adapter):
             if factor.requires_grad and id(factor) not in held:
-                raise ValueError(
+                raise UserError(
                     f"the optimizer does not hold the factors of layer {name}: build it from the "
                     "model after get_peft_model, from parameters with requires_grad"
                 )

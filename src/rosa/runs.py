@@ -16,6 +16,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rosa.errors import UserError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -37,7 +39,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): the file is damaged") from error
+        raise UserError(f"{path} is not valid JSON ({error}): the file is damaged") from error
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
@@ -58,12 +60,12 @@ def check_output(output: Path, settings: dict[str, Any], resume: bool, overwrite
             something else, or holds a run with other settings than those to resume.
     """
     if resume and overwrite:
-        raise ValueError("--resume and --overwrite exclude each other: give one")
+        raise UserError("--resume and --overwrite exclude each other: give one")
     if output.exists() and not output.is_dir():
-        raise ValueError(f"{output} is a file: name a folder")
+        raise UserError(f"{output} is a file: name a folder")
     before = settings_of(output)
     if not before and output.is_dir() and any(output.iterdir()):
-        raise ValueError(f"{output} holds files that are not a run's: name a new folder")
+        raise UserError(f"{output} holds files that are not a run's: name a new folder")
     if before and resume:
         differ = [
             f"{name} ({before.get(name)} there, {value} here)"
@@ -71,12 +73,12 @@ def check_output(output: Path, settings: dict[str, Any], resume: bool, overwrite
             if name not in ("output", "versions") and before.get(name) != value
         ]
         if differ:
-            raise ValueError(
+            raise UserError(
                 f"{output} holds a run with other settings: {'; '.join(differ)}. Give the same "
                 "settings to resume it, or --overwrite to start again"
             )
     elif before and not overwrite:
-        raise ValueError(
+        raise UserError(
             f"{output} already holds a run: --resume goes on with it, --overwrite starts again"
         )
 
@@ -106,7 +108,7 @@ def check_model(name: str) -> None:
 
     if Path(name).is_dir():
         if (Path(name) / "adapter_config.json").is_file():
-            raise ValueError(
+            raise UserError(
                 f"{name} is an adapter, not a model: `rosa export {name} --to merged` makes it one"
             )
         return
@@ -142,7 +144,7 @@ def load_trained(
         raise FileNotFoundError(f"{folder} is not a folder: name a run's or an adapter's")
     unfinished = (folder / SETTINGS).is_file() and not (folder / METRICS).is_file()
     if unfinished:
-        raise ValueError(f"the run in {folder} is not finished: go on with it by --resume first")
+        raise UserError(f"the run in {folder} is not finished: go on with it by --resume first")
     place = next((p for p in (folder / ADAPTER, folder / MODEL) if p.is_dir()), folder)
     if (place / "adapter_config.json").is_file():
         read_json(place / "adapter_config.json")  # a damaged one is named
@@ -153,14 +155,14 @@ def load_trained(
         config = PeftConfig.from_pretrained(str(place))
         base = model or config.base_model_name_or_path
         if base is None:
-            raise ValueError(f"{place} does not name its base model: give --model")
+            raise UserError(f"{place} does not name its base model: give --model")
         check_model(base)
         has_config = (place / "config.json").is_file()
         # In the precision that it was trained in: a coarser one would compute something else.
         dtype = (AutoConfig.from_pretrained(place).dtype if has_config else None) or "auto"
         if config.task_type == "SEQ_CLS":
             if not has_config:
-                raise ValueError(
+                raise UserError(
                     f"{place} has no config.json to say how many labels there are: save the "
                     "model's config there too, as `rosa train` does"
                 )
@@ -177,7 +179,7 @@ def load_trained(
         try:
             trained = PeftModel.from_pretrained(plain, str(place))
         except KeyError as error:
-            raise ValueError(
+            raise UserError(
                 f"{place} lacks weight {error}: its file is of another adapter or another model"
             ) from error
     elif (place / "config.json").is_file():
@@ -186,7 +188,7 @@ def load_trained(
         auto = AutoModelForCausalLM if decoder else AutoModelForSequenceClassification
         trained = auto.from_pretrained(str(place))
     else:
-        raise ValueError(f"{folder} holds neither a run nor an adapter (no adapter_config.json)")
+        raise UserError(f"{folder} holds neither a run nor an adapter (no adapter_config.json)")
     has_tokenizer = (place / "tokenizer_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(str(place)) if has_tokenizer else None
     return trained.eval(), tokenizer  # type: ignore[return-value]

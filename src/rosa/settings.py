@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rosa.errors import UserError
 from rosa.methods import find_method
 
 if TYPE_CHECKING:
@@ -93,24 +94,24 @@ def check(settings: RunSettings) -> RunSettings:
         settings = replace(settings, rank=8 if settings.rank is None else settings.rank)
         check_rank("rank", settings.rank)
     elif settings.rank is not None:
-        raise ValueError(f"method {settings.method} has no rank: leave --rank out")
+        raise UserError(f"method {settings.method} has no rank: leave --rank out")
     settings = replace(settings, lr=method.lr if settings.lr is None else settings.lr)
     for name in ("lr", "epochs", "batch_size", "eval_batch_size", "gradient_accumulation"):
         value = getattr(settings, name)
         if not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive, got {value}")
+            raise UserError(f"{name} must be positive, got {value}")
     if not 0 <= settings.warmup < 1:
-        raise ValueError(
+        raise UserError(
             f"warmup is a share of all steps, at least 0 and below 1: {settings.warmup}"
         )
     if not settings.weight_decay >= 0:
-        raise ValueError(f"weight_decay must not be negative, got {settings.weight_decay}")
+        raise UserError(f"weight_decay must not be negative, got {settings.weight_decay}")
     if not 0 <= settings.seed < 2**32:
-        raise ValueError(f"seed must be from 0 to 2**32 - 1, got {settings.seed}")
+        raise UserError(f"seed must be from 0 to 2**32 - 1, got {settings.seed}")
     if settings.max_length < 8:
-        raise ValueError(f"max_length must be at least 8 tokens, got {settings.max_length}")
+        raise UserError(f"max_length must be at least 8 tokens, got {settings.max_length}")
     if settings.precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}: {settings.precision}")
+        raise UserError(f"precision must be one of {', '.join(PRECISIONS)}: {settings.precision}")
     schedule(settings)
     if settings.method in RESAMPLED:
         method.config(settings, settings.rank, {})  # type: ignore[misc]  # checks its own settings
@@ -142,7 +143,7 @@ def parse_period(every: str) -> str | int | float:
     except ValueError:
         period = 0
     if not 0 < period < math.inf:
-        raise ValueError(
+        raise UserError(
             f"resample_every must be auto, epoch, never, a number of steps such as 200, or epochs "
             f"such as 0.5epochs; got {every!r}"
         )

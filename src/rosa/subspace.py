@@ -19,6 +19,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from rosa.errors import UserError
 from rosa.lowrank import LowRank, full_precision
 from rosa.triplets import singular_triplets
 
@@ -191,7 +192,7 @@ def draw(
         ValueError: the rank does not fit the weight.
     """
     if not 1 <= rank <= min(weight.shape):
-        raise ValueError(
+        raise UserError(
             f"rank {rank} does not fit a weight of shape {tuple(weight.shape)}: "
             f"choose 1 to {min(weight.shape)}"
         )

@@ -26,6 +26,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from rosa import runs
+from rosa.errors import UserError
 
 MODELS = ("linear", "mlp")
 METHODS = {
@@ -171,7 +172,7 @@ def _adapt(start: Any, run: Run) -> Any:
         return model
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if run.rank is None:
-        raise ValueError(f"{run.method} needs a rank")
+        raise UserError(f"{run.method} needs a rank")
     if run.method == "lora":
         config = LoraConfig(r=run.rank, lora_alpha=run.rank, target_modules=layers)
     else:
@@ -213,22 +214,20 @@ def experiment(
     """
     for name, values in (("models", models), ("ranks", ranks), ("lrs", lrs), ("seeds", seeds)):
         if values is not None and not values:
-            raise ValueError(f"no {name}: name at least one")
+            raise UserError(f"no {name}: name at least one")
     unknown = sorted(set(models) - set(MODELS))
     if unknown:
-        raise ValueError(f"unknown model {unknown[0]!r}; there are: {', '.join(MODELS)}")
+        raise UserError(f"unknown model {unknown[0]!r}; there are: {', '.join(MODELS)}")
     if min(ranks) < 1 or max(ranks) > OUTPUTS:
-        raise ValueError(f"ranks must be from 1 to {OUTPUTS}, got {', '.join(map(str, ranks))}")
+        raise UserError(f"ranks must be from 1 to {OUTPUTS}, got {', '.join(map(str, ranks))}")
     if min(epochs, resample_every, jobs) < 1:
-        raise ValueError("epochs, resample-every and jobs must be at least 1")
+        raise UserError("epochs, resample-every and jobs must be at least 1")
     fixed = {"epochs": epochs, "resample_every": resample_every}
     settings = {**fixed, "lr": "falls linearly to zero"}
     path = output / RESULT
     found = runs.read_json(path) if path.is_file() else {"settings": settings, "runs": {}}
     if found.get("settings") != settings:
-        raise ValueError(
-            f"{path} is of other settings ({found.get('settings')}): name a new folder"
-        )
+        raise UserError(f"{path} is of other settings ({found.get('settings')}): name a new folder")
     output.mkdir(parents=True, exist_ok=True)
 
     groups = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rosa.errors import UserError
 from rosa.settings import RunSettings
 from rosa.tasks import Task
 
@@ -61,5 +62,5 @@ def _tokenize_language(rows: Any, task: Task, tokenizer: Any, longest: int) -> A
     encoded = rows.map(encode, remove_columns=rows.column_names, desc="Tokenizing")
     learned = encoded.filter(lambda row: any(label != -100 for label in row["labels"]))
     if len(learned) == 0:
-        raise ValueError(f"no completion is within the first {longest} tokens: raise --max-length")
+        raise UserError(f"no completion is within the first {longest} tokens: raise --max-length")
     return learned

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rosa import runs, tasks
 from rosa.building import adapt, load_base
+from rosa.errors import UserError
 from rosa.methods import find_method
 from rosa.settings import RESAMPLED, RunSettings, check, in_bf16, schedule
 from rosa.tasks import DataSettings, Generation, Task
@@ -48,7 +49,7 @@ def train(settings: RunSettings, resume: bool = False, overwrite: bool = False) 
     task = load_task(settings)
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise ValueError(f"{settings.model} has no tokenizer: save it beside the model")
+        raise UserError(f"{settings.model} has no tokenizer: save it beside the model")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     set_seed(settings.seed)
@@ -127,7 +128,7 @@ def evaluate(
     """
     trained, tokenizer = runs.load_trained(folder, model)
     if tokenizer is None:
-        raise ValueError(f"{folder} has no tokenizer: save it beside the model")
+        raise UserError(f"{folder} has no tokenizer: save it beside the model")
     labels = tuple((trained.config.id2label or {}).values())
     task = tasks.load_validation(data, _is_decoder(trained.config), labels)
     before = runs.settings_of(folder) or runs.settings_of(folder.parent)  # an adapter's is above

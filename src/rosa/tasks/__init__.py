@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from rosa.errors import UserError
+
 if TYPE_CHECKING:
     import numpy as np
     from datasets import Dataset
@@ -100,23 +102,23 @@ def load(settings: DataSettings, decoder: bool) -> Task:
     for name in ("limit_train", "limit_test"):
         limit = getattr(settings, name)
         if limit is not None and limit < 1:
-            raise ValueError(f"{name} must be at least 1, got {limit}")
+            raise UserError(f"{name} must be at least 1, got {limit}")
     if settings.task is not None:
         if settings.train is not None:
-            raise ValueError("give a task by name or a training file of your own, not both")
+            raise UserError("give a task by name or a training file of your own, not both")
         if settings.validation is not None:
-            raise ValueError(f"task {settings.task} has its own validation data: no --validation")
+            raise UserError(f"task {settings.task} has its own validation data: no --validation")
         if settings.task not in TASKS:
-            raise ValueError(f"unknown task {settings.task!r}; there are: {', '.join(TASKS)}")
+            raise UserError(f"unknown task {settings.task!r}; there are: {', '.join(TASKS)}")
         if decoder and settings.task not in LANGUAGE_TASKS:
-            raise ValueError(f"task {settings.task} is a classification: it needs an encoder")
+            raise UserError(f"task {settings.task} is a classification: it needs an encoder")
         if not decoder and settings.task in LANGUAGE_TASKS:
-            raise ValueError(f"task {settings.task} writes text: it needs a decoder, such as gpt2")
+            raise UserError(f"task {settings.task} writes text: it needs a decoder, such as gpt2")
         task = TASKS[settings.task](settings)
     elif settings.data is not None:
-        raise ValueError("--data is the folder of a task's files: name the task with --task")
+        raise UserError("--data is the folder of a task's files: name the task with --task")
     elif settings.train is None:
-        raise ValueError("no data: give --train <file>, or a --task by name")
+        raise UserError("no data: give --train <file>, or a --task by name")
     elif decoder:
         from rosa.tasks.language import load_language
 
@@ -148,7 +150,7 @@ def load_validation(settings: DataSettings, decoder: bool, labels: tuple[str, ..
     if settings.task is not None:
         return load(settings, decoder)
     if settings.validation is None:
-        raise ValueError("no data: give --validation <file>, or a --task by name")
+        raise UserError("no data: give --validation <file>, or a --task by name")
     if decoder:
         return load(replace(settings, train=settings.validation), decoder)
     from rosa.tasks.text import load_text

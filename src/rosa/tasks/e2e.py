@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rosa.errors import UserError
 from rosa.tasks import DataSettings, Generation, Task
 from rosa.tasks.files import read_table
 from rosa.tasks.generation_metrics import e2e_scores
@@ -73,7 +74,7 @@ def _hold_out(pairs: Pairs) -> tuple[Pairs, Pairs]:
 
     meanings = list(dict.fromkeys(meaning for meaning, _ in pairs))
     if len(meanings) < 2:
-        raise ValueError("too few meaning representations to hold some out for validation")
+        raise UserError("too few meaning representations to hold some out for validation")
     held = set(train_test_split(meanings, test_size=VALIDATION_SHARE, random_state=0)[1])
     return [p for p in pairs if p[0] not in held], [p for p in pairs if p[0] in held]
 

@@ -12,6 +12,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rosa.errors import UserError
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -35,13 +37,13 @@ def read_table(path: Path, columns: tuple[str, ...]) -> Dataset:
         raise FileNotFoundError(f"{path} is not there (or not a file): check the path")
     kind, kinds = path.suffix.lower(), (*_SEPARATORS, *_JSON_LINES, ".txt")
     if kind not in kinds:
-        raise ValueError(f"{path}: unknown kind of file; use {', '.join(kinds)}")
+        raise UserError(f"{path}: unknown kind of file; use {', '.join(kinds)}")
     try:
         content = path.read_text(encoding="utf-8-sig")  # Excel begins with a byte order mark
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}): convert it first") from error
+        raise UserError(f"{path} is not UTF-8 text ({error}): convert it first") from error
     if not content.strip():
-        raise ValueError(f"{path} is empty")
+        raise UserError(f"{path} is empty")
     if kind == ".txt":
         table: dict[str, list[Any]] = {"text": _documents(content)}
     elif kind in _JSON_LINES:
@@ -49,18 +51,18 @@ def read_table(path: Path, columns: tuple[str, ...]) -> Dataset:
     else:
         table = _cells(path, content, _SEPARATORS[kind])
     if not any(table.values()):
-        raise ValueError(f"{path} has no rows")
+        raise UserError(f"{path} has no rows")
     for column in columns:
         if column not in table:
-            raise ValueError(
+            raise UserError(
                 f"{path} has no column {column!r}; there are: {', '.join(table)}. Name yours with "
                 "--text-column and --label-column"
             )
         for number, value in enumerate(table[column], start=1):
             if value is None or not str(value).strip():
-                raise ValueError(f"{path}: row {number} has nothing in column {column!r}")
+                raise UserError(f"{path}: row {number} has nothing in column {column!r}")
             if isinstance(value, (list, dict)):
-                raise ValueError(f"{path}: row {number} has no plain text in column {column!r}")
+                raise UserError(f"{path}: row {number} has no plain text in column {column!r}")
     return Dataset.from_dict({name: [str(v) for v in table[name]] for name in table})
 
 
@@ -79,7 +81,7 @@ def _cells(path: Path, content: str, separator: str) -> dict[str, list[str]]:
         except csv.Error as error:
             failures.append(error)
     if not tables:
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be read: {failures[0]}: check its separators and quotation marks"
         )
     header, *rows = max(tables, key=len)
@@ -109,10 +111,10 @@ def _objects(path: Path, content: str) -> dict[str, list[Any]]:
                 if line.strip():
                     rows.append(json.loads(line))
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be read as JSON, one object a line: line {number}: {error}"
         ) from error
     if not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f'{path}: expected an object on every line, as {{"text": "..."}}')
+        raise UserError(f'{path}: expected an object on every line, as {{"text": "..."}}')
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}

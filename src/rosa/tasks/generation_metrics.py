@@ -14,6 +14,8 @@ from collections import Counter
 from collections.abc import Sequence
 from importlib.util import find_spec
 
+from rosa.errors import UserError
+
 Tokens = tuple[str, ...]
 
 
@@ -30,7 +32,7 @@ def e2e_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) 
         ValueError: the numbers of inputs differ, or one has no reference.
     """
     if len(predictions) != len(references) or not all(references) or not predictions:
-        raise ValueError(
+        raise UserError(
             f"{len(predictions)} predictions and {len(references)} inputs with references: there "
             "must be as many, and at least one reference for each"
         )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rosa.errors import UserError
 from rosa.tasks import DataSettings, Metrics, Task
 from rosa.tasks.metrics import (
     accuracy,
@@ -303,7 +304,7 @@ def _label(path: Path, value: str, ids: dict[str, int]) -> int | float:
         return ids[value.lower()] if ids else float(value)
     except (KeyError, ValueError):
         expected = ", ".join(ids) if ids else "a number"
-        raise ValueError(f"{path}: {value!r} is no label (expected {expected})") from None
+        raise UserError(f"{path}: {value!r} is no label (expected {expected})") from None
 
 
 def _dataset(
@@ -323,14 +324,14 @@ def _read_tsv(path: Path, task: GlueTask) -> list[dict[str, Any]]:
     if task.folder == "CoLA":
         lines = [["source", task.label, "mark", *task.columns], *lines]
     if len(lines) < 2:
-        raise ValueError(f"{path} has no rows")
+        raise UserError(f"{path} has no rows")
     header, *rows = lines
     missing = [name for name in (*task.columns, task.label) if name not in header]
     if missing:
-        raise ValueError(f"{path} has no column {missing[0]!r}; there are: {', '.join(header)}")
+        raise UserError(f"{path} has no column {missing[0]!r}; there are: {', '.join(header)}")
     whole = [dict(zip(header, row, strict=True)) for row in rows if len(row) == len(header)]
     if len(whole) < 0.99 * len(rows):
-        raise ValueError(
+        raise UserError(
             f"{path}: {len(rows) - len(whole)} of {len(rows)} rows do not have the "
             f"{len(header)} cells of the header: is it tab-separated, in GLUE's form?"
         )

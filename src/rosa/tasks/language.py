@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rosa.errors import UserError
 from rosa.tasks import DataSettings, Task
 from rosa.tasks.files import read_table
 from rosa.tasks.text import VALIDATION_SHARE
@@ -16,13 +17,13 @@ def load_language(settings: DataSettings) -> Task:
         FileNotFoundError, ValueError: see `read_table`; also if too few rows are left to validate.
     """
     if settings.train is None:
-        raise ValueError("no training file")
+        raise UserError("no training file")
     columns = tuple(settings.text_columns)
     train = read_table(settings.train, ())
     if columns == ("text",) and set(PAIR) <= set(train.column_names):
         columns = PAIR
     if len(columns) not in (1, 2):
-        raise ValueError(f"a decoder takes a text column, or a prompt and a completion: {columns}")
+        raise UserError(f"a decoder takes a text column, or a prompt and a completion: {columns}")
     names = ("text",) if len(columns) == 1 else PAIR
 
     def plain(path):
@@ -33,7 +34,7 @@ def load_language(settings: DataSettings) -> Task:
     if settings.validation is not None:
         validation = plain(settings.validation)
     elif len(train) < 2:
-        raise ValueError(f"{settings.train} has one text only: give a --validation file")
+        raise UserError(f"{settings.train} has one text only: give a --validation file")
     else:
         held = max(round(VALIDATION_SHARE * len(train)), 1)
         parts = train.train_test_split(test_size=held, seed=settings.seed)

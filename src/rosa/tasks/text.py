@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rosa.errors import UserError
 from rosa.tasks import DataSettings, Task
 from rosa.tasks.files import read_table
 from rosa.tasks.metrics import accuracy_and_macro_f1
@@ -25,16 +26,16 @@ def load_text(settings: DataSettings, labels: tuple[str, ...] | None = None) -> 
             validation file has labels that the training file does not.
     """
     if settings.train is None:
-        raise ValueError("no training file")
+        raise UserError("no training file")
     texts = tuple(settings.text_columns)
     if len(texts) not in (1, 2):
-        raise ValueError(f"a classification takes one text column or two, got {', '.join(texts)}")
+        raise UserError(f"a classification takes one text column or two, got {', '.join(texts)}")
     columns = (*texts, settings.label_column)
     train = _plain(read_table(settings.train, columns), texts, settings.label_column)
     if labels is None:
         labels = tuple(sorted(set(train["label"]), key=lambda label: (len(label), label)))
     if len(labels) < 2:
-        raise ValueError(
+        raise UserError(
             f"{settings.train}: column {settings.label_column!r} has one label only "
             f"({', '.join(labels)}): there is nothing to learn"
         )
@@ -72,7 +73,7 @@ def _label(value: str) -> str:
 def _with_ids(rows: Dataset, labels: tuple[str, ...], path: Path) -> Dataset:
     unknown = sorted(set(rows["label"]) - set(labels))
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"{path} has labels that are not learned: {', '.join(unknown[:5])} "
             f"(known: {', '.join(labels[:10])})"
         )
@@ -93,7 +94,7 @@ def split_off(rows: Dataset, seed: int, stratify: bool = True) -> tuple[Dataset,
     counts = [labels.count(label) for label in set(labels)]
     held = max(round(VALIDATION_SHARE * len(rows)), len(counts))
     if min(counts) < 2 or held > len(rows) - len(counts):
-        raise ValueError(
+        raise UserError(
             "too few rows to split a validation set off (each label needs at least two): give a "
             "--validation file"
         )
