@@ -62,7 +62,7 @@ def test_first_and_second_derivatives(scaling):
     x = torch.randn(3, 6).double().requires_grad_()
 
     def compute(x, a, b, weight, bias):
-        return fused._AdaptedLinear.apply(x, weight, bias, a, b, scaling)
+        return fused._AdaptedLinear.apply(x, weight, bias, a, b, scaling, None)
 
     inputs = (x, a, b, base.weight, base.bias)
     assert torch.autograd.gradcheck(compute, inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -156,15 +157,67 @@ def test_changes_that_take_turns_do_not_drift(dtype, turn):
     torch.testing.assert_close(layer.base_layer.weight, weight, rtol=once, atol=2 * once)
 
 
-def test_what_others_write_into_the_weight_stays_there():
-    model = adapt(Mlp(torch.bfloat16), target_modules=["first"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_others_write_into_the_pretrained_weight_stays_there(dtype):
+    model = adapt(Mlp(dtype), target_modules=["first"])
     layer = layer_of(model, "first")
-    before = layer.pretrained_weight()
-    with torch.no_grad():
-        layer.weight.add_(1.0)
+    before, x = layer.pretrained_weight(), torch.randn(4, 7, dtype=dtype)
+    fingerprint = layer.base_fingerprint()
+    with model.disable_adapter(), torch.no_grad():
+        layer.base_layer.weight.add_(1.0)
     assert layer.pretrained_weight().mean() > before.mean() + 0.9
+    assert layer.base_fingerprint() != fingerprint
     with model.disable_adapter():
         assert layer.weight.float().mean() > before.mean() + 0.9
+    assert torch.isfinite(model(x)).all()
+
+
+def read(model, layer):
+    model(torch.randn(4, 7, dtype=layer.base_layer.weight.dtype))
+
+
+def save(model, layer):
+    model.state_dict()
+
+
+def draw(model, layer):
+    resample(model)
+
+
+@pytest.mark.parametrize("use", [read, save, draw, lambda m, layer: m.merge_adapter()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_writing_into_a_weight_that_holds_an_offset_is_refused(dtype, use):
+    model = adapt(Mlp(dtype), target_modules=["first"])
+    layer = layer_of(model, "first")
+    with torch.no_grad():
+        layer.base_layer.weight.add_(1.0)
+    with pytest.raises(ValueError, match=r"layer first was changed while ROSA's offset stood in"):
+        use(model, layer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_values_or_the_pretrained_ones_may_be_written(dtype):
+    base = Mlp(dtype)
+    model = adapt(copy.deepcopy(base), target_modules=["first"])
+    layer, x = layer_of(model, "first"), torch.randn(4, 7, dtype=dtype)
+    expected = model(x)
+    with torch.no_grad():
+        layer.base_layer.weight.copy_(layer.base_layer.weight.clone())
+    assert torch.equal(model(x), expected)
+    with torch.no_grad():
+        layer.base_layer.weight.copy_(base.first.weight)
+    assert torch.equal(model(x), expected)
+
+
+def test_a_base_weight_that_is_trained_as_well_is_followed():
+    model = adapt(Mlp(), target_modules=["first"])
+    layer = layer_of(model, "first")
+    layer.base_layer.weight.requires_grad_(True)
+    before = layer.pretrained_weight()
+    with torch.no_grad():
+        layer.base_layer.weight.add_(0.5)
+    model(torch.randn(4, 7).double())
+    torch.testing.assert_close(layer.pretrained_weight(), before + 0.5)
 
 
 def test_autocast_and_matmul_precision_do_not_touch_the_weights():
@@ -223,7 +276,7 @@ def test_a_backward_pass_through_another_adapters_weight_is_refused():
     model.add_adapter("other", RosaConfig(r=1, target_modules=["first", "last"]))
     out = model(x)
     model.set_adapter("other")
-    with pytest.raises(RuntimeError, match="inplace operation"):
+    with pytest.raises(RuntimeError, match=r"another adapter was made active.*inplace"):
         out.sum().backward()
 
 

@@ -66,7 +66,7 @@ def test_the_theorem_of_the_paper_on_a_linear_model():
             old.terms = old.terms + rosa.learned("default") + LowRank(-b, a)
             rosa.rosa_A["default"].copy_(a)
             rosa.rosa_B["default"].copy_(b)
-            rosa._sync()
+            rosa.synchronize()
             torch.testing.assert_close(model(x), x @ weight.T)
             # The round's optimum over both factors.
             fixed = weight - b @ a

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from rosa.sketch import Sketch
+from rosa.versions import unpack
+
 
 def can_fuse(base: nn.Module, x: Tensor, factor: Tensor) -> bool:
     """Whether `adapted_linear` computes what calling the base layer and adding would compute.
@@ -44,7 +47,9 @@ def _one_dtype(*tensors: Tensor) -> bool:
     return len(dtypes) == 1
 
 
-def adapted_linear(base: nn.Module, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+def adapted_linear(
+    base: nn.Module, x: Tensor, a: Tensor, b: Tensor, scaling: float, sketch: Sketch | None = None
+) -> Tensor:
     """``x (W + s B A)^T + bias``: (..., in) to (..., out); differentiable, twice too.
 
     Under autocast all are cast to its precision first, as `F.linear` would, but the input once for
@@ -56,6 +61,7 @@ def adapted_linear(base: nn.Module, x: Tensor, a: Tensor, b: Tensor, scaling: fl
         a: the factor A, (r, in).
         b: the factor B, (out, r).
         scaling: s.
+        sketch: what is to see the weight's gradient, if something is.
     """
     weight: Tensor = base.weight.T if isinstance(base, Conv1D) else base.weight  # type: ignore
     bias: Tensor | None = base.bias  # type: ignore[assignment]
@@ -63,7 +69,7 @@ def adapted_linear(base: nn.Module, x: Tensor, a: Tensor, b: Tensor, scaling: fl
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, a, b = (t.to(dtype) for t in (x, weight, a, b))
         bias = None if bias is None else bias.to(dtype)
-    out = _AdaptedLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, a, b, scaling)
+    out = _AdaptedLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, a, b, scaling, sketch)
     return out.view(*x.shape[:-1], out.shape[-1])  # type: ignore[union-attr]
 
 
@@ -76,13 +82,20 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, s: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        s: float,
+        sketch: Sketch | None,
     ) -> Tensor:
         hidden = a @ x.T
         if s != 1.0:
             hidden *= s  # r numbers a row, not the whole output
         ctx.save_for_backward(x, weight, a, b, hidden)
-        ctx.s = s
+        ctx.s, ctx.sketch = s, sketch
         out = F.linear(x, weight, bias)
         out.T.addmm_(b, hidden)
         return out
@@ -90,10 +103,13 @@ class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,) = grads
-        x, weight, a, b, hidden = ctx.saved_tensors
+        x, weight, a, b, hidden = unpack(ctx)
+        if ctx.sketch is not None:
+            with torch.no_grad():
+                ctx.sketch.add(grad.detach(), x.detach())
         if torch.is_grad_enabled():  # to be differentiated again: what was kept has no history
             hidden = a @ x.T * ctx.s
-        for_x, for_weight, for_bias, for_a, for_b, _ = ctx.needs_input_grad
+        for_x, for_weight, for_bias, for_a, for_b, *_ = ctx.needs_input_grad
         inner = b.T.contiguous() @ grad.T
         if ctx.s != 1.0:
             inner = inner * ctx.s
@@ -107,5 +123,6 @@ class _AdaptedLinear(torch.autograd.Function):
             grad.sum(0) if for_bias else None,
             inner @ x if for_a else None,
             (hidden @ grad).T if for_b else None,
+            None,
             None,
         )

@@ -6,9 +6,10 @@ The weight in memory is ``W_0 + sum of offsets O`` of the adapters in use, and t
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,14 +18,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from rosa import drawing, subspace
+from rosa import drawing, statedict, subspace
 from rosa.config import RosaConfig
 from rosa.errors import UserError
 from rosa.fused import adapted_linear, can_fuse
 from rosa.lowrank import LowRank, full_precision
 from rosa.offset import Offset, OffsetDict
+from rosa.reading import effective_weight
 from rosa.sketch import Sketch, Watch
-from rosa.versions import Versions, same_state
+from rosa.tracing import is_traced
+from rosa.versions import Unchanged, Versions, same_state
 
 _HALF = (torch.float16, torch.bfloat16)
 # An offset is compressed when it has this many times the terms that any matrix of its shape needs:
@@ -37,7 +40,7 @@ class RosaLayer(BaseTunerLayer):
     """The state of one adapted weight, and every change of it.
 
     Invariant: the weight in memory is W_0 plus `in_weight` of every adapter, where W_0 is the
-    pretrained weight. `_sync` brings `in_weight` to what the layer's state asks for:
+    pretrained weight. `synchronize` brings `in_weight` to what the layer's state asks for:
 
     - merged: the whole change O + s B A of the merged adapters, and nothing of the others;
     - disabled: nothing, so the weight is the pretrained one;
@@ -57,6 +60,7 @@ class RosaLayer(BaseTunerLayer):
     base_layer: nn.Module
     rosa_A: nn.ParameterDict
     rosa_B: nn.ParameterDict
+    arrived: statedict.Arrived | None = None  # by state dicts since the layer was last used
 
     def __init__(
         self, base_layer: nn.Module, name: str, fingerprint: tuple[float, float] | None = None
@@ -81,7 +85,6 @@ class RosaLayer(BaseTunerLayer):
         self._versions = Versions()
         self._fingerprint = fingerprint
         self.base_fingerprint()
-        self._loaded_marks: dict[str, int] | None = None
         self._sketches: dict[str, Sketch] = {}  # of the adapters that are watched
 
     # -- the weight in memory ------------------------------------------------------------------
@@ -91,14 +94,20 @@ class RosaLayer(BaseTunerLayer):
         weight: Tensor = self.get_base_layer().weight.detach()  # type: ignore[assignment]
         return weight.T if self.fan_in_fan_out else weight
 
+    @property
+    def parameter(self) -> Tensor:
+        """The parameter that the weight in memory is."""
+        return self.get_base_layer().weight  # type: ignore[return-value]
+
     def _work_dtype(self) -> torch.dtype:
-        stored = self.get_base_layer().weight.dtype
+        stored = self.parameter.dtype
         return torch.float64 if stored == torch.float64 else torch.float32
 
     def base_fingerprint(self) -> tuple[float, float] | None:
         """See `rosa.subspace.fingerprint`, of the pretrained weight; None on the meta device."""
+        self.settle()
         if self._fingerprint is None and not self._weight().is_meta:
-            changed = any(self.standing().values())
+            changed = any(self._standing().values())
             weight = self.pretrained_weight() if changed else self._weight()
             self._fingerprint = subspace.fingerprint(weight)
         return self._fingerprint
@@ -114,73 +123,189 @@ class RosaLayer(BaseTunerLayer):
             return None
         return entry.terms
 
-    def standing(self) -> dict[str, LowRank | None]:
+    def _standing(self) -> dict[str, LowRank | None]:
         """What of each adapter stands in the weight in memory."""
         return {name: entry.in_weight for name, entry in self.rosa_offset.entries.items()}
 
     @torch.no_grad()
-    def _sync(self, leaving: str | None = None) -> None:
+    def synchronize(self, leaving: str | None = None) -> None:
         """Bring the weight in memory to what the layer's state asks for.
 
         Args:
             leaving: an adapter that is being deleted: nothing of it is wanted.
         """
+        self._take_account(leaving)
         entries = self.rosa_offset.entries
-        before = self.standing()
-        wanted = {name: None if name == leaving else self._wanted(name) for name in entries}
-        if not same_state(before, wanted):
-            weight = self._weight()
-            check_in_memory(self.name, self.get_base_layer())
-            if self._pretrained is not None and self._versions.changed_by_others(weight):
-                self._pretrained = None  # what others wrote into the weight is part of it
-            if self._pretrained is None and self._needs_a_copy(wanted):
-                copy = self.pretrained_weight().to(weight.dtype)
-                self._pretrained = copy.to("cpu", memory_format=torch.contiguous_format)
-            self._versions.leaving(weight, before)
-            if self._pretrained is None:
-                for name, change in wanted.items():
-                    if change is not entries[name].in_weight:
-                        _add(weight, entries[name].in_weight, -1)
-                        _add(weight, change, +1)
-            else:
-                _write_sum(weight, self._pretrained, wanted.values())
-            for name, entry in entries.items():
-                entry.in_weight = wanted[name]
-            self._versions.arrived(weight, wanted)
-        if all(change is None for change in wanted.values()):
-            self._pretrained = None  # the weight itself is the copy
+        self._put({name: None if name == leaving else self._wanted(name) for name in entries})
         for name, entry in entries.items():
             entry.merged = name in self.merged_adapters and name != leaving
 
-    def _needs_a_copy(self, wanted: dict[str, LowRank | None]) -> bool:
+    def _put(self, wanted: Mapping[str, LowRank | None]) -> None:
+        """Let these stand in the weight in memory, and nothing else; all of it or no change."""
+        entries, before = self.rosa_offset.entries, self._standing()
+        if not same_state(before, wanted):
+            weight, parameter = self._weight(), self.parameter
+            check_in_memory(self.name, self.get_base_layer())
+            if self._pretrained is None and self._needs_a_copy(wanted):
+                copy = self.pretrained_weight().to(weight.dtype)
+                self._pretrained = copy.to("cpu", memory_format=torch.contiguous_format)
+            if self._pretrained is None:
+                changed = [name for name in wanted if wanted[name] is not before[name]]
+                steps = [(before[n], -1) for n in changed] + [(wanted[n], +1) for n in changed]
+                steps = [
+                    (_rounded(change, weight), sign)
+                    for change, sign in steps
+                    if change is not None and change.rank
+                ]
+                self._versions.leaving(parameter, before)
+                for change, sign in steps:
+                    weight.add_(change, alpha=sign)
+            else:
+                self._versions.leaving(parameter, before)
+                _write_sum(weight, self._pretrained, wanted.values())
+            for name, entry in entries.items():
+                entry.in_weight = wanted[name]
+            self._versions.arrived(parameter, self._standing())
+        if all(change is None for change in wanted.values()):
+            self._pretrained = None  # the weight itself is the copy
+
+    def _needs_a_copy(self, wanted: Mapping[str, LowRank | None]) -> bool:
         """Whether taking out what was added would not give the pretrained weight back for long."""
         weight = self._weight()
         something = any(change is not None and change.rank for change in wanted.values())
         several = len(wanted) > 1 or bool(self.merged_adapters)
         return something and not weight.is_meta and (several or weight.dtype in _HALF)
 
+    @contextlib.contextmanager
+    def _or_as_before(self) -> Iterator[None]:
+        """Take back what was asked for if the weight cannot be brought to it."""
+        merged, disabled = list(self.merged_adapters), self._disable_adapters
+        active = self._active_adapter
+        try:
+            yield
+        except BaseException:
+            self.merged_adapters[:] = merged
+            self._disable_adapters, self._active_adapter = disabled, active
+            raise
+
+    @torch.no_grad()
+    def bare(self, overwritten: bool = False) -> None:
+        """Take everything out of the weight in memory, until `synchronize`.
+
+        Args:
+            overwritten: the weight is about to be overwritten: only forget what stands in it.
+        """
+        if not overwritten:
+            if self.arrived is None:
+                self._take_account()
+            self._put(dict.fromkeys(self.rosa_offset))
+        for entry in self.rosa_offset.entries.values():
+            entry.in_weight, entry.merged = None, False
+        if overwritten:
+            self._pretrained = self._fingerprint = None
+            self.expect_write()
+
+    def is_written(self) -> bool:
+        """Whether someone else has written into the weight in memory."""
+        return self._versions.written(self.parameter)
+
+    def expect_write(self) -> None:
+        """Let the weight be written to, until `expected_write`."""
+        self._versions = Versions()
+
+    def expected_write(self) -> None:
+        """Take note of the weight as it now is."""
+        if self._versions.is_new():
+            self._versions.arrived(self.parameter, self._standing())
+
+    def settle(self) -> None:
+        """Take account of what state dicts brought and of what others wrote, before any use.
+
+        Raises:
+            UserError: an adapter was loaded in part; or others have written into the weight while
+                an offset stood in it, so that it is not known any more what it holds.
+        """
+        if self.arrived is not None or self._changed_by_others():
+            self.synchronize()
+
+    def _changed_by_others(self) -> bool:
+        parameter = self.parameter
+        return self._versions.written(parameter) or self._versions.replaced(parameter)
+
+    def _take_account(self, leaving: str | None = None) -> None:
+        if self.arrived is not None:
+            statedict.take_all(self, self.arrived, leaving)
+            self.arrived = None
+        if self._changed_by_others():
+            self._account_for_writes()
+            self._versions.arrived(self.parameter, self._standing())
+
+    def _account_for_writes(self) -> None:
+        weight, standing = self._weight(), self._standing()
+        whole = not weight.is_meta and tuple(weight.shape) == (self.out_features, self.in_features)
+        if not whole or hasattr(self.get_base_layer(), "_hf_hook"):
+            return  # sharded or offloaded, and back
+        if self.parameter.requires_grad or not any(standing.values()):
+            self._pretrained = self._fingerprint = None  # what was written is part of it
+        elif self._is_pretrained_with({}):
+            for entry in self.rosa_offset.entries.values():
+                entry.in_weight, entry.merged = None, False
+        elif not self._is_pretrained_with(standing):
+            raise UserError(
+                f"the weight of layer {self.name} was changed while ROSA's offset stood in it: by "
+                "an average over models (EMA, SWA) of several draws, whose factors belong to "
+                "different subspaces, or by code that writes into weights. Average merged models "
+                "(rosa.export_merged), or begin a new average after each draw; write into weights "
+                "inside model.disable_adapter()"
+            )
+
+    def _is_pretrained_with(self, standing: Mapping[str, LowRank | None]) -> bool:
+        """Whether the weight in memory is W_0 with this in it, as far as one can tell."""
+        weight = self._weight()
+        if self._pretrained is not None:
+            expected = torch.empty_like(weight)
+            _write_sum(expected, self._pretrained, standing.values())
+            return torch.equal(weight, expected)
+        if self._fingerprint is None:
+            return any(standing.values())  # nobody knows: what was believed
+        rest = weight.to(self._work_dtype(), copy=True)
+        for change in standing.values():
+            if change is not None and change.rank:
+                rest -= _rounded(change, rest)
+        return subspace.same_fingerprint(subspace.fingerprint(rest), self._fingerprint, 1e-5, 0.0)
+
     @torch.no_grad()
     def pretrained_weight(self) -> Tensor:
         """W_0 (out, in) in float32 (float64 for a float64 layer): a copy, whatever is in use."""
+        self.settle()
         dtype, weight = self._work_dtype(), self._weight()
-        if self._pretrained is not None and not self._versions.changed_by_others(weight):
+        if self._pretrained is not None:
             return self._pretrained.to(weight.device, dtype, copy=True)
         weight = weight.to(dtype, copy=True)
-        for entry in self.rosa_offset.entries.values():
-            _add(weight, entry.in_weight, -1)
+        for change in self._standing().values():
+            if change is not None and change.rank:
+                weight -= _rounded(change, weight)
         return weight
 
+    @property
+    def keeps_a_copy(self) -> bool:
+        """Whether an exact copy of the pretrained weight is kept in main memory."""
+        return self._pretrained is not None
+
+    @torch.no_grad()
     def give_pretrained_weight(self, state_dict: dict[str, Tensor], prefix: str) -> None:
-        """In a state dict, let W_0 stand where the weight in memory holds an offset.
+        """In a state dict, let W_0 stand where the weight in memory holds more.
 
         Args:
             state_dict: the model's, or what is being saved of it; may lack the base weight.
             prefix: the layer's name in it, with a dot.
         """
         key = f"{prefix}base_layer.weight"
-        if key in state_dict and any(self.standing().values()):
-            pretrained = self.pretrained_weight().to(state_dict[key].dtype)
-            state_dict[key] = pretrained.T.contiguous() if self.fan_in_fan_out else pretrained
+        if key in state_dict and any(self._standing().values()):
+            weight = self._pretrained
+            if weight is None:
+                weight = self.pretrained_weight().to(self.parameter.dtype)
+            state_dict[key] = weight.T.contiguous() if self.fan_in_fan_out else weight
 
     @torch.no_grad()
     def learned(self, adapter: str) -> LowRank:
@@ -191,6 +316,11 @@ class RosaLayer(BaseTunerLayer):
 
     def whole_change(self, adapter: str) -> LowRank:
         """All that the adapter changes about the pretrained weight: O + s B A, in main memory."""
+        self.settle()
+        return self.change_of(adapter)
+
+    def change_of(self, adapter: str) -> LowRank:
+        """`whole_change` of a layer that is being settled."""
         return self.rosa_offset[adapter].terms + self.learned(adapter).to("cpu")
 
     def drawn(self, adapter: str) -> LowRank | None:
@@ -368,6 +498,22 @@ class RosaLayer(BaseTunerLayer):
                 of bool.
             rank: of the new subspace, if it is not r; without `lasts`.
         """
+        self.settle()
+        factors = self.rosa_A[adapter], self.rosa_B[adapter]
+        before = [factor.detach().clone() for factor in factors]
+        entry, r = self.rosa_offset[adapter], self.r[adapter]
+        terms, draws = entry.terms, entry.draws
+        try:
+            self._merge_and_draw(adapter, lasts, rank)
+        except BaseException:  # the layer is as it was
+            if self.r[adapter] != r:
+                self.resize(adapter, r)
+            for factor, values in zip(factors, before, strict=True):
+                factor.copy_(values)
+            entry.terms, entry.draws = terms, draws
+            raise
+
+    def _merge_and_draw(self, adapter: str, lasts: Tensor | None, rank: int | None) -> None:
         entry, r = self.rosa_offset[adapter], self.r[adapter]
         learned, weight = self.learned(adapter), self._weight()
         spent = None
@@ -392,34 +538,37 @@ class RosaLayer(BaseTunerLayer):
         entry.terms = terms
         if self._pretrained is None and entry.in_weight is not None:
             # In one pass over the weight: cheaper than the old offset out and the new one in.
-            self._versions.leaving(weight, self.standing())
+            parameter = self.parameter
+            self._versions.leaving(parameter, self._standing())
             with full_precision():
                 weight.addmm_(change.B, change.A)
             entry.in_weight = entry.terms
-            self._versions.arrived(weight, self.standing())
+            self._versions.arrived(parameter, self._standing())
         else:
-            self._sync()
+            self.synchronize()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; nothing of it stays in the weight."""
         self.forget(adapter_name)
         if adapter_name in self.merged_adapters:
             self.merged_adapters.remove(adapter_name)
-        self._sync(leaving=adapter_name)
+        self.synchronize(leaving=adapter_name)
         super().delete_adapter(adapter_name)
-        self._sync()
+        self.synchronize()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapter(s); their offsets take the place of the others' in the weight."""
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self._sync()
+        with self._or_as_before():
+            super().set_adapter(adapter_names, inference_mode=inference_mode)
+            self.synchronize()
 
     def enable_adapters(self, enabled: bool) -> None:
         """Put the adapters' offsets into the weight, or take them (and what is merged) out."""
         if not enabled and self.merged:
             self.unmerge()
-        super().enable_adapters(enabled)
-        self._sync()
+        with self._or_as_before():
+            super().enable_adapters(enabled)
+            self.synchronize()
 
     # -- merging -------------------------------------------------------------------------------
 
@@ -440,22 +589,24 @@ class RosaLayer(BaseTunerLayer):
         if safe_merge:
             merged = self.pretrained_weight()
             for name in [*self.merged_adapters, *names]:
-                _add(merged, self.whole_change(name), +1)
+                merged += _rounded(self.whole_change(name), merged)
             if not torch.isfinite(merged.to(self._weight().dtype)).all():
                 raise UserError(
                     f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to "
                     f"be broken (layer {self.name}): load an earlier checkpoint"
                 )
-        self.merged_adapters.extend(names)
-        self._sync()
+        with self._or_as_before():
+            self.merged_adapters.extend(names)
+            self.synchronize()
 
     def unmerge(self) -> None:
         """Take all merged adapters out of the weight; the layer is as before the merge."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.merged_adapters.clear()
-        self._sync()
+        with self._or_as_before():
+            self.merged_adapters.clear()
+            self.synchronize()
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -467,7 +618,7 @@ class RosaLayer(BaseTunerLayer):
             self.merged_adapters.clear()
         if not self.merged:
             self._disable_adapters = True
-            self._sync()
+            self.synchronize()
         return self.get_base_layer()
 
 
@@ -487,13 +638,16 @@ class RosaLinear(nn.Module, RosaLayer):
         super().__init__()
         RosaLayer.__init__(self, base_layer, name, fingerprint)
         self._active_adapter = adapter_name
-        self.register_state_dict_post_hook(_after_save)
-        self.register_load_state_dict_pre_hook(_before_load)
-        self.register_load_state_dict_post_hook(_after_load)
+        self.register_state_dict_post_hook(statedict.after_save)
+        self.register_load_state_dict_pre_hook(statedict.before_load)
+        self.register_load_state_dict_post_hook(statedict.after_load)
         self.update_layer(adapter_name, r, alpha, config)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus ``s B A x`` per active adapter; (..., in) to (..., out)."""
+        traced = is_traced()
+        if self.arrived is not None or (not traced and self.is_written()):
+            self.synchronize()
         if self._disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -508,19 +662,22 @@ class RosaLinear(nn.Module, RosaLayer):
                     f"the factors of layer {self.name} are not in memory: load the adapter's file "
                     "first (low_cpu_mem_usage), or use the model without offloading (device_map)"
                 )
-        result = self._compute(x, active, *args, **kwargs)
-        if self._sketches and result.requires_grad:
+        if len(active) == 1 and not args and not kwargs and not traced:
+            (name,) = active
+            a, b, dropout = self.rosa_A[name], self.rosa_B[name], self.rosa_dropout[name]
+            if isinstance(dropout, nn.Identity) and can_fuse(self.base_layer, x, a):
+                sketch = self._sketches.get(name)
+                return adapted_linear(self.base_layer, x, a, b, self.scaling[name], sketch)
+        result = self._plainly(x, active, *args, **kwargs)
+        if result.requires_grad and not traced:
+            if x.requires_grad and any(self._standing().values()):
+                result = Unchanged.apply(result, self.parameter)
             for name in active:
                 if name in self._sketches:
                     result = Watch.apply(result, x, self._sketches[name])
         return result
 
-    def _compute(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        if len(active) == 1 and not args and not kwargs:
-            (name,) = active
-            a, b, dropout = self.rosa_A[name], self.rosa_B[name], self.rosa_dropout[name]
-            if isinstance(dropout, nn.Identity) and can_fuse(self.base_layer, x, a):
-                return adapted_linear(self.base_layer, x, a, b, self.scaling[name])
+    def _plainly(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
         result = self.base_layer(x, *args, **kwargs)
         dtype = result.dtype
         for name in active:
@@ -530,6 +687,56 @@ class RosaLinear(nn.Module, RosaLayer):
                 hidden = hidden * scaling  # on r numbers a token, not on the layer's whole output
             result = result + F.linear(hidden, b)
         return result.to(dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the layer computes with, W_0 + O + s B A, for models that read it.
+
+        In the base weight's own shape; gradients reach the factors.
+        """
+        self.settle()
+        weight = self.parameter
+        if self._disable_adapters or self.merged:
+            return weight
+        for name in self.active_adapters:
+            if name in self.rosa_A and not self.rosa_A[name].is_meta:
+                a, b, sketch = self.rosa_A[name], self.rosa_B[name], self._sketches.get(name)
+                weight = effective_weight(
+                    weight, a, b, self.scaling[name], self.fan_in_fan_out, sketch
+                )
+        return weight
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move or cast the layer; a cast is of the pretrained weight, with nothing else in it."""
+        parameter, standing = self.parameter, self._standing()
+        dtype = fn(parameter.detach().new_empty(0)).dtype
+        if dtype == parameter.dtype or self.arrived is not None:
+            super()._apply(fn, recurse)
+            self._versions.arrived(self.parameter, standing)
+            return self
+        merged = {name: entry.merged for name, entry in self.rosa_offset.entries.items()}
+        self.bare()
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._versions = Versions()
+            back = {}
+            for name, entry in self.rosa_offset.entries.items():
+                own = standing[name] is entry.terms
+                entry.terms = entry.terms.to(dtype=self._work_dtype())
+                change = standing[name]
+                if change is not None:
+                    change = entry.terms if own else change.to(dtype=self._work_dtype())
+                back[name], entry.merged = change, merged[name]
+            with torch.no_grad():
+                self._put(back)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy (deepcopy, pickle): its weight is another tensor, with a count of its own."""
+        super().__setstate__(state)
+        self._versions = Versions()
+        self._versions.arrived(self.parameter, self._standing())
 
     def __repr__(self) -> str:
         return "rosa." + super().__repr__()
@@ -544,14 +751,9 @@ def check_in_memory(name: str, base: nn.Module) -> None:
         )
 
 
-def _add(weight: Tensor, change: LowRank | None, sign: int) -> None:
-    """Add a change to a weight (+1) or take it out (-1), in place and in the weight's own dtype.
-
-    The product is rounded to that dtype first: taking it out is then the exact opposite of adding
-    it, which the promise of no drift needs.
-    """
-    if change is not None and change.rank:
-        weight.add_(change.to(weight.device).dense().to(weight.dtype), alpha=sign)
+def _rounded(change: LowRank, weight: Tensor) -> Tensor:
+    """A change as a matrix in a weight's own dtype: taking it out is the opposite of adding it."""
+    return change.to(weight.device).dense().to(weight.dtype)
 
 
 @full_precision()
@@ -562,52 +764,8 @@ def _write_sum(weight: Tensor, pretrained: Tensor, changes: Iterable[LowRank | N
     if len(found) != 1 or weight.dtype in _HALF:
         total = pretrained.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
         for change in found:
-            _add(total, change, +1)
+            total += _rounded(change, total)
         weight.copy_(total)
         return
-    (change,) = (change.to(weight.device) for change in found)
+    (change,) = (change.to(weight.device, weight.dtype) for change in found)
     torch.addmm(pretrained, change.B, change.A, out=weight)  # one pass over the weight
-
-
-def _after_save(layer: RosaLinear, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-    """Give the pretrained weight to who reads the base model's state dict.
-
-    The state dict of a whole PeftModel keeps the weight in memory, without a copy, and the marks
-    say what is in it. That of a module inside it is how PEFT reads the base model's weights.
-    """
-    if "base_model.model." in prefix:
-        return
-    layer.give_pretrained_weight(state_dict, prefix)
-    for adapter in layer.rosa_offset:
-        state_dict[f"{prefix}rosa_offset.{adapter}.in_weight"] = torch.tensor(0)
-
-
-def _before_load(layer: RosaLinear, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Note what of each adapter will be in the base weight once the state dict is loaded.
-
-    A state dict with the base weight brings a weight of its own: it holds of each adapter what the
-    mark saved beside the offset says, and is the pretrained weight where there is none.
-    """
-    for adapter, factor in layer.rosa_A.items():
-        loaded = state_dict.get(f"{prefix}rosa_A.{adapter}", factor)
-        if layer.rosa_config[adapter].allocate and len(loaded) != layer.r[adapter]:
-            layer.resize(adapter, len(loaded))  # a draw has given it this rank
-    layer._loaded_marks = None
-    if f"{prefix}base_layer.weight" in state_dict:
-        marks = {a: f"{prefix}rosa_offset.{a}.in_weight" for a in layer.rosa_offset}
-        layer._loaded_marks = {a: int(state_dict.get(key, 0)) for a, key in marks.items()}
-
-
-def _after_load(layer: RosaLinear, _: Any) -> None:
-    """Bring the weight in memory in line with the factors and offsets that were loaded."""
-    for adapter, entry in layer.rosa_offset.entries.items():
-        if layer._loaded_marks is None:
-            entry.merged = False  # merged from factors that may just have been replaced
-        else:
-            mark = layer._loaded_marks[adapter]
-            entry.in_weight = (None, entry.terms, layer.whole_change(adapter))[mark]
-            entry.merged = mark == 2
-            layer._fingerprint = None
-            layer._pretrained = None
-    layer._loaded_marks = None
-    layer._sync()

@@ -76,11 +76,8 @@ class LowRank:
     def _whole(self) -> tuple[Tensor, Tensor]:
         if len(self._parts) > 1:
             lefts, rights = zip(*self._parts, strict=True)
-            out_features, in_features = lefts[0].shape[0], rights[0].shape[1]
-            block = lefts[0].new_empty(self.rank * (out_features + in_features))
-            left, right = block.split([self.rank * out_features, self.rank * in_features])
-            left, right = left.view(out_features, self.rank), right.view(self.rank, in_features)
-            self._parts = [(torch.cat(lefts, dim=1, out=left), torch.cat(rights, out=right))]
+            # Each in memory of its own: savers take tensors that share some for tied weights.
+            self._parts = [(torch.cat(lefts, dim=1), torch.cat(rights))]
         return self._parts[0]
 
     @property
@@ -99,7 +96,7 @@ class LowRank:
         return LowRank(self.B[:, terms], self.A[terms])
 
     def joined(self) -> LowRank:
-        """The same matrix with its terms side by side, in one block of memory.
+        """The same matrix with its terms side by side, in two blocks of memory.
 
         For what is kept long: many small pieces would lie about where the next step's activations
         go, and cost several times their size.
@@ -107,10 +104,15 @@ class LowRank:
         self._whole()
         return self
 
-    def to(self, device: torch.device | str) -> LowRank:
-        """The same matrix on a device."""
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> LowRank:
+        """The same matrix on a device, or in another precision."""
+        parts = [(b.to(device, dtype), a.to(device, dtype)) for b, a in self._parts]
+        if all(new[0] is old[0] and new[1] is old[1] for new, old in zip(parts, self._parts)):  # noqa: B905
+            return self
         moved = LowRank.__new__(LowRank)
-        moved._parts = [(b.to(device), a.to(device)) for b, a in self._parts]
+        moved._parts = parts
         return moved
 
     @full_precision()

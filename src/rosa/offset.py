@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rosa.lowrank import LowRank
+
+_PARTS = ("A", "B", "draws")
 
 
 @dataclass
@@ -32,6 +34,7 @@ class OffsetDict(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.entries: dict[str, Offset] = {}
+        self._pieces: dict[str, dict[str, Tensor]] = {}  # of offsets that state dicts bring in part
 
     def __getitem__(self, adapter: str) -> Offset:
         return self.entries[adapter]
@@ -41,6 +44,7 @@ class OffsetDict(nn.Module):
 
     def __delitem__(self, adapter: str) -> None:
         del self.entries[adapter]
+        self._pieces.pop(adapter, None)
 
     def __contains__(self, adapter: object) -> bool:
         return adapter in self.entries
@@ -89,12 +93,14 @@ class OffsetDict(nn.Module):
     ) -> None:
         for adapter, entry in self.entries.items():
             key = f"{prefix}{adapter}."
-            names = [f"{key}{name}" for name in ("A", "B", "draws")]
-            absent = [name for name in names if name not in state_dict]
-            missing_keys.extend(absent)
-            if absent:
+            there = {name for name in _PARTS if f"{key}{name}" in state_dict}
+            missing_keys.extend(f"{key}{name}" for name in _PARTS if name not in there)
+            pieces = self._pieces.setdefault(adapter, {})
+            pieces.update({name: state_dict[f"{key}{name}"].detach().cpu() for name in there})
+            if len(pieces) < len(_PARTS):
                 continue
-            a, b, draws = (state_dict[name].detach().cpu() for name in names)
+            a, b, draws = (pieces[name] for name in _PARTS)
+            del self._pieces[adapter]
             like = entry.terms
             if a.shape[1] != like.A.shape[1] or b.shape[0] != like.B.shape[0]:
                 error_msgs.append(

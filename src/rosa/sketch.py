@@ -62,10 +62,17 @@ class Sketch:
         grad = grad.reshape(-1, grad.shape[-1]).to(dtype)
         x = x.reshape(-1, x.shape[-1]).to(dtype)
         for side, test in self.tests.items():
-            found = (x @ test).T @ grad if side == "left" else (grad @ test).T @ x
-            # A pass that overflowed, as under loss scaling, is left out: without a wait for the
-            # device.
-            self.sums[side] += torch.where(torch.isfinite(found).all(), found, 0.0)
+            self._add(side, (x @ test).T @ grad if side == "left" else (grad @ test).T @ x)
+
+    def add_gradient(self, gradient: Tensor) -> None:
+        """Add a gradient of the weight itself, (out, in)."""
+        gradient = gradient.to(next(iter(self.tests.values())).dtype)
+        for side, test in self.tests.items():
+            self._add(side, (gradient @ test).T if side == "left" else test.T @ gradient)
+
+    def _add(self, side: str, found: Tensor) -> None:
+        # A pass that overflowed, as under loss scaling, is left out: without a wait for the device.
+        self.sums[side] += torch.where(torch.isfinite(found).all(), found, 0.0)
 
     def is_empty(self) -> bool:
         """Whether no gradient was seen."""
@@ -187,7 +194,8 @@ class Watch(torch.autograd.Function):
         """Keep the input (..., in) of a layer with the outputs `out` (..., out)."""
         ctx.save_for_backward(x)
         ctx.sketch = sketch
-        return out.view_as(out)
+        ctx.mark_dirty(out)  # handed on as it is: a model may change it in place, but not a view
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

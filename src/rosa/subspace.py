@@ -244,7 +244,12 @@ def _fixed_vectors(out_features: int, in_features: int) -> tuple[Tensor, Tensor]
     return u, v
 
 
-def same_fingerprint(first: tuple[float, float], second: tuple[float, float], eps: float) -> bool:
-    """Whether two fingerprints can be of the same weight, stored with a relative error of `eps`."""
-    tolerance = max(eps, 1e-4) * max(first[0], second[0])
+def same_fingerprint(
+    first: tuple[float, float], second: tuple[float, float], eps: float, least: float = 1e-4
+) -> bool:
+    """Whether two fingerprints can be of the same weight, stored with a relative error of `eps`.
+
+    `least` is the error between two devices or libraries, which is always allowed for.
+    """
+    tolerance = max(eps, least) * max(first[0], second[0])
     return abs(first[0] - second[0]) <= tolerance and abs(first[1] - second[1]) <= tolerance

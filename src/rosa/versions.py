@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,18 +21,25 @@ class Versions:
     is right while the weight is another one, and wrong once it is what it was, as after a reference
     model's forward pass (`disable_adapter`, `set_adapter`) between the policy's forward and
     backward. The last few states are remembered; with an older one, autograd refuses.
+
+    All methods take the parameter itself, not a view of it: it is known by its identity.
     """
 
     def __init__(self) -> None:
         self._states: deque[tuple[State, int]] = deque(maxlen=4)
         self._seen: int | None = None
         self._highest = 0
+        self._of: weakref.ref[Tensor] | None = None
+
+    def __reduce__(self) -> tuple[type[Versions], tuple[()]]:
+        """Of a copy: it belongs to another tensor, and begins anew."""
+        return Versions, ()
 
     def leaving(self, weight: Tensor, state: State) -> None:
         """Note the state of a weight that is about to be changed."""
         if not _tracked(weight):
             return
-        if self.changed_by_others(weight):
+        if self.written(weight):
             self._states.clear()
         if self._version_of(state) is None:
             self._states.append((state, weight._version))
@@ -47,11 +56,22 @@ class Versions:
         guard = _unsafe_preserve_version_counter(weight)
         guard.prev_versions = (version,)
         guard.__exit__()
-        self._seen = weight._version
+        self._seen, self._of = weight._version, weakref.ref(weight)
 
-    def changed_by_others(self, weight: Tensor) -> bool:
-        """Whether someone else has written into the weight since it last arrived at a state."""
-        return _tracked(weight) and self._seen is not None and weight._version != self._seen
+    def is_new(self) -> bool:
+        """Whether no state was arrived at yet."""
+        return self._seen is None
+
+    def written(self, weight: Tensor) -> bool:
+        """Whether someone else has written into the parameter since it last arrived at a state."""
+        return self._is(weight) and weight._version != self._seen
+
+    def replaced(self, weight: Tensor) -> bool:
+        """Whether another parameter stands where the one was that last arrived at a state."""
+        return not self.is_new() and not self._is(weight)
+
+    def _is(self, weight: Tensor) -> bool:
+        return self._of is not None and self._of() is weight and _tracked(weight)
 
     def _version_of(self, state: State) -> int | None:
         return next((version for known, version in self._states if same_state(known, state)), None)
@@ -60,6 +80,38 @@ class Versions:
 def same_state(one: State, other: State) -> bool:
     """Whether the very same things stand in the weight."""
     return one.keys() == other.keys() and all(one[name] is other[name] for name in one)
+
+
+class Unchanged(torch.autograd.Function):
+    """Hands its first argument on; going backward, says so if a weight is not what it was."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, weight: Tensor) -> Tensor:
+        """Keep the weight that `out` was computed with."""
+        ctx.save_for_backward(weight)
+        ctx.mark_dirty(out)  # handed on as it is, not as a view that no one may change in place
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Look at the weight; the gradient goes on as it is."""
+        unpack(ctx)
+        return grads[0], None
+
+
+def unpack(ctx: Any) -> tuple[Tensor, ...]:
+    """What was kept for the backward pass; RuntimeError names what may have changed it since."""
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace" not in str(error):
+            raise
+        raise RuntimeError(
+            "the weight of a ROSA layer is not what it was in the forward pass: another adapter "
+            "was made active, merged, disabled or drawn again before the backward pass, and the "
+            "weight in memory belongs to one adapter at a time. Call backward on the loss of each "
+            f"adapter before you set another one (gradients add up). Torch says: {error}"
+        ) from error
 
 
 def _tracked(weight: Tensor) -> bool:

@@ -1,0 +1,21 @@
+"""Whether someone looks at the operations of a call, or transforms them."""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd import forward_ad
+
+
+def is_traced() -> bool:
+    """Whether a call is compiled, exported, traced, or transformed by `torch.func` or forward AD.
+
+    Then it is to be made of plain operations: autograd Functions of our own, and what is only of
+    use to one backward pass, are in the way.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or torch.onnx.is_in_onnx_export()
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
+    )
