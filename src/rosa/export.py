@@ -221,8 +221,8 @@ def _check_lora(model: PeftModel, adapter: str, others: dict[str, Tensor], folde
     factors = {}
     for name, layer in loaded.named_modules():
         if isinstance(layer, LoraLayer) and "default" in layer.lora_A:
-            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            factors[name] = LowRank(b.detach() * layer.scaling["default"], a.detach())
+            a, b = (f["default"].get_parameter("weight").data for f in (layer.lora_A, layer.lora_B))
+            factors[name] = LowRank(b * layer.scaling["default"], a)
     layers = {name: layer for name, layer in rosa_layers(model) if adapter in layer.rosa_offset}
     differ = [
         name
@@ -342,7 +342,7 @@ Digest = tuple[torch.dtype, torch.Size, str]
 def _digest(tensor: Tensor) -> Digest:
     """A tensor's dtype, shape, and a fingerprint of its numbers."""
     numbers = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return tensor.dtype, tensor.shape, hashlib.blake2b(memoryview(numbers)).hexdigest()
+    return tensor.dtype, tensor.shape, hashlib.blake2b(numbers.data).hexdigest()
 
 
 def _check_merged(expected: dict[str, Digest], found: dict[str, Tensor]) -> None:
@@ -365,7 +365,7 @@ def _check_merged(expected: dict[str, Digest], found: dict[str, Tensor]) -> None
 
 def _merged(model: PeftModel, adapter: str) -> Any:
     """A plain copy of the model, with one adapter merged, whatever is in use."""
-    merged = _copy(model)
+    merged: Any = _copy(model)
     merged.base_model.enable_adapter_layers()
     for _, layer in rosa_layers(merged):
         if layer.merged:  # maybe with other adapters
