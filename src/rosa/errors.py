@@ -9,3 +9,7 @@ class UserError(ValueError):
 
 class UserTypeError(UserError, TypeError):
     """Something of the wrong type was given."""
+
+
+class ExportError(UserError, RuntimeError):
+    """What was exported is loaded as something else than was trained; nothing was kept of it."""

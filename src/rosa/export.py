@@ -1,20 +1,39 @@
-"""Turn a ROSA model into what loads where ROSA is unknown: a LoRA adapter, or a plain model."""
+"""Turn a ROSA model into what loads where ROSA is unknown: a LoRA adapter, or a plain model.
+
+Whatever is written is loaded back as a user would, and compared, before it takes its place.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
+import hashlib
 import os
 import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from peft import LoraConfig, PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils import (
+    SAFETENSORS_WEIGHTS_NAME,
+    AuxiliaryTrainingWrapper,
+    get_peft_model_state_dict,
+)
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rosa.config import RosaConfig
-from rosa.errors import UserError
+from rosa.errors import ExportError, UserError, UserTypeError
 from rosa.lowrank import LowRank
 from rosa.model import is_rosa_key, rosa_layers
 
@@ -23,22 +42,102 @@ FORMS = ("merged", "lora")
 
 
 def export_lora(
-    model: PeftModel, folder: str | os.PathLike[str], adapter_name: str | None = None
+    model: nn.Module, folder: str | os.PathLike[str], adapter_name: str | None = None
 ) -> None:
     """Write a ROSA adapter as a LoRA adapter: exact, not an approximation of a chosen rank.
 
     The whole change O + s B A of each weight is a sum of low-rank terms; it is compressed to its
-    numerical rank, which differs from layer to layer (`rank_pattern`), at a scale of 1.
+    numerical rank, which differs from layer to layer (`rank_pattern`), at a scale of 1. It is
+    loaded back by PEFT onto a model without weights and compared with the adapter.
 
     Args:
-        model: a `PeftModel` with ROSA.
+        model: a `PeftModel` with ROSA, wrapped or not; left as it is.
         folder: where `adapter_config.json` and `adapter_model.safetensors` go.
         adapter_name: which adapter; the active one if None.
 
     Raises:
-        ValueError: the adapter is not ROSA's, or does not exist.
+        ValueError: the adapter is not ROSA's, or does not exist; `folder` has such files already.
+        ExportError: PEFT loads something else from it; then nothing is left in `folder`.
     """
-    adapter, config = _rosa_adapter(model, adapter_name)
+    model, adapter = _rosa_adapter(model, adapter_name)
+    with _staged(folder) as place:
+        _write_lora(model, adapter, place)
+
+
+def export_merged(
+    model: nn.Module, folder: str | os.PathLike[str], adapter_name: str | None = None
+) -> None:
+    """Write the plain model with the adapter merged, of the base's own class and weight names.
+
+    The model passed is left as it is, so this needs the memory of a second one. What was written is
+    loaded back by the base's own class and compared, number by number.
+
+    Args:
+        model: a `PeftModel` with ROSA, wrapped or not.
+        folder: where the model's files go.
+        adapter_name: which adapter; the active one if None.
+
+    Raises:
+        ValueError: the adapter is not ROSA's, or does not exist; `folder` has a model already.
+        ExportError: something else is loaded from it; then nothing is left in `folder`.
+    """
+    model, adapter = _rosa_adapter(model, adapter_name)
+    with _staged(folder) as place:
+        _write_merged(model, adapter, place)
+
+
+# What a folder must not hold already: loading would take it for a part of the export.
+_MODEL_FILES = re.compile(
+    r"(adapter_config|config|generation_config)\.json"
+    r"|(adapter_model|model|pytorch_model).*\.(safetensors|bin|json)"
+)
+
+
+@contextlib.contextmanager
+def _staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to write in and to check; its files go into `folder` if nothing is raised.
+
+    So a failed export leaves nothing, and what a user has in `folder` stays as it is.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: name a folder")
+    there = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
+    taken = [name for name in there if _MODEL_FILES.fullmatch(name)]
+    if taken:
+        raise UserError(
+            f"{folder} holds a model or an adapter already ({', '.join(taken[:5])}), which the "
+            "export would replace or be mixed with: name a new folder, or remove those first"
+        )
+    made = [p for p in (folder, *folder.parents) if not p.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    done = False
+    try:
+        # Inside, so that moving the files only renames them.
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as place:
+            yield Path(place)
+            clashes = [p.name for p in Path(place).iterdir() if (folder / p.name).exists()]
+            if clashes:
+                raise UserError(
+                    f"{folder} holds {', '.join(sorted(clashes))} already, which the export would "
+                    "replace: name a new folder"
+                )
+            for path in Path(place).iterdir():
+                shutil.move(path, folder / path.name)
+        done = True
+    finally:
+        if not done:
+            for path in made:
+                path.rmdir()
+
+
+# -- as a LoRA adapter ---------------------------------------------------------------------------
+
+
+def _write_lora(model: PeftModel, adapter: str, folder: Path) -> None:
+    """Write an adapter as LoRA's, and raise ExportError if PEFT would load another model."""
+    config = model.peft_config[adapter]
+    assert isinstance(config, RosaConfig)
     state, ranks = {}, {}
     for name, layer in rosa_layers(model):
         if adapter not in layer.rosa_offset:
@@ -49,16 +148,21 @@ def export_lora(
         state[f"{name}.lora_A.weight"] = change.A
         state[f"{name}.lora_B.weight"] = change.B
         ranks[name.removeprefix(_PREFIX)] = change.rank
-    for key, value in get_peft_model_state_dict(model, adapter_name=adapter).items():
-        if not is_rosa_key(key):  # heads, biases: named alike by every method
-            state[key] = value.detach().cpu().contiguous()
-    patterns = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
+    others = _beside_layers(model, adapter)  # heads, biases: named alike by every method
+    state.update({key: value.detach().cpu().contiguous() for key, value in others.items()})
+    base = _base(model)
+    modules, parameters = _targets(base, list(ranks))
+    patterns = {
+        f"^{re.escape(name)}" + (r"\.weight" if f"{name}.weight" in parameters else ""): rank
+        for name, rank in ranks.items()
+    }
     lora = LoraConfig(
         r=max(ranks.values()),
         lora_alpha=max(ranks.values()),
         rank_pattern=patterns,
         alpha_pattern=patterns,
-        target_modules=_targets(model.get_base_model(), list(ranks)),
+        target_modules=modules,
+        target_parameters=parameters or None,
         bias="lora_only" if config.bias == "rosa_only" else config.bias,
         modules_to_save=config.modules_to_save,
         task_type=config.task_type,
@@ -66,59 +170,239 @@ def export_lora(
         revision=config.revision,
         inference_mode=True,
     )
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    save_file(state, Path(folder) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    save_file(state, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     lora.save_pretrained(str(folder))
+    _check_lora(model, adapter, others, folder)
 
 
-def _targets(model: torch.nn.Module, names: list[str]) -> list[str] | str:
-    """Target modules that match these names alone: PEFT takes a name in a list as an ending too."""
-    endings = tuple(f".{name}" for name in names)
-    if any(name.endswith(endings) for name, _ in model.named_modules() if name not in names):
-        return "|".join(re.escape(name) for name in names)
-    return names
+def _targets(base: nn.Module, names: list[str]) -> tuple[list[str] | str, list[str]]:
+    """Target modules and target parameters of a LoRA config, which match these layers alone.
 
-
-def export_merged(
-    model: PeftModel, folder: str | os.PathLike[str], adapter_name: str | None = None
-) -> None:
-    """Write the plain model with the adapter merged, of the base's own class and weight names.
-
-    The model passed is left as it is, so this needs the memory of a second one.
-
-    Raises:
-        ValueError: the adapter is not ROSA's, or does not exist.
+    PEFT takes the names of a mixture of experts' layers for those of its experts, and drops the
+    layers: there it must be told the parameters instead, which it leaves as they are.
     """
-    adapter, _ = _rosa_adapter(model, adapter_name)
+    parameters = [f"{name}.weight" for name in names if _is_taken_for_experts(base, name)]
+    modules = [name for name in names if f"{name}.weight" not in parameters]
+    endings = tuple(f".{name}" for name in modules)  # a name in a list is taken as an ending too
+    if any(n.endswith(endings) for n, _ in base.named_modules() if n not in modules):
+        return "|".join(re.escape(name) for name in modules), parameters
+    return modules, parameters
+
+
+def _is_taken_for_experts(base: nn.Module, name: str) -> bool:
+    config = LoraConfig(target_modules=[name])
+    try:
+        convert_peft_config_for_transformers(config, model=base, conversions=None)
+    except ValueError:  # it wants the gate's and the up projection's names together
+        return True
+    return name not in (config.target_modules or ())
+
+
+def _beside_layers(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """What an adapter's file holds beside its layers' factors and offsets: heads, biases."""
+    found = get_peft_model_state_dict(model, adapter_name=adapter)
+    return {k: v for k, v in found.items() if not is_rosa_key(k) and ".lora_" not in k}
+
+
+def _check_lora(model: PeftModel, adapter: str, others: dict[str, Tensor], folder: Path) -> None:
+    """Load a written LoRA adapter as PEFT does, and compare it with the ROSA adapter."""
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")  # what PEFT warns of here is what is compared below
+        try:
+            loaded = PeftModel.from_pretrained(
+                _without_weights(_base(model)),
+                str(folder),
+                low_cpu_mem_usage=True,
+                torch_device="cpu",
+            )
+        except Exception as error:
+            raise _no_lora(f"PEFT cannot load it: {type(error).__name__}: {error}") from error
+        found_others = _beside_layers(loaded, "default")
+    factors = {}
+    for name, layer in loaded.named_modules():
+        if isinstance(layer, LoraLayer) and "default" in layer.lora_A:
+            a, b = (f["default"].get_parameter("weight").data for f in (layer.lora_A, layer.lora_B))
+            factors[name] = LowRank(b * layer.scaling["default"], a)
+    layers = {name: layer for name, layer in rosa_layers(model) if adapter in layer.rosa_offset}
+    differ = [
+        name
+        for name, layer in layers.items()
+        if name not in factors or not _same(layer.whole_change(adapter), factors[name])
+    ]
+    differ += [f"{name} (not adapted)" for name in factors if name not in layers]
+    for key in sorted({*others, *found_others}):
+        one, two = others.get(key), found_others.get(key)
+        if one is None or two is None or not torch.equal(one.cpu(), two.cpu()):
+            differ.append(key)
+    if differ:
+        names = ", ".join(name.removeprefix(_PREFIX) for name in differ[:5])
+        more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
+        raise _no_lora(f"PEFT loads something else for {names}{more}")
+
+
+def _no_lora(reason: str) -> ExportError:
+    return ExportError(
+        f"this adapter cannot be exported to LoRA: {reason}. Nothing was written; export the plain "
+        "model instead: rosa.export_merged (rosa export --to merged)"
+    )
+
+
+def _same(change: LowRank, written: LowRank) -> bool:
+    """Whether two products are the same matrix to the rounding of the written factors.
+
+    Told from their products with a few random vectors: what differs, differs there too, and no
+    matrix of a weight's size is needed.
+    """
+    if (len(change.B), change.A.shape[1]) != (len(written.B), written.A.shape[1]):
+        return False
+    b, a, written_b, written_a = (
+        t.cpu().double() for t in (change.B, change.A, written.B, written.A)
+    )
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(a.shape[1], 8, generator=generator, dtype=torch.float64)
+    difference = float((b @ (a @ probe) - written_b @ (written_a @ probe)).norm())
+    rounding = 8 * torch.finfo(written.B.dtype).eps * float(written_b.norm() * written_a.norm())
+    # The SVD's own, in float64, where large terms take each other out.
+    rounding += 1e-12 * float(b.norm() * a.norm())
+    return difference <= rounding * 8**0.5
+
+
+def _without_weights(base: nn.Module) -> nn.Module:
+    """A copy of a base model as it was before PEFT, whose weights take no memory."""
+    memo: dict[int, Any] = {}
+    for module in base.modules():
+        held = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
+        for tensor in held:
+            if isinstance(tensor, Tensor) and id(tensor) not in memo:
+                memo[id(tensor)] = _hollow(tensor)
+    # The copy gets each layer without what PEFT put around it.
+    for module in base.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            memo[id(module)] = copy.deepcopy(module.original_module, memo)
+    for _, layer in rosa_layers(base):
+        memo[id(layer)] = copy.deepcopy(layer.get_base_layer(), memo)
+    skeleton = copy.deepcopy(base, memo)
+    for name in ("peft_config", "hf_device_map"):
+        if hasattr(skeleton, name):
+            delattr(skeleton, name)
+    return skeleton
+
+
+def _hollow(tensor: Tensor) -> Tensor:
+    """A tensor of the same shape that has one number in memory."""
+    # PEFT casts the factors to a half-precision weight's dtype when it loads them this way.
+    half = tensor.dtype in (torch.float16, torch.bfloat16)
+    number = torch.zeros((), dtype=torch.float32 if half else tensor.dtype)
+    hollow = number.expand(tensor.shape)
+    return nn.Parameter(hollow, requires_grad=False) if isinstance(tensor, nn.Parameter) else hollow
+
+
+# -- as a plain model ----------------------------------------------------------------------------
+
+
+def _write_merged(model: PeftModel, adapter: str, folder: Path) -> Any:
+    """Write the merged model; raise ExportError if another is loaded from it, else return that.
+
+    A model that has no `save_pretrained` is written as a state dict, and None is returned.
+    """
     merged = _merged(model, adapter)
-    if hasattr(merged, "save_pretrained"):
-        merged.save_pretrained(str(folder))
-    else:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        torch.save(merged.state_dict(), Path(folder) / "pytorch_model.bin")
+    state = merged.state_dict()
+    dtypes = {t.dtype for t in state.values() if t.is_floating_point()}
+    expected = {name: _digest(tensor) for name, tensor in state.items()}
+    if not hasattr(merged, "save_pretrained"):
+        path = folder / "pytorch_model.bin"
+        torch.save(state, path)
+        del merged, state
+        _check_merged(expected, torch.load(path, map_location="cpu", weights_only=True))
+        return None
+    merged.save_pretrained(str(folder))
+    plain: Any = type(merged)
+    how: dict[str, Any] = {}
+    if isinstance(merged, PreTrainedModel) and dtypes:
+        how["dtype"] = functools.reduce(torch.promote_types, dtypes)  # so that none is rounded
+    attention = getattr(getattr(merged, "config", None), "_attn_implementation", None)
+    if isinstance(merged, PreTrainedModel) and attention:
+        how["attn_implementation"] = attention
+    del merged, state  # no three models in memory at a time
+    try:
+        loaded = plain.from_pretrained(str(folder), **how)
+    except Exception as error:
+        raise ExportError(
+            f"{plain.__name__}.from_pretrained cannot load what its save_pretrained wrote: "
+            f"{type(error).__name__}: {error}. Nothing was written: use model.merge_and_unload(), "
+            "and save the plain model in a way that its class can load"
+        ) from error
+    _check_merged(expected, loaded.state_dict())
+    return loaded.eval()
+
+
+Digest = tuple[torch.dtype, torch.Size, str]
+
+
+def _digest(tensor: Tensor) -> Digest:
+    """A tensor's dtype, shape, and a fingerprint of its numbers."""
+    numbers = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return tensor.dtype, tensor.shape, hashlib.blake2b(numbers.data).hexdigest()
+
+
+def _check_merged(expected: dict[str, Digest], found: dict[str, Tensor]) -> None:
+    differ = [
+        name
+        for name in sorted({*expected, *found})
+        if name not in expected
+        or name not in found
+        # It may be loaded in a wider dtype, which holds the same numbers.
+        or _digest(found[name].to(expected[name][0])) != expected[name]
+    ]
+    if differ:
+        more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
+        raise ExportError(
+            f"the merged model is not loaded as it was saved: {', '.join(differ[:5])}{more} "
+            "differ. Nothing was written; this model's class does not give its own weights back: "
+            "use model.merge_and_unload(), and save that in another way"
+        )
 
 
 def _merged(model: PeftModel, adapter: str) -> Any:
-    merged = copy.deepcopy(model)
+    """A plain copy of the model, with one adapter merged, whatever is in use."""
+    merged: Any = _copy(model)
+    merged.base_model.enable_adapter_layers()
     for _, layer in rosa_layers(merged):
         if layer.merged:  # maybe with other adapters
             layer.unmerge()
+    merged.set_adapter(adapter)  # its head too
     return merged.merge_and_unload(safe_merge=True, adapter_names=[adapter]).requires_grad_(True)
 
 
-def _rosa_adapter(model: PeftModel, adapter_name: str | None) -> tuple[str, RosaConfig]:
-    if not isinstance(model, PeftModel):
-        raise UserError(f"expected a PeftModel with ROSA, got {type(model).__name__}")
-    adapter = model.active_adapters[0] if adapter_name is None else adapter_name
-    config = model.peft_config.get(adapter)
-    if not isinstance(config, RosaConfig):
-        rosa = [name for name, c in model.peft_config.items() if isinstance(c, RosaConfig)]
+def _base(model: PeftModel) -> nn.Module:
+    return model.base_model.model  # type: ignore[return-value]
+
+
+def _copy(model: PeftModel) -> PeftModel:
+    # Accelerate's mixed precision gives the model a forward of its own, which cannot be copied.
+    forward = vars(model).get("forward")
+    return copy.deepcopy(model, {} if forward is None else {id(forward): forward})
+
+
+def _rosa_adapter(model: nn.Module, adapter_name: str | None) -> tuple[PeftModel, str]:
+    """The model without wrappers such as DDP's, and the name of a ROSA adapter of it."""
+    inner: Any = model
+    if isinstance(model, nn.Module):
+        inner = extract_model_from_parallel(model, keep_torch_compile=False)
+    if not isinstance(inner, PeftModel):
+        raise UserTypeError(f"expected a PeftModel with ROSA, got {type(inner).__name__}")
+    adapter = inner.active_adapters[0] if adapter_name is None else adapter_name
+    if not isinstance(inner.peft_config.get(adapter), RosaConfig):
+        rosa = [name for name, c in inner.peft_config.items() if isinstance(c, RosaConfig)]
         raise UserError(f"{adapter!r} is not a ROSA adapter of this model; there are: {rosa}")
-    return adapter, config
+    return inner, adapter
+
+
+# -- on the command line -------------------------------------------------------------------------
 
 
 def export_folder(folder: Path, form: str, output: Path, model: str | None = None) -> float:
-    """Export, load what was written as a user would, and compare it with the adapter's model.
+    """Export a trained adapter from its folder, with its tokenizer.
 
     Args:
         folder: a run's folder or an adapter's.
@@ -127,11 +411,12 @@ def export_folder(folder: Path, form: str, output: Path, model: str | None = Non
         model: the base model; None takes the one that the adapter names.
 
     Returns:
-        The largest difference of logits on random tokens.
+        The largest difference between the logits of the trained model and of what was written, as
+        loaded back, on random tokens.
 
     Raises:
         ValueError, FileNotFoundError: nothing to export there, or `output` is in use.
-        RuntimeError: what was written computes something else; it should not be used.
+        ExportError: what is loaded from it computes something else; nothing is left in `output`.
     """
     from rosa import runs
 
@@ -142,31 +427,24 @@ def export_folder(folder: Path, form: str, output: Path, model: str | None = Non
     trained, tokenizer = runs.load_trained(folder, model)
     if not isinstance(trained, PeftModel):
         raise UserError(f"{folder} holds a plain model already: there is no adapter to export")
-    if form == "lora":
-        _rosa_adapter(trained, None)
-    base = copy.deepcopy(trained).unload() if form == "lora" else None
-    expected = _logits(trained)
-    if form == "lora":  # ROSA's only; merging is the same for every method of PEFT
-        export_lora(trained, output)
-        trained.config.save_pretrained(str(output))
-    else:
-        _merged(trained, trained.active_adapters[0]).save_pretrained(str(output))
-    if tokenizer is not None:
-        tokenizer.save_pretrained(str(output))
-    if base is None:
-        plain: Any = type(trained.get_base_model())
-        written = plain.from_pretrained(str(output)).eval()
-    else:
-        written = PeftModel.from_pretrained(base, str(output)).eval()
-    difference = float((_logits(written) - expected).abs().max())
-    tolerance = 1e-3 * float(expected.abs().max()) + 1e-4
-    if trained.dtype in (torch.float16, torch.bfloat16):
-        tolerance *= 100
-    if not difference <= tolerance:
-        raise RuntimeError(
-            f"the export in {output} differs from the trained model by {difference:.1e} in its "
-            "logits: do not use it, and report this"
-        )
+    expected, half = _logits(trained), trained.dtype in (torch.float16, torch.bfloat16)
+    with _staged(output) as place:
+        if form == "lora":
+            _, adapter = _rosa_adapter(trained, None)
+            _write_lora(trained, adapter, place)
+            trained.config.save_pretrained(str(place))
+            written = PeftModel.from_pretrained(trained.unload(), str(place)).eval()
+        else:  # merging is the same for every method of PEFT
+            written = _write_merged(trained, trained.active_adapters[0], place)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(place))
+        difference = float((_logits(written) - expected).abs().max())
+        tolerance = (1e-3 * float(expected.abs().max()) + 1e-4) * (100 if half else 1)
+        if not difference <= tolerance:
+            raise ExportError(
+                f"the export to {form} differs from the trained model by {difference:.1e} in its "
+                "logits, though its weights do not. Nothing was written; please report this"
+            )
     return difference
 
 

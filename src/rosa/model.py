@@ -17,6 +17,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
+    _ExcludedModule,
     _maybe_include_all_linear_layers,
 )
 from peft.utils import (
@@ -36,6 +37,14 @@ from rosa.errors import UserError, UserTypeError
 from rosa.layer import SUPPORTED_DTYPES, RosaLayer, RosaLinear, check_in_memory
 from rosa.lowrank import are_finite
 from rosa.subspace import fingerprint, same_fingerprint
+
+# The heads that PEFT's classes for a task train in full; some add them to the config only once the
+# layers have been replaced.
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 def rosa_layers(model: nn.Module) -> Iterator[tuple[str, RosaLinear]]:
@@ -75,8 +84,9 @@ class RosaModel(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
             self._remove_adapter(model, adapter_name)
-            hint = _near_names(self.peft_config[adapter_name], model)
-            raise NoMatchingPeftModuleError(f"{error}{hint}") from None
+            config = _rosa_config(self.peft_config[adapter_name])
+            hint = _all_in_full(config, model) or f"{error}{_near_names(config, model)}"
+            raise NoMatchingPeftModuleError(hint) from None
         except Exception:
             self._remove_adapter(model, adapter_name)
             raise
@@ -95,7 +105,19 @@ class RosaModel(BaseTuner):
         self._fingerprints: dict[str, tuple[float, float]] = {}
         capped = []
         owners = _weight_owners(model)
+        _check_full_training(config, model)
+        wrapped = tuple(
+            f"{name}."
+            for name, m in model.named_modules()
+            if isinstance(m, AuxiliaryTrainingWrapper)
+        )
         for name, module in self._targets(config, model):
+            if name.startswith(wrapped):
+                raise UserError(
+                    f"{name} lies in a module that another adapter trains in full, which this one "
+                    "would adapt: give both the same modules_to_save, or leave it out with "
+                    "exclude_modules"
+                )
             weight = _adaptable_weight(name, module)
             shared = [n for n in owners[_storage(weight)] if n.removesuffix(".base_layer") != name]
             if shared:
@@ -129,6 +151,15 @@ class RosaModel(BaseTuner):
             if name and not adapted and self._check_target_module_exists(config, name):
                 yield name, module
 
+    @staticmethod
+    def _check_target_module_exists(
+        peft_config: PeftConfig, key: str
+    ) -> bool | re.Match[str] | None:
+        """PEFT's matching of names, less the modules that are trained in full anyway."""
+        if is_trained_in_full(_rosa_config(peft_config), key):
+            return _ExcludedModule()  # type: ignore[return-value]
+        return BaseTuner._check_target_module_exists(peft_config, key)
+
     def _create_and_replace(
         self,
         peft_config: PeftConfig,
@@ -152,6 +183,19 @@ class RosaModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        """Put a module in another's place.
+
+        What comes back when the model is unloaded is whole, on its device, and may be of any kind,
+        such as a head of several layers: PEFT's own method gives it the replaced one's `weight`.
+        """
+        if isinstance(new_module, RosaLayer):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            setattr(parent, child_name, new_module)
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -221,6 +265,44 @@ class RosaModel(BaseTuner):
 def is_rosa_key(key: str) -> bool:
     """Whether a key of a state dict is of a factor or an offset (not of a head called rosa_...)."""
     return re.search(r"\.rosa_(A|B|offset)(\.|$)", key) is not None
+
+
+def is_trained_in_full(config: RosaConfig, name: str) -> bool:
+    """Whether PEFT trains this module, or one that it lies in, in full: then it is not adapted.
+
+    By the endings that PEFT goes by: `classifier` is `pre_classifier` too.
+    """
+    heads = (*(config.modules_to_save or ()), *_HEADS.get(config.task_type or "", ()))
+    parts = name.split(".")
+    return any(".".join(parts[: i + 1]).endswith(heads) for i in range(len(parts)))
+
+
+def _check_full_training(config: RosaConfig, model: nn.Module) -> None:
+    """Raise ValueError if an adapter is to train modules in full that another one adapts."""
+    found = [name for name, _ in rosa_layers(model) if is_trained_in_full(config, name)]
+    if found:
+        raise UserError(
+            f"{', '.join(found[:5])} would be trained in full (modules_to_save, or the head of "
+            f"task_type={config.task_type}), but another adapter adapts that layer: delete_adapter "
+            "the other first, or leave the module out of modules_to_save"
+        )
+
+
+def _all_in_full(config: RosaConfig, model: nn.Module) -> str:
+    """Says so if all that was named to be adapted is trained in full; else empty."""
+    bare = copy.copy(config)
+    bare.modules_to_save = bare.task_type = None
+    wanted = RosaModel._check_target_module_exists
+    names = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
+    full = [n for n in names if wanted(bare, n) and is_trained_in_full(config, n)]
+    if not full:
+        return ""
+    return (
+        f"nothing is left to adapt: all that target_modules names ({', '.join(full[:5])}) is "
+        f"trained in full already, by modules_to_save or as the head of task_type="
+        f"{config.task_type}. Name layers inside the model, such as "
+        "target_modules='all-linear', or take those names out of modules_to_save"
+    )
 
 
 def _rosa_config(config: PeftConfig) -> RosaConfig:
