@@ -35,6 +35,7 @@ from rosa.config import RosaConfig
 from rosa.errors import UserError, UserTypeError
 from rosa.layer import SUPPORTED_DTYPES, RosaLayer, RosaLinear, check_in_memory
 from rosa.lowrank import are_finite
+from rosa.sharding import check_unsharded, is_sharded
 from rosa.subspace import fingerprint, same_fingerprint
 
 
@@ -92,6 +93,7 @@ class RosaModel(BaseTuner):
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Check every layer that will be adapted, before any is touched."""
         config = _rosa_config(peft_config)
+        check_unsharded(model)
         self._fingerprints: dict[str, tuple[float, float]] = {}
         capped = []
         owners = _weight_owners(model)
@@ -290,7 +292,10 @@ def _adaptable_weight(name: str, module: nn.Module) -> torch.Tensor:
             "float32, float64, float16 or bfloat16 weights, since it changes them in place"
         )
     check_in_memory(name, base)
-    if base.weight.ndim != 2 or base.weight.numel() == 0:
+    in_part = is_sharded(base.weight) or (
+        isinstance(base, nn.Linear) and base.weight.numel() < base.in_features * base.out_features
+    )
+    if base.weight.ndim != 2 or base.weight.numel() == 0 or in_part:
         raise UserError(
             f"the weight of {name} is empty or sharded over processes (shape "
             f"{tuple(base.weight.shape)}): attach ROSA to the whole model, and train it "
