@@ -69,8 +69,8 @@ class Quiet(torch.optim.Optimizer):
         super().__init__(inner.param_groups, {})
         self._hidden = [inner]
 
-    def step(self):  # type: ignore[override]
-        self._hidden[0].step()
+    def step(self, closure=None):  # type: ignore[override]
+        self._hidden[0].step(closure)
 
 
 def layerwise(model, wrap=lambda o: o):
@@ -473,7 +473,7 @@ def test_bitsandbytes(kind):
         for v in e.values()
         if torch.is_tensor(v)
     )
-    with pytest.raises(ValueError, match="this one holds (state|qmap)1"):
+    with pytest.raises(ValueError, match=r"this one holds (state|qmap)1"):
         resample(model, optimizer, moments="project")
     resample(model, optimizer)
     assert not entries(model, optimizer)
