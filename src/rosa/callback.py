@@ -5,12 +5,23 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rosa.decay import DecayTowardDrawn
 from rosa.errors import UserError, UserTypeError
 from rosa.moments import check_moments
-from rosa.resample import check, check_allocating, check_spent, is_informed, resample, unwrap, watch
+from rosa.optimizers import groups_of
+from rosa.resample import (
+    check,
+    check_allocating,
+    check_spent,
+    check_state,
+    factors_of,
+    is_informed,
+    resample,
+    watch,
+)
 
 ROUNDS, SHORTEST_ROUND = 5, 1024
 """What "auto" goes by: subspaces in a training, and the fewest optimizer steps for each."""
@@ -82,7 +93,7 @@ class RosaCallback(TrainerCallback):
             raise UserError(f"every must be positive, got {every}")
         if rewarm < 0:
             raise UserError(f"rewarm must not be negative, got {rewarm}")
-        check_moments(moments, {}, [])
+        check_moments(moments)
         check_spent(spent)
         if decay_toward not in ("drawn", "zero"):
             raise UserError(f"decay_toward must be 'drawn' or 'zero', got {decay_toward!r}")
@@ -106,6 +117,7 @@ class RosaCallback(TrainerCallback):
         self._draw_at: int | None = None
         self._last_step = -1
         self._decay: DecayTowardDrawn | None = None
+        self._factors: list[Tensor] = []
         self._rates: list[tuple[dict[str, Any], float]] = []  # the schedule's own, to be put back
 
     def on_train_begin(
@@ -113,6 +125,8 @@ class RosaCallback(TrainerCallback):
     ) -> None:
         """Check model and optimizer before any work, and fix the period in steps."""
         jobs = check(kwargs["model"], kwargs.get("optimizer"))
+        check_state(self.moments, kwargs.get("optimizer"), jobs)
+        self._factors = [f for _, layer, a in jobs for f in factors_of(layer, a)]
         self._last_step, self._draw_at = -1, None
         self.period = self._period_in_steps(args, state, kwargs.get("train_dataloader"))
         informed = [job for job in jobs if is_informed(job)]
@@ -126,7 +140,7 @@ class RosaCallback(TrainerCallback):
             self._watched = min(self.watch, self._first, half)
         self.on_train_end()
         if self.decay_toward == "drawn" and kwargs.get("optimizer") is not None:
-            self._decay = DecayTowardDrawn(unwrap(kwargs["optimizer"]), jobs)
+            self._decay = DecayTowardDrawn(kwargs["optimizer"], jobs)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Leave the optimizer's weight decay as it was."""
@@ -174,7 +188,7 @@ class RosaCallback(TrainerCallback):
             self._begin_step(step, resumed, kwargs["model"], kwargs.get("optimizer"))
         since = self._steps_since_draw(step)
         if since is not None and since < self.rewarm:
-            groups = kwargs["optimizer"].param_groups
+            groups = groups_of(kwargs["optimizer"], self._factors)
             self._rates = [(group, group["lr"]) for group in groups]
             for group in groups:
                 group["lr"] = group["lr"] * (since + 1) / (self.rewarm + 1)

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from peft import PeftConfig
 
 from rosa.errors import UserError, UserTypeError
 from rosa.registration import ROSA
 from rosa.subspace import DIRECTIONS, SIDES, SPLITS, TRIPLETS
+
+HINT = "a ROSA adapter: pip install rosa-finetune, and import rosa before PEFT loads it"
+_CARD = """
+## Loading this adapter
+
+It is a ROSA adapter: PEFT knows the method once `rosa` is imported (`pip install rosa-finetune`),
+and stops at `KeyError: 'ROSA'` without.
+
+```python
+import rosa  # registers ROSA with PEFT
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "this folder")
+```
+"""
 
 
 @dataclass
@@ -56,6 +72,7 @@ class RosaConfig(PeftConfig):
         init_weights: True (default) starts at the pretrained model's outputs. False leaves the
             start out of the offset, so that the outputs change at once: for tests.
         base_fingerprint: Written when the adapter is saved: which base weights it belongs to.
+        loading: Written, for who reads the file where PEFT does not know ROSA: what to do there.
 
     Raises:
         ValueError: a field's value is not allowed.
@@ -148,6 +165,7 @@ class RosaConfig(PeftConfig):
         default=None,
         metadata={"help": "Written on saving: which base weights the adapter belongs to."},
     )
+    loading: str = field(default=HINT, metadata={"help": "Written on saving: how to load it."})
 
     @property
     def is_informed(self) -> bool:
@@ -157,9 +175,20 @@ class RosaConfig(PeftConfig):
         )
         return by_gradient and self.informed > 0
 
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save as PEFT does; a model card that PEFT has put there is told how to load it."""
+        super().save_pretrained(save_directory, **kwargs)
+        folder = Path(save_directory)
+        # That of an adapter with a name lies one folder up.
+        for card in (folder / "README.md", folder.resolve().parent / "README.md"):
+            if card.is_file():
+                _explain_loading(card)
+                return
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = ROSA
+        self.loading = HINT
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
@@ -202,6 +231,15 @@ class RosaConfig(PeftConfig):
             )
         if not 0 <= self.rosa_dropout < 1:
             raise UserError(f"rosa_dropout must be at least 0 and below 1, got {self.rosa_dropout}")
+
+
+def _explain_loading(card: Path) -> None:
+    """Add to a model card of PEFT's how ROSA's adapters are loaded, unless it says so."""
+    with card.open(encoding="utf-8", newline="") as file:  # the line ends stay as they are
+        text = file.read()
+    if "library_name: peft" in text and "import rosa" not in text:
+        with card.open("a", encoding="utf-8", newline="") as file:
+            file.write(("" if text.endswith("\n") else "\n") + _CARD)
 
 
 def check_rank(name: str, rank: object) -> None:

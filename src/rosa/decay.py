@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from rosa.layer import RosaLinear
+from rosa.optimizers import stepping
 
 
 class DecayTowardDrawn:
@@ -25,32 +26,34 @@ class DecayTowardDrawn:
     drawn. A copy of p0 is kept, r (in + out) numbers a weight, and none without weight decay.
 
     Args:
-        optimizer: torch's own, not a wrapper. One whose weight decay goes through the gradient
+        optimizer: see `rosa.resample`. One whose weight decay goes through the gradient
             (Adam, SGD), or is unknown, is left as it is, with a warning if it decays the factors.
         jobs: (name, layer, adapter) of what is trained.
     """
 
-    def __init__(self, optimizer: Optimizer, jobs: list[tuple[str, RosaLinear, str]]) -> None:
-        groups = [group for group in optimizer.param_groups if group.get("weight_decay")]
-        decayed = {id(p) for group in groups for p in group["params"]}
+    def __init__(self, optimizer: Any, jobs: list[tuple[str, RosaLinear, str]]) -> None:
+        factors = [f for _, layer, a in jobs for f in (layer.rosa_A[a], layer.rosa_B[a])]
+        held = {id(factor) for factor in factors}
+        optimizers = [one for one in stepping(optimizer, factors) if _decaying(one, held)]
+        decayed = {i for one in optimizers for group in _decaying(one, held) for i in _ids(group)}
         self._layers = [
             (layer, adapter)
             for _, layer, adapter in jobs
             if decayed & {id(layer.rosa_A[adapter]), id(layer.rosa_B[adapter])}
         ]
         self._drawn: dict[nn.Parameter, Tensor] = {}
-        if self._layers and not (
-            isinstance(optimizer, AdamW)
-            or all(group.get("decoupled_weight_decay") for group in groups)
-        ):
+        unknown = [one for one in optimizers if not _is_decoupled(one)]
+        if unknown:
+            kind = type(unknown[0]).__name__
             warnings.warn(
-                f"the weight decay of {type(optimizer).__name__} pulls ROSA's factors toward zero, "
-                "and they hold a part of the pretrained weight: use torch's AdamW, or no weight "
-                "decay",
+                f"the weight decay of {kind} pulls ROSA's factors toward zero, and they hold a "
+                "part of the pretrained weight: use torch's AdamW, or no weight decay",
                 stacklevel=2,
             )
             self._layers = []
-        self._hook = optimizer.register_step_post_hook(self._give_back)
+        self._hooks = [
+            one.register_step_post_hook(self._give_back) for one in optimizers if self._layers
+        ]
         self.refresh()
 
     @torch.no_grad()
@@ -73,4 +76,23 @@ class DecayTowardDrawn:
 
     def stop(self) -> None:
         """Leave the optimizer as it was."""
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _ids(group: dict[str, Any]) -> list[int]:
+    return [id(p) for p in group["params"]]
+
+
+def _decaying(optimizer: Any, factors: set[int]) -> list[dict[str, Any]]:
+    """The parameter groups with weight decay that hold factors."""
+    groups = [group for group in optimizer.param_groups if group.get("weight_decay")]
+    return [group for group in groups if factors & set(_ids(group))]
+
+
+def _is_decoupled(optimizer: Any) -> bool:
+    groups = [group for group in optimizer.param_groups if group.get("weight_decay")]
+    return isinstance(optimizer, AdamW) or (
+        isinstance(optimizer, Optimizer)
+        and all(group.get("decoupled_weight_decay") for group in groups)
+    )

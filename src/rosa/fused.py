@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
@@ -22,20 +23,33 @@ def can_fuse(base: nn.Module, x: Tensor, factor: Tensor) -> bool:
     """Whether `adapted_linear` computes what calling the base layer and adding would compute.
 
     Not where someone watches or replaces the base layer's call, where precisions differ and
-    autocast does not make them one, and not under compilation and `torch.func`, which do with the
-    plain form.
+    autocast does not make them one, and not under compilation, tracing, export, `torch.func` and
+    forward-mode differentiation, which know the plain form only.
     """
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return (
         type(base) in (nn.Linear, Conv1D)
         and type(x) in (Tensor, nn.Parameter)
         and not x.is_nested
-        and not torch.compiler.is_compiling()
+        and not _is_traced()
         and "forward" not in base.__dict__
         and not any(getattr(base, name) for name in hooks)
         and _one_dtype(x, factor, base.weight)  # type: ignore[arg-type]
         and not torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
+        and forward_ad._current_level < 0
         and not nn.modules.module._has_any_global_hook()
+    )
+
+
+def _is_traced() -> bool:
+    """Whether what is computed is written down for elsewhere, operation by operation."""
+    compiler = torch.compiler
+    is_exporting = getattr(compiler, "is_exporting", compiler.is_compiling)  # torch < 2.7 has none
+    return (
+        compiler.is_compiling()
+        or is_exporting()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or torch.onnx.is_in_onnx_export()
     )
 
 

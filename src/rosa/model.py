@@ -35,7 +35,8 @@ from transformers.pytorch_utils import Conv1D
 from rosa.config import RosaConfig
 from rosa.errors import UserError, UserTypeError
 from rosa.layer import SUPPORTED_DTYPES, RosaLayer, RosaLinear, check_in_memory
-from rosa.lowrank import are_finite
+from rosa.lowrank import LowRank, are_finite
+from rosa.sharding import check_unsharded, is_sharded
 from rosa.subspace import fingerprint, same_fingerprint
 
 # The heads that PEFT's classes for a task train in full; some add them to the config only once the
@@ -102,6 +103,7 @@ class RosaModel(BaseTuner):
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Check every layer that will be adapted, before any is touched."""
         config = _rosa_config(peft_config)
+        check_unsharded(model)
         self._fingerprints: dict[str, tuple[float, float]] = {}
         capped = []
         owners = _weight_owners(model)
@@ -207,6 +209,54 @@ class RosaModel(BaseTuner):
             )
         yield
 
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+    ) -> None:
+        """Make a new adapter whose change of the weights is a weighted sum of others' changes.
+
+        That is ``sum of w_i (O_i + s_i B_i A_i)``, exactly: the new adapter draws factors of its
+        own, and its offset holds the sum less what was drawn. It can be trained, saved and switched
+        to like any other; it is not active, and its factors are frozen until it is.
+
+        Args:
+            adapters: adapters of this model; their ranks, layers and settings may differ.
+            weights: one for each; may be negative.
+            adapter_name: of the new one, whose config is the first one's, with the largest rank.
+            combination_type: "linear" or "cat", which are the same here.
+
+        Raises:
+            ValueError: an argument is none of these, or an adapter trains whole modules besides
+                (`modules_to_save`), which are not summed. Nothing has been changed then.
+        """
+        _check_weighted(self, adapters, weights, adapter_name, combination_type)
+        layers = {
+            name: layer
+            for name, layer in rosa_layers(self.model)
+            if any(adapter in layer.rosa_offset for adapter in adapters)
+        }
+        self.peft_config[adapter_name] = _weighted_config(self, adapters, layers)
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        for layer in layers.values():
+            layer.rosa_A[adapter_name].requires_grad_(False)
+            layer.rosa_B[adapter_name].requires_grad_(False)
+            entry = layer.rosa_offset[adapter_name]
+            total = LowRank.zero(layer.out_features, layer.in_features, entry.terms.B.dtype)
+            for adapter, weight in zip(adapters, weights, strict=True):
+                if adapter in layer.rosa_offset:
+                    change = layer.whole_change(adapter)
+                    total = total + LowRank(change.B * weight, change.A)
+            if total.rank > min(layer.out_features, layer.in_features):
+                total = total.compressed()
+            entry.terms = (total + entry.terms).joined()
+
     # -- saving and loading --------------------------------------------------------------------
 
     @classmethod
@@ -311,6 +361,68 @@ def _rosa_config(config: PeftConfig) -> RosaConfig:
     return config
 
 
+def _check_weighted(
+    model: RosaModel, adapters: list[str], weights: list[float], name: str, kind: str
+) -> None:
+    there = list(model.peft_config)
+    if kind not in ("linear", "cat"):
+        raise UserError(
+            f"combination_type must be 'linear' or 'cat', got {kind!r}: ROSA's sums are exact, and "
+            "their rank is what it is"
+        )
+    if isinstance(adapters, str) or not adapters:
+        raise UserError(
+            f"adapters must be a list of names, of {', '.join(there)}; got {adapters!r}"
+        )
+    if len(adapters) != len(weights):
+        raise UserError(f"{len(adapters)} adapters need as many weights, got {len(weights)}")
+    if not all(math.isfinite(weight) for weight in weights):
+        raise UserError(f"weights must be finite numbers, got {weights}")
+    if name in there:
+        raise UserError(f"the model already has an adapter {name!r}: choose another adapter_name")
+    if unknown := [adapter for adapter in adapters if adapter not in there]:
+        raise UserError(f"the model has no adapter {unknown[0]!r}; it has {', '.join(there)}")
+    for adapter in adapters:
+        config = model.peft_config[adapter]
+        if not isinstance(config, RosaConfig):
+            raise UserError(f"{adapter!r} is not a ROSA adapter: it cannot be a part of the sum")
+        for layer in _layers_of(model.model, adapter).values():
+            factors = [layer.rosa_A[adapter].detach(), layer.rosa_B[adapter].detach()]
+            if factors[0].is_meta or not are_finite(factors):
+                raise UserError(
+                    f"the factors of {adapter!r} in layer {layer.name} are not in memory, or not "
+                    "finite: load its file first"
+                )
+        wrappers = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+        if config.modules_to_save or any(
+            adapter in getattr(wrapper, "modules_to_save", ()) for wrapper in wrappers
+        ):
+            raise UserError(
+                f"{adapter!r} trains modules in full (modules_to_save), which are not summed: "
+                "give adapters without them"
+            )
+
+
+def _weighted_config(
+    model: RosaModel, adapters: list[str], layers: dict[str, RosaLinear]
+) -> RosaConfig:
+    """The first one's, for all of the layers, each with its largest rank."""
+    configs = [_rosa_config(model.peft_config[adapter]) for adapter in adapters]
+    config = copy.deepcopy(configs[0])
+    config.r = max(each.r for each in configs)
+    config.inference_mode, config.init_weights = False, True
+    ranks = {n: max(la.r[a] for a in adapters if a in la.rosa_offset) for n, la in layers.items()}
+    config.rank_pattern = {
+        f"^{re.escape(name)}": rank
+        for name, rank in ranks.items()
+        if rank != min(config.r, layers[name].in_features, layers[name].out_features)
+    }
+    if layers.keys() != _layers_of(model.model, adapters[0]).keys():
+        config.target_modules = "|".join(map(re.escape, layers))
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    return config
+
+
 def _rank_and_alpha(config: RosaConfig, name: str) -> tuple[int, float | None]:
     r_key = get_pattern_key(list(config.rank_pattern), name)
     alpha_key = get_pattern_key(list(config.alpha_pattern), name)
@@ -329,7 +441,8 @@ def _weight_owners(model: nn.Module) -> dict[tuple[int, int], list[str]]:
 
 def _storage(weight: torch.Tensor) -> tuple[int, int]:
     """Where a weight lies in memory; one that has no memory yet is told by its identity."""
-    pointer = 0 if weight.is_meta else weight.untyped_storage().data_ptr()
+    without = weight.is_meta or is_sharded(weight)
+    pointer = 0 if without else weight.untyped_storage().data_ptr()
     return (pointer, int(weight.storage_offset())) if pointer else (-1, id(weight))
 
 
@@ -372,7 +485,10 @@ def _adaptable_weight(name: str, module: nn.Module) -> torch.Tensor:
             "float32, float64, float16 or bfloat16 weights, since it changes them in place"
         )
     check_in_memory(name, base)
-    if base.weight.ndim != 2 or base.weight.numel() == 0:
+    in_part = is_sharded(base.weight) or (
+        isinstance(base, nn.Linear) and base.weight.numel() < base.in_features * base.out_features
+    )
+    if base.weight.ndim != 2 or base.weight.numel() == 0 or in_part:
         raise UserError(
             f"the weight of {name} is empty or sharded over processes (shape "
             f"{tuple(base.weight.shape)}): attach ROSA to the whole model, and train it "

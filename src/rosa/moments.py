@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from rosa.errors import UserError
+from rosa.optimizers import State
 
 Moments = Literal["clear", "keep", "project"]
 MOMENTS: tuple[str, ...] = get_args(Moments)
@@ -16,23 +17,61 @@ MOMENTS: tuple[str, ...] = get_args(Moments)
 # As torch's optimizers name them: running means of the gradient, and of its square.
 _MEANS = ("exp_avg", "momentum_buffer")
 _SQUARES = ("exp_avg_sq", "max_exp_avg_sq")
+# What others keep that are no moments but points: old values of the parameter, or means of them.
+_SLOW = ("slow_params", "slow_param", "slow_buffer", "slow_weights")  # made with the optimizer
+_POINTS = (*_SLOW, "z", "x", "ax", "p0", "x0", "lookahead_slow_buff", "master_param", "ema")
 
-State = MutableMapping[Tensor, Any]
 
+def check_moments(
+    moments: str,
+    states: Iterable[State] = (),
+    factors: Iterable[Tensor] = (),
+    averaged: bool = False,
+) -> None:
+    """Raise ValueError for a word of no use, or for what cannot be projected or kept.
 
-def check_moments(moments: str, state: State, factors: list[Tensor]) -> None:
-    """Raise ValueError for a word of no use, or for moments that cannot be projected."""
+    Args:
+        moments: the word.
+        states: the optimizers'.
+        factors: what is drawn.
+        averaged: whether the optimizer is schedule-free, which its state shows after a step only.
+    """
     if moments not in MOMENTS:
         raise UserError(f"moments must be one of {', '.join(MOMENTS)}; got {moments!r}")
-    if moments != "project":
+    if moments == "clear":
         return
+    if averaged:
+        raise UserError(
+            f"moments={moments!r}, and a schedule-free optimizer holds points between which it "
+            "steps, not only moments: use 'clear'"
+        )
+    states = list(states)
     for factor in factors:
-        for name, value in _of_shape(state.get(factor, {}), factor).items():
-            if name not in (*_MEANS, *_SQUARES):
-                raise UserError(
-                    f"moments='project' knows {', '.join((*_MEANS, *_SQUARES))} of an optimizer, "
-                    f"and this one holds {name} of shape {tuple(value.shape)}: use 'clear'"
-                )
+        for state in states:
+            for name, value in state.get(factor, {}).items():
+                _check_kept(moments, name, value, factor)
+
+
+def _check_kept(moments: str, name: str, value: Any, factor: Tensor) -> None:
+    if name in _POINTS:
+        raise UserError(
+            f"moments={moments!r}, and this optimizer holds {name}, a value of the factor itself, "
+            "which would pull the new subspace toward the old one: use 'clear'"
+        )
+    plain = type(value) is Tensor and value.shape == factor.shape
+    known = plain and name in (*_MEANS, *_SQUARES)
+    if moments == "project" and not known and not _is_scalar(value):
+        shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+        raise UserError(
+            f"moments='project' knows {', '.join((*_MEANS, *_SQUARES))} of an optimizer, "
+            f"and this one holds {name}{shape} ({type(value).__name__}): use 'clear'"
+        )
+
+
+def _is_scalar(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _of_shape(entry: Mapping[str, Any], factor: Tensor) -> dict[str, Tensor]:
@@ -46,6 +85,7 @@ def clear(state: State, a: Tensor, b: Tensor, lasts: Tensor | None = None) -> No
     Those of the terms that stay go on, and with them the step count. So that a new term's first
     steps are no larger than others', its mean of the square begins as the mean of theirs. The
     state of an optimizer other than torch's, which may be quantized or factored, is dropped whole.
+    Copies of the factor that an optimizer made when it was built, as Lookahead's, follow it.
 
     Args:
         state: the optimizer's.
@@ -56,8 +96,13 @@ def clear(state: State, a: Tensor, b: Tensor, lasts: Tensor | None = None) -> No
     for factor, columns in ((a, False), (b, True)):
         entry = state.get(factor, {})
         moments = _of_shape(entry, factor)
-        others = [v for k, v in entry.items() if isinstance(v, Tensor) and v.numel() > 1]
-        known = len(others) == len(moments) and set(moments) <= {*_MEANS, *_SQUARES}
+        if moments and set(entry) <= set(_SLOW) and len(entry) == len(moments):
+            for value in moments.values():
+                value.copy_(factor)
+            continue
+        known = set(moments) <= {*_MEANS, *_SQUARES} and all(
+            type(v) is Tensor if k in moments else _is_scalar(v) for k, v in entry.items()
+        )
         if lasts is None or not lasts.any() or not known:
             state.pop(factor, None)
             continue

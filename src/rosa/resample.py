@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from rosa.allocation import allocate
 from rosa.drawing import lasting
-from rosa.errors import UserError, UserTypeError
+from rosa.errors import UserError
 from rosa.layer import RosaLinear
 from rosa.lowrank import are_finite
 from rosa.model import rosa_layers
 from rosa.moments import check_moments, clear, project
+from rosa.optimizers import State, averages, check_optimizer, forget_curvature, states_of
+from rosa.sharding import check_unsharded, is_sharded
 
 
 def watch(model: nn.Module) -> int:
@@ -60,11 +61,14 @@ def resample(
 
     Args:
         model: a model with ROSA layers, wrapped or not.
-        optimizer: the optimizer that trains it (torch's, or wrapped as by Accelerate). None if the
+        optimizer: the optimizer that trains it: torch's, one of another library that keeps its
+            state as torch's do, any wrapper of it, or a list or dict of several. One that keeps
+            copies of the factors (DeepSpeed, master weights, offloading) is refused. None if the
             model is not being trained.
         moments: what becomes of the optimizer's moments of the factors, which belong to the old
             subspace: ``"clear"`` begins anew, ``"keep"`` goes on with them as they are,
-            ``"project"`` moves Adam's into the new subspace (see `rosa.moments`).
+            ``"project"`` moves Adam's into the new subspace (see `rosa.moments`). A schedule-free
+            optimizer needs ``"clear"``: its average goes on from where the factors are.
         spent: of informed draws, the terms of a product that still hold at least this share of the
             gradient's energy that fresh ones would hold stay, with their part of the optimizer's
             state; the others are drawn. None draws all.
@@ -78,7 +82,8 @@ def resample(
 
     Raises:
         ValueError: the model has no ROSA, or is merged or disabled; a factor is NaN; the optimizer
-            does not hold the factors, or holds what cannot be projected; a batch gives no loss;
+            does not hold the factors, or keeps copies of them, or holds what cannot be projected
+            or kept; the weights are sharded or offloaded; a batch gives no loss;
             `spent` is no share, or no adapter looks at the gradient, or it hands out ranks
             (`RosaConfig.allocate`), as it cannot in data-parallel processes. Nothing has been
             changed then.
@@ -87,8 +92,7 @@ def resample(
     informed = [job for job in jobs if is_informed(job)]
     check_spent(spent, informed)
     check_allocating(informed, spent)
-    state = {} if optimizer is None else unwrap(optimizer).state
-    check_moments(moments, state, [f for _, layer, a in jobs for f in factors_of(layer, a)])
+    states = check_state(moments, optimizer, jobs)
     _check_finite(jobs)
     if batches and informed:
         look(model, informed, batches, loss)
@@ -107,10 +111,13 @@ def resample(
         old_a, old_b = (a.detach().clone(), b.detach().clone()) if moments == "project" else (a, b)
         layer.resample(adapter, lasts, ranks.get((name, adapter)))
         a.grad = b.grad = None
-        if moments == "clear" or layer.r[adapter] != rank:
-            clear(state, a, b, lasts)
-        elif moments == "project":
-            project(state, a, b, old_a, old_b)
+        for state in states:
+            if moments == "clear" or layer.r[adapter] != rank:
+                clear(state, a, b, lasts)
+            elif moments == "project":
+                project(state, a, b, old_a, old_b)
+    if drawn and moments == "clear":
+        forget_curvature(optimizer)
     torch.clear_autocast_cache()  # else an autocast around the call would go on with old factors
     return drawn
 
@@ -252,6 +259,7 @@ def _warn_of_blind(jobs: list[Job]) -> None:
 def check(model: nn.Module, optimizer: Any = None) -> list[Job]:
     """The (name, layer, adapter) that a resample would draw; raises as `resample` does."""
     layers = list(rosa_layers(model))
+    check_unsharded(model)
     if not layers:
         raise UserError(
             f"{type(model).__name__} has no ROSA layers: attach them with "
@@ -267,7 +275,9 @@ def check(model: nn.Module, optimizer: Any = None) -> list[Job]:
                 f"layer {name} has its adapters disabled: leave model.disable_adapter(), or call "
                 "model.base_model.enable_adapter_layers(), before you resample"
             )
-        if layer.weight.is_meta or layer.weight.numel() != layer.in_features * layer.out_features:
+        weight = layer.weight
+        whole = weight.numel() == layer.in_features * layer.out_features
+        if weight.is_meta or not whole or is_sharded(weight):
             raise UserError(
                 f"the weight of layer {name} is offloaded or sharded over processes: ROSA draws "
                 "from whole weights, so train data-parallel without sharding or offloading"
@@ -284,34 +294,28 @@ def check(model: nn.Module, optimizer: Any = None) -> list[Job]:
                 f"the factors of layer {name} are on the meta device (low_cpu_mem_usage): load "
                 "the adapter's file first, or attach it without low_cpu_mem_usage"
             )
+        numbers = layer.r[adapter] * layer.in_features, layer.out_features * layer.r[adapter]
+        factors = factors_of(layer, adapter)
+        if any(map(is_sharded, factors)) or numbers != tuple(f.numel() for f in factors):
+            raise UserError(
+                f"the factors of layer {name} are sharded over processes: train data-parallel "
+                "without sharding"
+            )
     if not jobs:
         raise UserError(
             f"no ROSA adapter is active (active: {layers[0][1].active_adapters}): call "
             "model.set_adapter(name) first"
         )
     if optimizer is not None:
-        _check_optimizer(optimizer, jobs)
+        factors = {f: name for name, layer, a in jobs for f in factors_of(layer, a)}
+        trained = {factor: name for factor, name in factors.items() if factor.requires_grad}
+        check_optimizer(optimizer, trained)
     return jobs
 
 
-def unwrap(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside wrappers such as Accelerate's."""
-    while not isinstance(optimizer, Optimizer) or hasattr(optimizer, "optimizer"):
-        inner = getattr(optimizer, "optimizer", None)
-        if inner is None or inner is optimizer:
-            break
-        optimizer = inner
-    if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "state"):
-        raise UserTypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
-    return optimizer
-
-
-def _check_optimizer(optimizer: Any, jobs: list[Job]) -> None:
-    held = {id(p) for group in unwrap(optimizer).param_groups for p in group["params"]}
-    for name, layer, adapter in jobs:
-        for factor in factors_of(layer, adapter):
-            if factor.requires_grad and id(factor) not in held:
-                raise UserError(
-                    f"the optimizer does not hold the factors of layer {name}: build it from the "
-                    "model after get_peft_model, from parameters with requires_grad"
-                )
+def check_state(moments: str, optimizer: Any, jobs: list[Job]) -> list[State]:
+    """The states of the optimizers that train these; ValueError if `moments` cannot be done."""
+    factors = [f for _, layer, a in jobs for f in factors_of(layer, a)]
+    states = states_of(optimizer, factors)
+    check_moments(moments, states, factors, averages(optimizer, factors))
+    return states
