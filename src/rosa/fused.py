@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from rosa.sketch import Sketch
+from rosa.tracing import is_traced
 from rosa.versions import unpack
 
 
@@ -31,25 +31,11 @@ def can_fuse(base: nn.Module, x: Tensor, factor: Tensor) -> bool:
         type(base) in (nn.Linear, Conv1D)
         and type(x) in (Tensor, nn.Parameter)
         and not x.is_nested
-        and not _is_traced()
+        and not is_traced()
         and "forward" not in base.__dict__
         and not any(getattr(base, name) for name in hooks)
         and _one_dtype(x, factor, base.weight)  # type: ignore[arg-type]
-        and not torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
-        and forward_ad._current_level < 0
         and not nn.modules.module._has_any_global_hook()
-    )
-
-
-def _is_traced() -> bool:
-    """Whether what is computed is written down for elsewhere, operation by operation."""
-    compiler = torch.compiler
-    is_exporting = getattr(compiler, "is_exporting", compiler.is_compiling)  # torch < 2.7 has none
-    return (
-        compiler.is_compiling()
-        or is_exporting()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined]
-        or torch.onnx.is_in_onnx_export()
     )
 
 

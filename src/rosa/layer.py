@@ -390,6 +390,17 @@ class RosaLayer(BaseTunerLayer):
                 self.rosa_offset[adapter_name].terms = start.to("cpu")
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    @torch.no_grad()
+    def copy_adapter(self, source: str, target: str) -> None:
+        """Make one adapter what another one is: factors, offset and count of draws."""
+        if self.r[target] != self.r[source]:
+            self.resize(target, self.r[source])
+        self.rosa_A[target].copy_(self.rosa_A[source])
+        self.rosa_B[target].copy_(self.rosa_B[source])
+        entry, of = self.rosa_offset[target], self.rosa_offset[source]
+        entry.terms, entry.draws = LowRank(of.terms.B.clone(), of.terms.A.clone()), of.draws
+        self.synchronize()
+
     def scaling_at(self, adapter: str, r: int) -> float:
         """The factor s of an adapter's product, if it were of rank r."""
         alpha = self.alpha[adapter]

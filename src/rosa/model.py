@@ -8,7 +8,6 @@ import difflib
 import math
 import re
 import warnings
-from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,6 +35,7 @@ from rosa.config import RosaConfig
 from rosa.errors import UserError, UserTypeError
 from rosa.layer import SUPPORTED_DTYPES, RosaLayer, RosaLinear, check_in_memory
 from rosa.lowrank import LowRank, are_finite
+from rosa.memory import make_private, place, tenants, weight_owners
 from rosa.sharding import check_unsharded, is_sharded
 from rosa.subspace import fingerprint, same_fingerprint
 
@@ -46,6 +46,15 @@ _HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
+
+# Names that adapters' files and layers use, and where a model's own modules are to be found in one.
+_FILE_PARTS = {
+    *("A", "B", "draws", "in_weight", "rosa", "rosa_A", "rosa_B", "rosa_offset", "rosa_dropout"),
+    *("base_layer", "base_model", "model", "modules_to_save", "original_module", "weight", "bias"),
+}
+_OWN_MODULES = ("rosa_A", "rosa_B", "rosa_offset", "rosa_dropout", "base_layer")
+_COMPILED = "_orig_mod."
+"""What torch.compile puts before the names of what a model is made of."""
 
 
 def rosa_layers(model: nn.Module) -> Iterator[tuple[str, RosaLinear]]:
@@ -79,18 +88,35 @@ class RosaModel(BaseTuner):
             ValueError: a layer cannot be adapted, or the model has an adapter of that name; says
                 which and why.
         """
+        config = _rosa_config(self.peft_config[adapter_name])
         _check_adapter_name(adapter_name, model)
+        _check_modules_to_save(config, adapter_name)
         self._remove_adapter(model, adapter_name)  # an untouched one, as a failed load leaves
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
             self._remove_adapter(model, adapter_name)
-            config = _rosa_config(self.peft_config[adapter_name])
             hint = _all_in_full(config, model) or f"{error}{_near_names(config, model)}"
             raise NoMatchingPeftModuleError(hint) from None
         except Exception:
             self._remove_adapter(model, adapter_name)
             raise
+        if isinstance(config.target_modules, set):  # the file is for models that are not compiled
+            config.target_modules = {n.replace(_COMPILED, "") for n in config.target_modules}
+        if (source := self._copied_as(adapter_name)) is not None:
+            for layer in _layers_of(model, adapter_name).values():
+                layer.copy_adapter(source, adapter_name)
+
+    def _copied_as(self, adapter_name: str) -> str | None:
+        """The trained adapter that a new one is a copy of, or None if it begins anew.
+
+        TRL's trainers make the reference of a trained adapter by adding one called "ref" with the
+        very same config, and then copy the parameters that have LoRA's names.
+        """
+        config = self.peft_config[adapter_name]
+        same = [name for name, c in self.peft_config.items() if c is config]
+        others = [name for name in same if name != adapter_name]
+        return others[0] if adapter_name == "ref" and others else None
 
     def _remove_adapter(self, model: nn.Module, adapter_name: str) -> None:
         for name, layer in list(rosa_layers(model)):
@@ -106,7 +132,7 @@ class RosaModel(BaseTuner):
         check_unsharded(model)
         self._fingerprints: dict[str, tuple[float, float]] = {}
         capped = []
-        owners = _weight_owners(model)
+        owners, self._tenants = weight_owners(model), tenants(model)
         _check_full_training(config, model)
         wrapped = tuple(
             f"{name}."
@@ -121,7 +147,7 @@ class RosaModel(BaseTuner):
                     "exclude_modules"
                 )
             weight = _adaptable_weight(name, module)
-            shared = [n for n in owners[_storage(weight)] if n.removesuffix(".base_layer") != name]
+            shared = [n for n in owners[place(weight)] if n.removesuffix(".base_layer") != name]
             if shared:
                 raise UserError(
                     f"the weight of {name} is shared with {', '.join(shared)} (tied weights): "
@@ -178,7 +204,9 @@ class RosaModel(BaseTuner):
             target.update_layer(adapter_name, r, alpha, config)
             return
         fingerprint = self._fingerprints.get(current_key)
-        layer = RosaLinear(target, adapter_name, config, r, alpha, current_key, fingerprint)
+        make_private(target, self._tenants)
+        name = current_key.replace(_COMPILED, "")
+        layer = RosaLinear(target, adapter_name, config, r, alpha, name, fingerprint)
         if isinstance(parent, nn.TransformerEncoderLayer):
             # Its fast path reads the weights instead of calling the layers, unless one has a hook.
             layer.register_forward_pre_hook(_no_fast_path)
@@ -285,10 +313,15 @@ class RosaModel(BaseTuner):
             raise UserError(
                 f"the state dict to save lacks {len(absent)} tensors of adapter {adapter_name!r}, "
                 f"such as {absent[0]}: factors without their offsets would load as another model. "
-                "Save from the whole model (save_pretrained without state_dict)"
+                "Give the whole model's state_dict(), or none"
             )
         _rosa_config(config).base_fingerprint = _fingerprint_of(layers)
         return found
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """A key as it stands in an adapter's file, whether or not the model is compiled."""
+        return super()._remove_adapter_name_from_key(key.replace(_COMPILED, ""), adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -431,21 +464,6 @@ def _rank_and_alpha(config: RosaConfig, name: str) -> tuple[int, float | None]:
     )
 
 
-def _weight_owners(model: nn.Module) -> dict[tuple[int, int], list[str]]:
-    """The names of the modules that hold each weight, by where it lies in memory."""
-    owners = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners[_storage(parameter)].append(name.removesuffix(".weight"))
-    return owners
-
-
-def _storage(weight: torch.Tensor) -> tuple[int, int]:
-    """Where a weight lies in memory; one that has no memory yet is told by its identity."""
-    without = weight.is_meta or is_sharded(weight)
-    pointer = 0 if without else weight.untyped_storage().data_ptr()
-    return (pointer, int(weight.storage_offset())) if pointer else (-1, id(weight))
-
-
 def _check_adapter_name(name: str, model: nn.Module) -> None:
     layers = _layers_of(model, name).values()
     if not all(layer.is_untouched(name) for layer in layers):
@@ -453,8 +471,31 @@ def _check_adapter_name(name: str, model: nn.Module) -> None:
             f"the model already has a trained ROSA adapter {name!r}: choose another adapter_name, "
             "or delete_adapter it first (of a PeftModel; unload() takes all of them out)"
         )
-    if name in ("A", "B", "draws", "in_weight", "rosa_A", "rosa_B", "rosa_offset", "rosa"):
-        raise UserError(f"an adapter cannot be named {name!r}: ROSA's files use that name")
+    names = [
+        name
+        for name, _ in (*model.named_modules(), *model.named_parameters(), *model.named_buffers())
+    ]
+    # Less what ROSA and PEFT have put there, where adapters' names stand.
+    names = [re.split(r"\.(?:rosa_\w+|modules_to_save)(?:\.|$)", each)[0] for each in names]
+    taken = {part for each in names for part in each.split(".")} | _FILE_PARTS
+    if name in taken or not name or "." in name:
+        raise UserError(
+            f"an adapter cannot be named {name!r}: a part of the model has that name"
+            if name in taken
+            else f"an adapter's name must not be empty or have a dot, got {name!r}"
+        ) from None
+
+
+def _check_modules_to_save(config: RosaConfig, adapter_name: str) -> None:
+    """Raise ValueError if PEFT, which goes by endings, would take a part of our layers for one."""
+    for wanted in config.modules_to_save or ():
+        for own in (*_OWN_MODULES, adapter_name):
+            if own.endswith(wanted):
+                raise UserError(
+                    f"modules_to_save={[wanted]}: PEFT takes every module whose name ends so, and "
+                    f"{own!r}, a part of each adapted layer, does. Give more of the name of the "
+                    f"module that is meant, such as 'head.{wanted}'"
+                )
 
 
 def _no_fast_path(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -478,6 +519,13 @@ def _adaptable_weight(name: str, module: nn.Module) -> torch.Tensor:
             f"Target module {name} is a {type(base).__name__}, which is not supported: ROSA adapts "
             "torch.nn.Linear and transformers' Conv1D. Name other target_modules, or leave it out "
             "with exclude_modules"
+        )
+    if "weight" not in base._parameters:
+        raise UserError(
+            f"the weight of {name} is computed from others at every call (weight_norm, "
+            "spectral_norm, prune, a parametrization): a change of it in memory would be lost. "
+            "Make it an ordinary weight first (remove_parametrizations, remove_weight_norm, "
+            "prune.remove), or leave it out with exclude_modules"
         )
     if base.weight.dtype not in SUPPORTED_DTYPES:
         raise UserError(

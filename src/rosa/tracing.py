@@ -12,8 +12,11 @@ def is_traced() -> bool:
     Then it is to be made of plain operations: autograd Functions of our own, and what is only of
     use to one backward pass, are in the way.
     """
+    compiler = torch.compiler
+    is_exporting = getattr(compiler, "is_exporting", compiler.is_compiling)  # torch < 2.7 has none
     return (
-        torch.compiler.is_compiling()
+        compiler.is_compiling()
+        or is_exporting()
         or torch.jit.is_tracing()  # type: ignore[attr-defined]
         or torch.onnx.is_in_onnx_export()
         or forward_ad._current_level >= 0
