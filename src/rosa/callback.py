@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from rosa.errors import UserError, UserTypeError
 from rosa.moments import check_moments
 from rosa.optimizers import groups_of
 from rosa.resample import (
+    Job,
     check,
     check_allocating,
     check_spent,
@@ -118,6 +120,7 @@ class RosaCallback(TrainerCallback):
         self._last_step = -1
         self._decay: DecayTowardDrawn | None = None
         self._factors: list[Tensor] = []
+        self._jobs: list[Job] = []  # until the first step has shown which of them run
         self._rates: list[tuple[dict[str, Any], float]] = []  # the schedule's own, to be put back
 
     def on_train_begin(
@@ -127,6 +130,7 @@ class RosaCallback(TrainerCallback):
         jobs = check(kwargs["model"], kwargs.get("optimizer"))
         check_state(self.moments, kwargs.get("optimizer"), jobs)
         self._factors = [f for _, layer, a in jobs for f in factors_of(layer, a)]
+        self._jobs = jobs
         self._last_step, self._draw_at = -1, None
         self.period = self._period_in_steps(args, state, kwargs.get("train_dataloader"))
         informed = [job for job in jobs if is_informed(job)]
@@ -219,6 +223,25 @@ class RosaCallback(TrainerCallback):
         if self._first is None or step < self._first:
             return None
         return step - self._first if self.period is None else (step - self._first) % self.period
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Name, once, the layers that the first step did not use."""
+        jobs, self._jobs = self._jobs, []
+        idle = [
+            layer.name
+            for _, layer, adapter in jobs
+            if all(f.requires_grad and f.grad is None for f in factors_of(layer, adapter))
+        ]
+        if 0 < len(idle) < len(jobs):  # where none has a gradient, it is kept elsewhere
+            warnings.warn(
+                f"{len(idle)} of {len(jobs)} adapted layers got no gradient in the first step, "
+                f"such as {', '.join(idle[:3])}: the model does not use them for these inputs "
+                "(experts or a branch that was not taken), or uses them in a way that ROSA cannot "
+                "see. Unless that is so, leave them out with exclude_modules",
+                stacklevel=2,
+            )
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -51,7 +51,7 @@ def make_private(base: nn.Module, tenants: Counter[int]) -> None:
     if objects <= usual[0] and users - usual[1] < max(tenants[_block(weight)], 1):
         return
     own = nn.Parameter(weight.detach().clone(), weight.requires_grad)
-    own.__dict__.update(weight.__dict__)
+    vars(own).update(vars(weight))
     base.weight = own
 
 

@@ -102,7 +102,8 @@ class RosaModel(BaseTuner):
             self._remove_adapter(model, adapter_name)
             raise
         if isinstance(config.target_modules, set):  # the file is for models that are not compiled
-            config.target_modules = {n.replace(_COMPILED, "") for n in config.target_modules}
+            names = {n.replace(_COMPILED, "") for n in config.target_modules}
+            config.target_modules = names  # type: ignore[assignment]  # as PEFT has it
         if (source := self._copied_as(adapter_name)) is not None:
             for layer in _layers_of(model, adapter_name).values():
                 layer.copy_adapter(source, adapter_name)
