@@ -20,33 +20,36 @@ def can_fuse(base: nn.Module, x: Tensor, factor: Tensor) -> bool:
     """Whether `adapted_linear` computes what calling the base layer and adding would compute.
 
     Not where someone watches or replaces the base layer's call, where precisions differ and
-    autocast does not make them one, and not under compilation, tracing, export, `torch.func` and
-    forward-mode differentiation, which know the plain form only.
+    autocast does not make them one, and not where only the plain form is known.
     """
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return (
         type(base) in (nn.Linear, Conv1D)
         and type(x) in (Tensor, nn.Parameter)
         and not x.is_nested
-        and not _is_traced()
+        and functions_work()
         and "forward" not in base.__dict__
         and not any(getattr(base, name) for name in hooks)
         and _one_dtype(x, factor, base.weight)  # type: ignore[arg-type]
-        and not torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
-        and forward_ad._current_level < 0
         and not nn.modules.module._has_any_global_hook()
     )
 
 
-def _is_traced() -> bool:
-    """Whether what is computed is written down for elsewhere, operation by operation."""
+def functions_work() -> bool:
+    """Whether an `autograd.Function` may be used here.
+
+    Not while operations are written down for elsewhere (compiled, traced, exported), nor under
+    `torch.func` and in forward mode, which ask more of a function than ours say.
+    """
     compiler = torch.compiler
     is_exporting = getattr(compiler, "is_exporting", compiler.is_compiling)  # torch < 2.7 has none
-    return (
+    return not (
         compiler.is_compiling()
         or is_exporting()
         or torch.jit.is_tracing()  # type: ignore[attr-defined]
         or torch.onnx.is_in_onnx_export()
+        or torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
+        or forward_ad._current_level >= 0
     )
 
 
