@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import multiprocessing, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from rosa import RosaConfig, resample, watch
 from rosa.model import rosa_layers
@@ -20,7 +21,10 @@ pytestmark = pytest.mark.skipif(
 
 
 def train(rank: int, store: str, directions: str) -> None:
-    """Each process on data of its own; fails unless both hold the same model at the end."""
+    """Each process on data of its own; fails unless both hold the same model at the end.
+
+    One of the two has its moments sharded over the processes.
+    """
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2
@@ -36,13 +40,25 @@ def train(rank: int, store: str, directions: str) -> None:
     torch.manual_seed(0)
     model = get_peft_model(base, config)
     wrapped = nn.parallel.DistributedDataParallel(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    factors = [p for p in model.parameters() if p.requires_grad]
+    optimizer = inner = torch.optim.AdamW(factors, lr=1e-2)
+    if directions == "orthonormal":
+        optimizer = ZeroRedundancyOptimizer(factors, torch.optim.AdamW, lr=1e-2)
+        inner = optimizer.optim
     torch.manual_seed(100 + rank)
     for step in range(6):
         if step % 2 == 0:
             watch(wrapped)
         elif step > 1:
+            state = dict(inner.state)
             resample(wrapped, optimizer)
+            drawn = {
+                f
+                for _, la in rosa_layers(model)
+                for f in (*la.rosa_A.values(), *la.rosa_B.values())
+            }
+            assert drawn & state.keys()
+            assert not drawn & inner.state.keys()
         ids = torch.randint(50, (4, 6))
         optimizer.zero_grad()
         wrapped(input_ids=ids, labels=ids[:, 0] % 2).loss.backward()

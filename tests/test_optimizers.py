@@ -192,7 +192,8 @@ class Masters:
         copies = [p.detach().float().clone().requires_grad_() for p in factors]
         if flat:
             copies = [torch.cat([p.detach().flatten() for p in copies]).requires_grad_()]
-        self.fp32_groups = [copies]
+        if not (flat and own_groups):  # else they are in the optimizer inside alone
+            self.fp32_groups = [copies]
         self.optimizer = AdamW(copies)
         if own_groups:
             self.groups = [{"params": factors, "lr": 1e-3}]
@@ -250,6 +251,10 @@ REFUSED = {
     "masters behind the model's groups": (
         lambda m: Masters(trained(m), own_groups=True),
         "copies|own",
+    ),
+    "flat masters behind the model's groups": (
+        lambda m: Masters(trained(m), flat=True, own_groups=True),
+        "tensors of its own for the factors .in AdamW",
     ),
     "deepspeed with accelerate": (
         lambda m: deepspeed(Masters(trained(m), flat=True)),

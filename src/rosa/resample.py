@@ -275,7 +275,7 @@ def check(model: nn.Module, optimizer: Any = None) -> list[Job]:
                 f"layer {name} has its adapters disabled: leave model.disable_adapter(), or call "
                 "model.base_model.enable_adapter_layers(), before you resample"
             )
-        weight = layer.weight
+        weight = layer.parameter
         whole = weight.numel() == layer.in_features * layer.out_features
         if weight.is_meta or not whole or is_sharded(weight):
             raise UserError(

@@ -39,7 +39,7 @@ class Arrived:
     def is_whole(self, adapters: list[str]) -> bool:
         """Whether there is no sign that more is to come."""
         whole = any(self.parts.values()) and not any(map(self.lacks, adapters))
-        return whole and (self.weight or not self.marks)
+        return whole and self.weight == bool(self.marks)  # what is saved whole has both
 
 
 def after_save(layer: RosaLinear, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
@@ -77,8 +77,9 @@ def before_load(layer: RosaLinear, state_dict: dict[str, Any], prefix: str, *_: 
                 known = part in factors and _same_memory(value, factors[part])
                 into = arrived.perhaps if known else arrived.parts
                 into.setdefault(adapter, set()).add(part)
-        if mark := int(state_dict.get(f"{prefix}rosa_offset.{adapter}.in_weight", 0)):
-            arrived.marks[adapter] = mark
+        mark = state_dict.get(f"{prefix}rosa_offset.{adapter}.in_weight")
+        if mark is not None:
+            arrived.marks[adapter] = int(mark)
     arrived.weight |= brings_weight
     if arrived.weight or arrived.parts or arrived.marks:
         _resize(layer, state_dict, prefix)
