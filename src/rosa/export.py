@@ -138,6 +138,7 @@ def _write_lora(model: PeftModel, adapter: str, folder: Path) -> None:
     """Write an adapter as LoRA's, and raise ExportError if PEFT would load another model."""
     config = model.peft_config[adapter]
     assert isinstance(config, RosaConfig)
+    _check_called(model, adapter)
     state, ranks = {}, {}
     for name, layer in rosa_layers(model):
         if adapter not in layer.rosa_offset:
@@ -173,6 +174,22 @@ def _write_lora(model: PeftModel, adapter: str, folder: Path) -> None:
     save_file(state, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     lora.save_pretrained(str(folder))
     _check_lora(model, adapter, others, folder)
+
+
+def _check_called(model: PeftModel, adapter: str) -> None:
+    """Raise ExportError where the model reads a layer's weight instead of calling the layer."""
+    read = [
+        name.removeprefix(_PREFIX)
+        for name, layer in rosa_layers(model)
+        if adapter in layer.rosa_offset
+        and getattr(layer, "was_read", False)
+        and not getattr(layer, "was_called", False)
+    ]
+    if read:
+        raise _no_lora(
+            f"the model reads the weight of {', '.join(read[:5])} instead of calling the layer, "
+            "where LoRA has no effect"
+        )
 
 
 def _targets(base: nn.Module, names: list[str]) -> tuple[list[str] | str, list[str]]:
