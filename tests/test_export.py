@@ -219,6 +219,10 @@ def test_tied_models_with_a_new_embedding_and_generation_settings(tmp_path, expo
     if export is export_merged:
         assert isinstance(found, GPT2LMHeadModel)
         assert found.generation_config.max_new_tokens == 3
+        model.generation_config.temperature = 0.5  # of no use without do_sample
+        with pytest.raises(UserError, match=r"nothing was written.*GenerationConfig is invalid"):
+            export(model, tmp_path / "invalid")
+        assert not (tmp_path / "invalid").exists()
 
 
 def test_a_plain_module_is_exported_as_its_state_dict(tmp_path):

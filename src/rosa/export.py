@@ -334,8 +334,13 @@ def _write_merged(model: PeftModel, adapter: str, folder: Path) -> Any:
         del merged, state
         _check_merged(expected, torch.load(path, map_location="cpu", weights_only=True))
         return None
-    merged.save_pretrained(str(folder))
     plain: Any = type(merged)
+    try:
+        merged.save_pretrained(str(folder))
+    except ValueError as error:  # such as generation settings that do not go together
+        raise UserError(
+            f"{plain.__name__}.save_pretrained refuses this model; nothing was written: {error}"
+        ) from error
     how: dict[str, Any] = {}
     if isinstance(merged, PreTrainedModel) and dtypes:
         how["dtype"] = functools.reduce(torch.promote_types, dtypes)  # so that none is rounded
