@@ -177,13 +177,16 @@ def _write_lora(model: PeftModel, adapter: str, folder: Path) -> None:
 
 
 def _check_called(model: PeftModel, adapter: str) -> None:
-    """Raise ExportError where the model reads a layer's weight instead of calling the layer."""
+    """Raise ExportError where the model reads a layer's weight instead of calling the layer.
+
+    Known once the model has run; layers that a run did not reach are not meant.
+    """
+    layers = {n: layer for n, layer in rosa_layers(model) if adapter in layer.rosa_offset}
+    called = {name for name, layer in layers.items() if getattr(layer, "was_called", False)}
     read = [
         name.removeprefix(_PREFIX)
-        for name, layer in rosa_layers(model)
-        if adapter in layer.rosa_offset
-        and getattr(layer, "was_read", False)
-        and not getattr(layer, "was_called", False)
+        for name, layer in layers.items()
+        if called and name not in called and getattr(layer, "was_read", False)
     ]
     if read:
         raise _no_lora(
