@@ -251,10 +251,11 @@ def test_layers_that_peft_takes_for_experts_are_exported(tmp_path, name, targets
     base, inputs = architecture.build(0), architecture.inputs()
     model = learned(copy.deepcopy(base), target_modules=targets, task_type="CAUSAL_LM")
     expected = model(**inputs).logits
-    assert (expected - base(**inputs).logits).abs().max() > 0.01
+    change = float((expected - base(**inputs).logits).abs().max())
+    assert change > 0.01
     export_lora(model, tmp_path)
     lora = PeftModel.from_pretrained(base, str(tmp_path))
-    torch.testing.assert_close(lora(**inputs).logits, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(lora(**inputs).logits, expected, rtol=0, atol=1e-3 * change)
 
 
 def spoiled(monkeypatch, change):

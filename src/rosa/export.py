@@ -179,7 +179,8 @@ def _write_lora(model: PeftModel, adapter: str, folder: Path) -> None:
 def _check_called(model: PeftModel, adapter: str) -> None:
     """Raise ExportError where the model reads a layer's weight instead of calling the layer.
 
-    Known once the model has run; layers that a run did not reach are not meant.
+    Known once the model has run. Layers that no run has reached were not trained: they hold no
+    change, however often their weight was looked at.
     """
     layers = {n: layer for n, layer in rosa_layers(model) if adapter in layer.rosa_offset}
     called = {name for name, layer in layers.items() if getattr(layer, "was_called", False)}
@@ -187,6 +188,7 @@ def _check_called(model: PeftModel, adapter: str) -> None:
         name.removeprefix(_PREFIX)
         for name, layer in layers.items()
         if called and name not in called and getattr(layer, "was_read", False)
+        if not _is_rounding(layer.whole_change(adapter))
     ]
     if read:
         raise _no_lora(
@@ -267,6 +269,18 @@ def _no_lora(reason: str) -> ExportError:
     )
 
 
+def _is_rounding(change: LowRank) -> bool:
+    """Whether the terms of a change take each other out."""
+    probe = _probe(change.A.shape[1])
+    b, a = change.B.double(), change.A.double()
+    return float((b @ (a @ probe)).norm()) <= 1e-6 * float(b.norm() * a.norm()) * 8**0.5
+
+
+def _probe(features: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(features, 8, generator=generator, dtype=torch.float64)
+
+
 def _same(change: LowRank, written: LowRank) -> bool:
     """Whether two products are the same matrix to the rounding of the written factors.
 
@@ -280,8 +294,7 @@ def _same(change: LowRank, written: LowRank) -> bool:
     b, a, written_b, written_a = (
         t.cpu().double() for t in (change.B, change.A, written.B, written.A)
     )
-    generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(a.shape[1], 8, generator=generator, dtype=torch.float64)
+    probe = _probe(a.shape[1])
     difference = float((b @ (a @ probe) - written_b @ (written_a @ probe)).norm())
     rounding = 8 * torch.finfo(written.B.dtype).eps * float(written_b.norm() * written_a.norm())
     # The SVD's own, in float64, where large terms take each other out.
