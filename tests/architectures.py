@@ -29,6 +29,7 @@ class Architecture:
     task_type: str | None = None
     target_modules: Any = "all-linear"
     adapter: dict[str, Any] = field(default_factory=dict)  # further settings of the adapter
+    lora: bool = True  # whether PEFT's LoRA can hold it
 
     def build(self, seed: int) -> PreTrainedModel:
         cls = getattr(transformers, self.model)
@@ -113,7 +114,14 @@ def pictures_with_texts() -> dict[str, Any]:
 
 
 def sounds() -> dict[str, Tensor]:
-    return {"input_values": torch.randn(3, 400), "labels": torch.randint(LABELS, (3,))}
+    mask = torch.ones(3, 400, dtype=torch.long)
+    mask[0, 250:] = 0
+    labels = torch.randint(LABELS, (3,))
+    return {"input_values": torch.randn(3, 400), "attention_mask": mask, "labels": labels}
+
+
+def sounds_with_texts() -> dict[str, Tensor]:
+    return {"input_values": torch.randn(3, 400), "labels": tokens(3, 4)}
 
 
 def spectra() -> dict[str, Tensor]:
@@ -280,6 +288,7 @@ ARCHITECTURES = {
         # Its head reads the weights of `cls.predictions`.
         target_modules=r".*\.(query|value|dense|decoder)",
         adapter={"exclude_modules": ["cls.predictions.decoder"]},
+        lora=False,
     ),
     # heads of tasks that PEFT trains in full
     "distilbert-tokens": Architecture(
@@ -350,6 +359,13 @@ ARCHITECTURES = {
     "deepseek-v3-gate": Architecture(
         "DeepseekV3ForCausalLM", DEEPSEEK, for_causal_lm, CAUSAL_LM, ["gate_proj", "o_proj"]
     ),
+    # Its routers are linear layers by class, and compute something else.
+    "phimoe": Architecture(
+        "PhimoeForCausalLM",
+        MOE | {"num_local_experts": 4, "num_experts_per_tok": 2},
+        for_causal_lm,
+        CAUSAL_LM,
+    ),
     # encoders with decoders
     "t5": Architecture(
         "T5ForConditionalGeneration",
@@ -396,7 +412,10 @@ ARCHITECTURES = {
     "clip": Architecture("CLIPModel", CLIP, pictures_with_texts),
     # audio
     "wav2vec2": Architecture("Wav2Vec2ForSequenceClassification", SPEECH, sounds),
-    "wavlm": Architecture("WavLMForSequenceClassification", SPEECH, sounds),
+    "wav2vec2-ctc": Architecture(
+        "Wav2Vec2ForCTC", SPEECH | {"vocab_size": VOCABULARY}, sounds_with_texts
+    ),
+    "wavlm": Architecture("WavLMForSequenceClassification", SPEECH, sounds, lora=False),
     "whisper": Architecture(
         "WhisperForConditionalGeneration",
         BART
@@ -421,5 +440,6 @@ ARCHITECTURES = {
         },
         lambda: {"input_ids": (ids := tokens()), "labels": ids},
         CAUSAL_LM,
+        lora=False,
     ),
 }

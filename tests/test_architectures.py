@@ -14,6 +14,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from rosa import RosaConfig, export_lora, export_merged, resample, watch
+from rosa.errors import ExportError
 from rosa.model import is_trained_in_full, rosa_layers
 from tests.architectures import ARCHITECTURES, Architecture, loss_of, outputs_of
 
@@ -152,10 +153,15 @@ def check_exports(case: Trained, folder: Any) -> None:
     export_merged(case.model, folder / "merged")
     plain: Any = type(case.base())
     case.same(plain.from_pretrained(folder / "merged"), case.trained, "exported merged")
-    export_lora(case.model, folder / "lora")
-    lora = PeftModel.from_pretrained(case.base(), str(folder / "lora"))
-    assert lora.peft_config["default"].peft_type == "LORA"
-    case.same(lora, case.trained, "exported to LoRA")
+    if case.architecture.lora:
+        export_lora(case.model, folder / "lora")
+        lora = PeftModel.from_pretrained(case.base(), str(folder / "lora"))
+        assert lora.peft_config["default"].peft_type == "LORA"
+        case.same(lora, case.trained, "exported to LoRA")
+    else:
+        with pytest.raises(ExportError, match="cannot be exported to LoRA"):
+            export_lora(case.model, folder / "lora")
+        assert not (folder / "lora").exists()
     case.same(case.model, case.trained, "after the exports")
 
 

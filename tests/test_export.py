@@ -4,11 +4,16 @@ import copy
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model, save_as_lora
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import BertForSequenceClassification
+from transformers import BertForSequenceClassification, GPT2LMHeadModel
 
+import rosa.export
 from rosa import RosaConfig, export_lora, export_merged, resample
+from rosa.errors import ExportError, UserError
+from tests.architectures import ARCHITECTURES
 from tests.models import Mlp, tiny_bert, tiny_gpt2
 
 
@@ -123,3 +128,202 @@ def test_a_layer_that_changed_nothing_is_exported(tmp_path):
     export_lora(get_peft_model(copy.deepcopy(base), config), tmp_path)
     lora = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path))
     torch.testing.assert_close(lora(x), base(x))
+
+
+EXPORTS = pytest.mark.parametrize("export", [export_lora, export_merged])
+
+
+def load_export(export, folder, base):
+    if export is export_merged:
+        return type(base).from_pretrained(folder).eval()
+    return PeftModel.from_pretrained(copy.deepcopy(base), str(folder)).eval()
+
+
+def state_of(model):
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    flags = [(m.training, getattr(m, "merged", None)) for m in model.modules()]
+    trained = [p.requires_grad for p in model.parameters()]
+    return weights, flags, trained, list(model.active_adapters)
+
+
+@EXPORTS
+@pytest.mark.parametrize("state", ["training", "merged", "disabled", "another is active"])
+def test_exports_in_any_state_are_the_adapter_and_leave_the_model_alone(tmp_path, export, state):
+    base, ids = tiny_bert().eval(), torch.randint(50, (3, 9))
+    model = learned(copy.deepcopy(base), target_modules="all-linear", task_type="SEQ_CLS")
+    expected = model(ids).logits
+    model.add_adapter("b", RosaConfig(r=3, target_modules=["query"], task_type="SEQ_CLS"))
+    if state == "training":
+        model.train()
+    elif state == "merged":
+        model.merge_adapter(["default"])
+    elif state == "disabled":
+        model.base_model.disable_adapter_layers()
+    else:  # with a head of its own
+        model.set_adapter("b")
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data.add_(torch.randn_like(p), alpha=0.1)
+    before = state_of(model)
+    export(model, tmp_path, "default")
+    after = state_of(model)
+    assert before[1:] == after[1:]
+    assert all(torch.equal(before[0][name], after[0][name]) for name in before[0])
+    found = load_export(export, tmp_path, base)
+    torch.testing.assert_close(found(ids).logits, expected, rtol=0, atol=1e-5)
+
+
+@EXPORTS
+@pytest.mark.parametrize("wrapper", ["compile", "data parallel", "mixed precision"])
+def test_wrapped_models_are_exported(tmp_path, export, wrapper):
+    base, ids = tiny_bert().eval(), torch.randint(50, (3, 9))
+    model = learned(copy.deepcopy(base), target_modules="all-linear", task_type="SEQ_CLS")
+    expected = model(ids).logits
+    wrapped = model
+    if wrapper == "compile":
+        wrapped = torch.compile(model)
+    elif wrapper == "data parallel":
+        wrapped = nn.DataParallel(model)
+    else:
+        wrapped = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    export(wrapped, tmp_path)
+    found = load_export(export, tmp_path, base)
+    torch.testing.assert_close(found(ids).logits, expected, rtol=0, atol=1e-5)
+
+
+@EXPORTS
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_exports_in_any_precision_keep_it(tmp_path, export, dtype):
+    base, ids = tiny_gpt2(tied=True).to(dtype).eval(), torch.randint(50, (3, 9))
+    model = learned(copy.deepcopy(base), target_modules="all-linear", task_type="CAUSAL_LM")
+    expected = model(ids).logits.float()
+    export(model, tmp_path)
+    found = load_export(export, tmp_path, base)
+    assert found.dtype == dtype
+    change = float((expected - base(ids).logits.float()).abs().max())
+    part = 1e-6 if dtype == torch.float64 else 0.3
+    assert float((found(ids).logits.float() - expected).abs().max()) < part * change
+
+
+@EXPORTS
+def test_tied_models_with_a_new_embedding_and_generation_settings(tmp_path, export):
+    base, ids = tiny_gpt2(tied=True).eval(), torch.randint(50, (3, 9))
+    base.generation_config.max_new_tokens = 3
+    model = learned(
+        copy.deepcopy(base), target_modules=["c_attn"], modules_to_save=["wte"], task_type=None
+    )
+    expected = model(ids).logits
+    export(model, tmp_path)
+    found = load_export(export, tmp_path, base)
+    torch.testing.assert_close(found(ids).logits, expected, rtol=0, atol=1e-5)
+    if export is export_merged:
+        assert isinstance(found, GPT2LMHeadModel)
+        assert found.generation_config.max_new_tokens == 3
+        model.generation_config.temperature = 0.5  # of no use without do_sample
+        with pytest.raises(UserError, match=r"nothing was written.*GenerationConfig is invalid"):
+            export(model, tmp_path / "invalid")
+        assert not (tmp_path / "invalid").exists()
+
+
+def test_a_plain_module_is_exported_as_its_state_dict(tmp_path):
+    base, x = Mlp(torch.float32), torch.randn(4, 7)
+    model = learned(copy.deepcopy(base), target_modules=["first", "middle"])
+    export_merged(model, tmp_path)
+    base.load_state_dict(torch.load(tmp_path / "pytorch_model.bin", weights_only=True))
+    torch.testing.assert_close(base(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        "all-linear",
+        ["gate_proj"],
+        ["down_proj", "o_proj"],
+        ["shared_experts.up_proj"],
+        r".*layers\.0\..*(gate|up)_proj",
+    ],
+)
+@pytest.mark.parametrize("name", ["deepseek-v3", "qwen2-moe"])
+def test_layers_that_peft_takes_for_experts_are_exported(tmp_path, name, targets):
+    architecture = ARCHITECTURES[name]
+    if name == "qwen2-moe" and targets == ["shared_experts.up_proj"]:
+        targets = ["shared_expert.up_proj"]
+    base, inputs = architecture.build(0), architecture.inputs()
+    model = learned(copy.deepcopy(base), target_modules=targets, task_type="CAUSAL_LM")
+    expected = model(**inputs).logits
+    change = float((expected - base(**inputs).logits).abs().max())
+    assert change > 0.01
+    export_lora(model, tmp_path)
+    lora = PeftModel.from_pretrained(base, str(tmp_path))
+    torch.testing.assert_close(lora(**inputs).logits, expected, rtol=0, atol=1e-3 * change)
+
+
+def spoiled(monkeypatch, change):
+    """Let every LoRA file be written with a change."""
+
+    def save(state, path, **kwargs):
+        state = dict(state)
+        change(state)
+        save_file(state, path, **kwargs)
+
+    monkeypatch.setattr(rosa.export, "save_file", save)
+
+
+KEY = "base_model.model.first.lora_B.weight"
+CHANGES = {
+    "a number": lambda state: state.update({KEY: state[KEY] * 1.001}),
+    "a layer is missing": lambda state: [state.pop(k) for k in list(state) if "first" in k],
+    "a head": lambda state: state.update({k: v + 1e-3 for k, v in state.items() if "last" in k}),
+    "a head is missing": lambda state: [state.pop(k) for k in list(state) if "last" in k],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_lora_file_that_loads_as_something_else_is_not_left_behind(tmp_path, monkeypatch, change):
+    model = learned(
+        Mlp(torch.float32), target_modules=["first", "middle"], modules_to_save=["last"]
+    )
+    spoiled(monkeypatch, CHANGES[change])
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ExportError, match=r"(first|last).*export_merged") as caught:
+        export_lora(model, tmp_path)
+    assert isinstance(caught.value, UserError)
+    assert isinstance(caught.value, RuntimeError)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+    with pytest.raises(ExportError):
+        export_lora(model, tmp_path / "a" / "b")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_merged_model_that_loads_as_something_else_is_not_left_behind(tmp_path, monkeypatch):
+    model = learned(tiny_bert(), target_modules="all-linear", task_type="SEQ_CLS")
+    save = BertForSequenceClassification.save_pretrained
+
+    def lossy(self, folder, **kwargs):
+        save(self, folder, **kwargs)
+        path = f"{folder}/model.safetensors"
+        state = load_file(path)
+        state["classifier.bias"] = state["classifier.bias"] + 1e-6
+        save_file(state, path, metadata={"format": "pt"})
+
+    monkeypatch.setattr(BertForSequenceClassification, "save_pretrained", lossy)
+    with pytest.raises(ExportError, match=r"classifier\.bias differ"):
+        export_merged(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@EXPORTS
+def test_what_a_folder_holds_stays_as_it_is(tmp_path, export):
+    model = learned(tiny_bert(), target_modules="all-linear", task_type="SEQ_CLS")
+    model.save_pretrained(tmp_path / "adapter")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "adapter").iterdir()}
+    with pytest.raises(ValueError, match="holds a model or an adapter already"):
+        export(model, tmp_path / "adapter")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "adapter").iterdir()} == before
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "notes.txt").write_text("mine")
+    export(model, tmp_path / "new")
+    assert (tmp_path / "new" / "notes.txt").read_text() == "mine"
+    assert not list((tmp_path / "new").glob(".export*"))
+    with pytest.raises(ValueError, match="is a file"):
+        export(model, tmp_path / "new" / "notes.txt")

@@ -15,6 +15,7 @@ from torch import nn
 from rosa import RosaConfig, resample, watch
 from rosa.model import rosa_layers
 from rosa.registration import check_peft_version
+from tests.architectures import ARCHITECTURES
 from tests.models import Mlp, tiny_bert, tiny_gpt2
 
 
@@ -290,3 +291,90 @@ def test_nothing_warns_on_ordinary_use():
         model(torch.randn(4, 7).double()).sum().backward()
         resample(model)
         model.merge_and_unload()
+
+
+class Headed(nn.Module):
+    """A body and heads whose names end alike, one of them with layers of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        self.pre_classifier = nn.Linear(4, 4)
+        self.classifier = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+
+    def forward(self, x):
+        return self.classifier(self.pre_classifier(self.body(x)))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["0", "1", "2", "pre_classifier"], r".*"])
+@pytest.mark.parametrize(
+    "how",
+    [{"modules_to_save": ["classifier"]}, {"task_type": "SEQ_CLS"}, {"task_type": "TOKEN_CLS"}],
+)
+def test_modules_trained_in_full_are_not_adapted_too(targets, how):
+    base, x = Headed(), torch.randn(3, 4)
+    if targets == r".*":
+        targets = r".*(\d|classifier)"
+    model = get_peft_model(copy.deepcopy(base), RosaConfig(r=2, target_modules=targets, **how))
+    assert names(model) == ["body.0", "body.1"]
+    trained = {n for n, p in model.named_parameters() if p.requires_grad and "rosa_" not in n}
+    assert any(".pre_classifier.modules_to_save" in n for n in trained)
+    assert any(".classifier.modules_to_save.default.2" in n for n in trained)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.add_(torch.randn_like(p), alpha=0.1)
+    inner = model.base_model.model
+    expected = inner(x)
+    model.add_adapter("b", RosaConfig(r=1, target_modules=targets, **how))
+    assert names(model) == ["body.0", "body.1"]
+    for plain in (copy.deepcopy(model).merge_and_unload(), copy.deepcopy(model).unload()):
+        assert {k: type(m) for k, m in plain.named_modules()} == {
+            k: type(m) for k, m in base.named_modules()
+        }
+    torch.testing.assert_close(model.merge_and_unload()(x), expected)
+
+
+def test_nothing_left_to_adapt_is_said():
+    base = Headed()
+    with pytest.raises(NoMatchingPeftModuleError, match=r"trained in full already.*SEQ_CLS"):
+        attach(base, target_modules=["pre_classifier"], task_type="SEQ_CLS")
+    config = RosaConfig(target_modules="all-linear", modules_to_save=["body", "classifier"])
+    with pytest.raises(NoMatchingPeftModuleError, match=r"nothing is left to adapt.*body"):
+        get_peft_model(base, config)
+    assert type(base.classifier) is nn.Sequential
+    assert config.target_modules == "all-linear"
+
+
+def test_one_adapter_cannot_train_in_full_what_another_adapts():
+    model = attach(Headed(), target_modules=["0"])
+    with pytest.raises(
+        ValueError, match=r"classifier\.0 would be trained in full.*another adapter"
+    ):
+        model.add_adapter("b", RosaConfig(target_modules=["1"], modules_to_save=["classifier"]))
+    model = attach(Headed(), target_modules=["body.0"], modules_to_save=["classifier"])
+    with pytest.raises(ValueError, match=r"lies in a module that another adapter trains in full"):
+        model.add_adapter("b", RosaConfig(target_modules="all-linear"))
+
+
+def test_linear_layers_by_class_that_compute_something_else_are_left_out():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    class SameByOtherWords(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.T + self.bias
+
+    model = nn.Sequential(nn.Linear(4, 4), Doubled(4, 4), SameByOtherWords(4, 4))
+    with pytest.warns(UserWarning, match=r"all-linear leaves out 1: of a class"):
+        assert names(attach(copy.deepcopy(model), target_modules="all-linear")) == ["0", "2"]
+    with pytest.raises(ValueError, match="1 is a Doubled, which is not supported"):
+        attach(model, target_modules=["0", "1"])
+
+
+def test_a_head_that_peft_cannot_save_is_not_adapted():
+    build = ARCHITECTURES["wav2vec2-ctc"].build
+    with pytest.warns(UserWarning, match="all-linear leaves out lm_head"):
+        assert "lm_head" not in names(attach(build(0), target_modules="all-linear"))
+    with pytest.raises(ValueError, match=r"lm_head of a Wav2Vec2ForCTC cannot be adapted"):
+        attach(build(0), target_modules=["lm_head", "q_proj"])

@@ -138,6 +138,7 @@ def _write_lora(model: PeftModel, adapter: str, folder: Path) -> None:
     """Write an adapter as LoRA's, and raise ExportError if PEFT would load another model."""
     config = model.peft_config[adapter]
     assert isinstance(config, RosaConfig)
+    _check_called(model, adapter)
     state, ranks = {}, {}
     for name, layer in rosa_layers(model):
         if adapter not in layer.rosa_offset:
@@ -173,6 +174,27 @@ def _write_lora(model: PeftModel, adapter: str, folder: Path) -> None:
     save_file(state, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     lora.save_pretrained(str(folder))
     _check_lora(model, adapter, others, folder)
+
+
+def _check_called(model: PeftModel, adapter: str) -> None:
+    """Raise ExportError where the model reads a layer's weight instead of calling the layer.
+
+    Known once the model has run. Layers that no run has reached were not trained: they hold no
+    change, however often their weight was looked at.
+    """
+    layers = {n: layer for n, layer in rosa_layers(model) if adapter in layer.rosa_offset}
+    called = {name for name, layer in layers.items() if getattr(layer, "was_called", False)}
+    read = [
+        name.removeprefix(_PREFIX)
+        for name, layer in layers.items()
+        if called and name not in called and getattr(layer, "was_read", False)
+        if not _is_rounding(layer.whole_change(adapter))
+    ]
+    if read:
+        raise _no_lora(
+            f"the model reads the weight of {', '.join(read[:5])} instead of calling the layer, "
+            "where LoRA has no effect"
+        )
 
 
 def _targets(base: nn.Module, names: list[str]) -> tuple[list[str] | str, list[str]]:
@@ -247,6 +269,18 @@ def _no_lora(reason: str) -> ExportError:
     )
 
 
+def _is_rounding(change: LowRank) -> bool:
+    """Whether the terms of a change take each other out."""
+    probe = _probe(change.A.shape[1])
+    b, a = change.B.double(), change.A.double()
+    return float((b @ (a @ probe)).norm()) <= 1e-6 * float(b.norm() * a.norm()) * 8**0.5
+
+
+def _probe(features: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(features, 8, generator=generator, dtype=torch.float64)
+
+
 def _same(change: LowRank, written: LowRank) -> bool:
     """Whether two products are the same matrix to the rounding of the written factors.
 
@@ -255,11 +289,12 @@ def _same(change: LowRank, written: LowRank) -> bool:
     """
     if (len(change.B), change.A.shape[1]) != (len(written.B), written.A.shape[1]):
         return False
+    if written.A.is_meta or written.B.is_meta:  # the file did not have them
+        return False
     b, a, written_b, written_a = (
         t.cpu().double() for t in (change.B, change.A, written.B, written.A)
     )
-    generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(a.shape[1], 8, generator=generator, dtype=torch.float64)
+    probe = _probe(a.shape[1])
     difference = float((b @ (a @ probe) - written_b @ (written_a @ probe)).norm())
     rounding = 8 * torch.finfo(written.B.dtype).eps * float(written_b.norm() * written_a.norm())
     # The SVD's own, in float64, where large terms take each other out.
@@ -315,8 +350,13 @@ def _write_merged(model: PeftModel, adapter: str, folder: Path) -> Any:
         del merged, state
         _check_merged(expected, torch.load(path, map_location="cpu", weights_only=True))
         return None
-    merged.save_pretrained(str(folder))
     plain: Any = type(merged)
+    try:
+        merged.save_pretrained(str(folder))
+    except ValueError as error:  # such as generation settings that do not go together
+        raise UserError(
+            f"{plain.__name__}.save_pretrained refuses this model; nothing was written: {error}"
+        ) from error
     how: dict[str, Any] = {}
     if isinstance(merged, PreTrainedModel) and dtypes:
         how["dtype"] = functools.reduce(torch.promote_types, dtypes)  # so that none is rounded

@@ -24,11 +24,12 @@ from peft.utils import (
     AuxiliaryTrainingWrapper,
     register_peft_method,
 )
-from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.constants import DUMMY_TARGET_MODULES, EMBEDDING_LAYER_NAMES
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rosa.config import RosaConfig
@@ -92,14 +93,18 @@ class RosaModel(BaseTuner):
         _check_adapter_name(adapter_name, model)
         _check_modules_to_save(config, adapter_name)
         self._remove_adapter(model, adapter_name)  # an untouched one, as a failed load leaves
+        wanted = config.target_modules
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
             self._remove_adapter(model, adapter_name)
             hint = _all_in_full(config, model) or f"{error}{_near_names(config, model)}"
+            config.target_modules = wanted
             raise NoMatchingPeftModuleError(hint) from None
         except Exception:
             self._remove_adapter(model, adapter_name)
+            if isinstance(wanted, str):  # "all-linear" has become the names of this model's layers
+                config.target_modules = wanted
             raise
         if isinstance(config.target_modules, set):  # the file is for models that are not compiled
             names = {n.replace(_COMPILED, "") for n in config.target_modules}
@@ -135,6 +140,7 @@ class RosaModel(BaseTuner):
         capped = []
         owners, self._tenants = weight_owners(model), tenants(model)
         _check_full_training(config, model)
+        _resolve_all_linear(config, model)
         wrapped = tuple(
             f"{name}."
             for name, m in model.named_modules()
@@ -148,6 +154,12 @@ class RosaModel(BaseTuner):
                     "exclude_modules"
                 )
             weight = _adaptable_weight(name, module)
+            if name in EMBEDDING_LAYER_NAMES and not _has_embeddings(model):
+                raise UserError(
+                    f"{name} of a {type(model).__name__} cannot be adapted: PEFT would save the "
+                    "model's embeddings with it, and there are none. Train it in full "
+                    f"(modules_to_save=[{name!r}]), or leave it out of target_modules"
+                )
             shared = [n for n in owners[place(weight)] if n.removesuffix(".base_layer") != name]
             if shared:
                 raise UserError(
@@ -173,7 +185,6 @@ class RosaModel(BaseTuner):
         """The modules that PEFT's matching will hand to `_create_and_replace`, with their names."""
         if config.target_modules == DUMMY_TARGET_MODULES:
             return
-        config = _rosa_config(_maybe_include_all_linear_layers(copy.copy(config), model))
         inside = tuple(f"{name}." for name, _ in rosa_layers(model))
         for name, module in model.named_modules():
             adapted = name.startswith(inside)
@@ -349,6 +360,60 @@ class RosaModel(BaseTuner):
 def is_rosa_key(key: str) -> bool:
     """Whether a key of a state dict is of a factor or an offset (not of a head called rosa_...)."""
     return re.search(r"\.rosa_(A|B|offset)(\.|$)", key) is not None
+
+
+def _resolve_all_linear(config: RosaConfig, model: nn.Module) -> None:
+    """Let `target_modules="all-linear"` be the names of the layers that can be adapted."""
+    if not isinstance(config.target_modules, str) or config.target_modules.lower() != "all-linear":
+        return
+    found = _rosa_config(_maybe_include_all_linear_layers(copy.copy(config), model)).target_modules
+    names = {n for n in found or () if not is_trained_in_full(config, n)}
+    if not names:
+        return
+    others = {n for n in names if not _is_plain(model.get_submodule(n))}
+    # PEFT looks at names alone: with such a head it saves the embeddings too, and fails there.
+    others |= {n for n in names if n in EMBEDDING_LAYER_NAMES and not _has_embeddings(model)}
+    config.target_modules = list(names - others)
+    if others:
+        warnings.warn(
+            f"all-linear leaves out {', '.join(sorted(others)[:5])}: of a class that computes or "
+            "is read otherwise than a linear layer, or a head that PEFT cannot save as one",
+            stacklevel=2,
+        )
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a linear layer computes what one does; a subclass may do something else."""
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    forward = type(base).forward
+    if isinstance(base, NonDynamicallyQuantizableLinear):
+        return False
+    if not isinstance(base, nn.Linear) or forward is nn.Linear.forward or base.weight.is_meta:
+        return True
+    if base.weight.dtype not in SUPPORTED_DTYPES or not base.weight.numel():
+        return True  # refused for that, by name
+    probe = torch.linspace(-1, 1, base.in_features, device=base.weight.device)[None]
+    probe = probe.to(base.weight.dtype)
+    try:
+        with torch.no_grad():
+            found, expected = forward(base, probe), nn.Linear.forward(base, probe)
+    except Exception:  # it wants other arguments
+        return False
+    if not isinstance(found, torch.Tensor) or found.shape != expected.shape:
+        return False
+    eps = torch.finfo(expected.dtype).eps
+    close = float((found - expected).norm()) <= 32 * eps * float(expected.norm())
+    return close or not bool(expected.isfinite().all())  # a broken weight is refused by name
+
+
+def _has_embeddings(model: nn.Module) -> bool:
+    if not isinstance(model, PreTrainedModel):
+        return True
+    try:
+        model.get_input_embeddings()
+    except NotImplementedError:
+        return False
+    return True
 
 
 def is_trained_in_full(config: RosaConfig, name: str) -> bool:
@@ -527,6 +592,11 @@ def _adaptable_weight(name: str, module: nn.Module) -> torch.Tensor:
             "spectral_norm, prune, a parametrization): a change of it in memory would be lost. "
             "Make it an ordinary weight first (remove_parametrizations, remove_weight_norm, "
             "prune.remove), or leave it out with exclude_modules"
+        )
+    if not _is_plain(base):
+        raise UserError(
+            f"Target module {name} is a {type(base).__name__}, which is not supported: it computes "
+            "something else than a linear layer does. Leave it out with exclude_modules"
         )
     if base.weight.dtype not in SUPPORTED_DTYPES:
         raise UserError(
