@@ -30,6 +30,9 @@ class Architecture:
     target_modules: Any = "all-linear"
     adapter: dict[str, Any] = field(default_factory=dict)  # further settings of the adapter
     lora: bool = True  # whether PEFT's LoRA can hold it
+    # Whether rounding to bfloat16 changes little: not where it decides on experts, and some models
+    # do not run in it.
+    half: bool = True
 
     def build(self, seed: int) -> PreTrainedModel:
         cls = getattr(transformers, self.model)
@@ -270,6 +273,7 @@ ARCHITECTURES = {
         COMMON | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
         for_classes,
         SEQ_CLS,
+        half=False,
     ),
     "deberta-v2": Architecture(
         "DebertaV2ForSequenceClassification",
@@ -342,6 +346,7 @@ ARCHITECTURES = {
         MOE | {"num_local_experts": 4, "num_experts_per_tok": 2},
         for_causal_lm,
         CAUSAL_LM,
+        half=False,
     ),
     "qwen2-moe": Architecture(
         "Qwen2MoeForCausalLM",
@@ -354,10 +359,18 @@ ARCHITECTURES = {
         },
         for_causal_lm,
         CAUSAL_LM,
+        half=False,
     ),
-    "deepseek-v3": Architecture("DeepseekV3ForCausalLM", DEEPSEEK, for_causal_lm, CAUSAL_LM),
+    "deepseek-v3": Architecture(
+        "DeepseekV3ForCausalLM", DEEPSEEK, for_causal_lm, CAUSAL_LM, half=False
+    ),
     "deepseek-v3-gate": Architecture(
-        "DeepseekV3ForCausalLM", DEEPSEEK, for_causal_lm, CAUSAL_LM, ["gate_proj", "o_proj"]
+        "DeepseekV3ForCausalLM",
+        DEEPSEEK,
+        for_causal_lm,
+        CAUSAL_LM,
+        ["gate_proj", "o_proj"],
+        half=False,
     ),
     # Its routers are linear layers by class, and compute something else.
     "phimoe": Architecture(
@@ -365,6 +378,7 @@ ARCHITECTURES = {
         MOE | {"num_local_experts": 4, "num_experts_per_tok": 2},
         for_causal_lm,
         CAUSAL_LM,
+        half=False,
     ),
     # encoders with decoders
     "t5": Architecture(

@@ -193,6 +193,8 @@ SETTINGS = {
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_larger_matrix(name, settings, tmp_path):
     dtype = torch.bfloat16 if settings == "half" else torch.float32
+    if settings == "half" and not ARCHITECTURES[name].half:
+        pytest.skip("not a matter of rounding in this precision")
     case = Trained(ARCHITECTURES[name], dtype, **SETTINGS[settings])
     check_training(case)
     check_exports(case, tmp_path / "exports")

@@ -235,6 +235,7 @@ def _check_lora(model: PeftModel, adapter: str, others: dict[str, Tensor], folde
                 _without_weights(_base(model)),
                 str(folder),
                 low_cpu_mem_usage=True,
+                autocast_adapter_dtype=False,  # so that `_same` sees what was rounded
                 torch_device="cpu",
             )
         except Exception as error:
