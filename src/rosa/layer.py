@@ -61,6 +61,8 @@ class RosaLayer(BaseTunerLayer):
     rosa_A: nn.ParameterDict
     rosa_B: nn.ParameterDict
     arrived: statedict.Arrived | None = None  # by state dicts since the layer was last used
+    was_called = False
+    was_read = False  # its weight's values were, which a model may do instead
 
     def __init__(
         self, base_layer: nn.Module, name: str, fingerprint: tuple[float, float] | None = None
@@ -659,6 +661,8 @@ class RosaLinear(nn.Module, RosaLayer):
         traced = is_traced()
         if self.arrived is not None or (not traced and self.is_written()):
             self.synchronize()
+        if not traced and not self.was_called:
+            self.was_called = True
         if self._disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -712,10 +716,12 @@ class RosaLinear(nn.Module, RosaLayer):
         for name in self.active_adapters:
             if name in self.rosa_A and not self.rosa_A[name].is_meta:
                 a, b, sketch = self.rosa_A[name], self.rosa_B[name], self._sketches.get(name)
-                weight = effective_weight(
-                    weight, a, b, self.scaling[name], self.fan_in_fan_out, sketch
-                )
+                how = self.scaling[name], self.fan_in_fan_out
+                weight = effective_weight(weight, a, b, *how, sketch, self._note_read)
         return weight
+
+    def _note_read(self) -> None:
+        self.was_read = True
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move or cast the layer; a cast is of the pretrained weight, with nothing else in it."""

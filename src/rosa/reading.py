@@ -6,6 +6,7 @@ only ask for its precision. So the weight is multiplied out when a value of it i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,13 @@ from rosa.tracing import is_traced
 
 
 def effective_weight(
-    weight: Tensor, a: Tensor, b: Tensor, scaling: float, transposed: bool, sketch: Sketch | None
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    transposed: bool,
+    sketch: Sketch | None,
+    note: Callable[[], None],
 ) -> Tensor:
     """``W + s B A`` in the shape and precision of W; differentiable.
 
@@ -30,10 +37,11 @@ def effective_weight(
         scaling: s.
         transposed: as W is.
         sketch: what is to see the gradient, if something is.
+        note: is called when a value is first needed.
     """
     if is_traced():
         return _product(weight, a, b, scaling, transposed)
-    return _Read.apply(weight, a, b, scaling, transposed, sketch)  # type: ignore[return-value]
+    return _Read.apply(weight, a, b, scaling, transposed, sketch, note)  # type: ignore[return-value]
 
 
 @full_precision()
@@ -52,10 +60,11 @@ class _Read(torch.autograd.Function):
         scaling: float,
         transposed: bool,
         sketch: Sketch | None,
+        note: Callable[[], None],
     ) -> Tensor:
         ctx.save_for_backward(a, b)
         ctx.scaling, ctx.transposed, ctx.sketch = scaling, transposed, sketch
-        return _Unread(weight.detach(), a.detach(), b.detach(), scaling, transposed)
+        return _Unread(note, weight.detach(), a.detach(), b.detach(), scaling, transposed)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -67,23 +76,24 @@ class _Read(torch.autograd.Function):
                 ctx.sketch.add_gradient(full)
         full = full.to(a.dtype)
         grad_a, grad_b = ctx.scaling * (b.T @ full), ctx.scaling * (full @ a.T)
-        return grad if ctx.needs_input_grad[0] else None, grad_a, grad_b, None, None, None
+        return grad if ctx.needs_input_grad[0] else None, grad_a, grad_b, None, None, None, None
 
 
 class _Unread(Tensor):
     """The product as a tensor that is computed by the first operation on it, and then kept."""
 
     @staticmethod
-    def __new__(cls, weight: Tensor, *_: Any) -> _Unread:
+    def __new__(cls, note: Callable[[], None], weight: Tensor, *_: Any) -> _Unread:
         return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, weight.shape, strides=weight.stride(), dtype=weight.dtype, device=weight.device
         )
 
-    def __init__(self, weight: Tensor, *how: Any) -> None:
-        self._how, self._read = (weight, *how), None
+    def __init__(self, note: Callable[[], None], *how: Any) -> None:
+        self._note, self._how, self._read = note, how, None
 
     def _value(self) -> Tensor:
         if self._read is None:
+            self._note()
             with torch.no_grad():
                 self._read = _product(*self._how)
         return self._read
