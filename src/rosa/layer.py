@@ -752,8 +752,7 @@ class RosaLinear(nn.Module, RosaLayer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy (deepcopy, pickle): its weight is another tensor, with a count of its own."""
         super().__setstate__(state)
-        self._versions = Versions()
-        self._versions.arrived(self.parameter, self._standing())
+        self._versions.copied(self.parameter, self._standing())
 
     def __repr__(self) -> str:
         return "rosa." + super().__repr__()

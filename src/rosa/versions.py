@@ -25,15 +25,24 @@ class Versions:
     All methods take the parameter itself, not a view of it: it is known by its identity.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, of_written: bool = False) -> None:
         self._states: deque[tuple[State, int]] = deque(maxlen=4)
         self._seen: int | None = None
         self._highest = 0
         self._of: weakref.ref[Tensor] | None = None
+        self._of_written = of_written  # a copy of a weight that others had written into
 
-    def __reduce__(self) -> tuple[type[Versions], tuple[()]]:
+    def __reduce__(self) -> tuple[type[Versions], tuple[bool]]:
         """Of a copy: it belongs to another tensor, and begins anew."""
-        return Versions, ()
+        weight = None if self._of is None else self._of()
+        return Versions, (weight is not None and self.written(weight),)
+
+    def copied(self, weight: Tensor, state: State) -> None:
+        """Take note of the copied weight."""
+        if self._of_written:
+            self._seen, self._of = -1, weakref.ref(weight)
+        else:
+            self.arrived(weight, state)
 
     def leaving(self, weight: Tensor, state: State) -> None:
         """Note the state of a weight that is about to be changed."""
