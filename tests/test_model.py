@@ -8,8 +8,9 @@ import warnings
 import pytest
 import torch
 from accelerate import cpu_offload
-from peft import LoraConfig, PeftType, get_peft_model
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from peft.utils.error import NoMatchingPeftModuleError
+from safetensors.torch import load_file
 from torch import nn
 
 from rosa import RosaConfig, resample, watch
@@ -19,8 +20,8 @@ from tests.architectures import ARCHITECTURES
 from tests.models import Mlp, tiny_bert, tiny_gpt2
 
 
-def attach(model, **options):
-    return get_peft_model(model, RosaConfig(**{"r": 2, **options}))
+def attach(model, adapter="default", **options):
+    return get_peft_model(model, RosaConfig(**{"r": 2, **options}), adapter_name=adapter)
 
 
 def names(model):
@@ -224,11 +225,111 @@ def test_a_second_adapter_of_one_name_is_refused_and_the_first_stays():
     torch.testing.assert_close(model(x), expected)
 
 
-@pytest.mark.parametrize("name", ["A", "in_weight"])
-def test_names_that_the_files_use_are_refused(name):
-    model = attach(Mlp(), target_modules=["first"])
-    with pytest.raises(ValueError, match=f"cannot be named '{name}'"):
-        model.add_adapter(name, RosaConfig(r=1, target_modules=["last"]))
+NAMES = ["A", "in_weight", "first", "last", "model", "base_model", "weight", "rosa_B", "", "a.b"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("second", [False, True])
+def test_names_that_files_could_not_tell_apart_are_refused(name, second):
+    base, x = Mlp(), torch.randn(3, 7).double()
+    expected = base(x)
+    config = RosaConfig(r=1, target_modules=["last"])
+    model = attach(base, target_modules=["first"]) if second else base
+    with pytest.raises(ValueError, match=r"cannot be named|must not be empty or have a dot"):
+        model.add_adapter(name, config) if second else attach(base, name, target_modules=["last"])
+    torch.testing.assert_close(base(x), expected)
+
+
+def parts_of_the_model():
+    base = tiny_gpt2()
+    return sorted({part for name, _ in base.named_parameters() for part in name.split(".")})
+
+
+@pytest.mark.parametrize("name", parts_of_the_model())
+def test_an_adapter_is_not_named_like_a_part_of_the_model(name):
+    model = attach(tiny_gpt2(), target_modules=["c_attn"])
+    with pytest.raises(ValueError, match=f"cannot be named {name!r}: a part of the model"):
+        model.add_adapter(name, RosaConfig(r=1, target_modules=["c_attn"]))
+    with pytest.raises(ValueError, match=f"cannot be named {name!r}: a part of the model"):
+        attach(tiny_gpt2(), name, target_modules=["c_attn"])
+
+
+@pytest.mark.parametrize("name", ["l", "lay", "fir", "default2", "rosa-1", "Model", "c_att"])
+def test_other_names_train_save_and_load(name, tmp_path):
+    base, ids = tiny_gpt2().eval(), torch.randint(50, (2, 6))
+    model = attach(copy.deepcopy(base), target_modules=["c_attn"]).eval()
+    model.add_adapter(name, RosaConfig(r=1, target_modules=["c_attn", "c_fc"]))
+    outputs = {}
+    for adapter in ("default", name):
+        model.set_adapter(adapter)
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data.add_(torch.randn_like(p), alpha=0.1)
+        outputs[adapter] = model(ids).logits
+    model.save_pretrained(str(tmp_path))
+    for adapter, folder in (("default", tmp_path), (name, tmp_path / name)):
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), str(folder))
+        torch.testing.assert_close(loaded(ids).logits, outputs[adapter], rtol=0, atol=1e-5)
+
+
+OWN = ["offset", "rosa_offset", "A", "B", "rosa_A", "dropout", "base_layer", "layer", "default"]
+
+
+@pytest.mark.parametrize("module", OWN)
+def test_modules_to_save_that_end_like_our_own_are_refused(module):
+    base, x = Mlp(), torch.randn(3, 7).double()
+    expected = base(x)
+    with pytest.raises(ValueError, match=r"PEFT takes every module whose name ends so"):
+        attach(base, target_modules=["first"], modules_to_save=["last", module])
+    torch.testing.assert_close(base(x), expected)
+    attach(base, target_modules=["first"], modules_to_save=["last"])
+
+
+def trained(base, **options):
+    model = attach(base, **options)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.add_(torch.randn_like(p), alpha=0.05)
+    resample(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["c_attn", "c_fc"], r".*\.c_proj"])
+@pytest.mark.parametrize("compiled_later", [False, True])
+def test_a_compiled_models_adapter_loads_on_a_plain_one_and_back(targets, compiled_later, tmp_path):
+    base, ids = tiny_gpt2().eval(), torch.randint(50, (2, 6))
+    compiled = torch.compile(copy.deepcopy(base), backend="eager")
+    first, second = (base, compiled) if compiled_later else (compiled, base)
+    model = trained(first if first is compiled else copy.deepcopy(first), target_modules=targets)
+    model.save_pretrained(str(tmp_path))
+    assert not any("_orig_mod" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    assert "_orig_mod" not in (tmp_path / "adapter_config.json").read_text()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # of another base
+        loaded = PeftModel.from_pretrained(second, str(tmp_path))
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_a_reference_as_trls_trainers_make_it_is_the_trained_adapter():
+    """They add "ref" with the trained adapter's own config, and copy what has LoRA's names."""
+    base, ids = tiny_gpt2().eval(), torch.randint(50, (2, 6))
+    model = trained(base, target_modules="all-linear")
+    expected = model(ids).logits
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, param in model.named_parameters():
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(param.data)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-5)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.add_(torch.randn_like(p), alpha=0.05)
+    resample(model)
+    assert not torch.allclose(model(ids).logits, expected, atol=1e-2)
+    model.set_adapter("ref")
+    torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-5)
+    storages = [t.untyped_storage().data_ptr() for t in model.state_dict().values() if t.numel()]
+    tied = len(storages) - len(set(storages))
+    assert tied == len(model.get_base_model()._tied_weights_keys or ())
 
 
 def test_torchs_fast_path_of_an_encoder_layer_is_not_taken():

@@ -366,6 +366,7 @@ def _resolve_all_linear(config: RosaConfig, model: nn.Module) -> None:
     """Let `target_modules="all-linear"` be the names of the layers that can be adapted."""
     if not isinstance(config.target_modules, str) or config.target_modules.lower() != "all-linear":
         return
+    model = getattr(model, _COMPILED.rstrip("."), model)
     found = _rosa_config(_maybe_include_all_linear_layers(copy.copy(config), model)).target_modules
     names = {n for n in found or () if not is_trained_in_full(config, n)}
     if not names:
@@ -537,13 +538,12 @@ def _check_adapter_name(name: str, model: nn.Module) -> None:
             f"the model already has a trained ROSA adapter {name!r}: choose another adapter_name, "
             "or delete_adapter it first (of a PeftModel; unload() takes all of them out)"
         )
-    names = [
-        name
-        for name, _ in (*model.named_modules(), *model.named_parameters(), *model.named_buffers())
-    ]
-    # Less what ROSA and PEFT have put there, where adapters' names stand.
-    names = [re.split(r"\.(?:rosa_\w+|modules_to_save)(?:\.|$)", each)[0] for each in names]
-    taken = {part for each in names for part in each.split(".")} | _FILE_PARTS
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    taken = {part for each, _ in (*model.named_modules(), *tensors) for part in each.split(".")}
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):  # of whatever method
+            taken -= module._get_available_adapters()
+    taken |= _FILE_PARTS
     if name in taken or not name or "." in name:
         raise UserError(
             f"an adapter cannot be named {name!r}: a part of the model has that name"
