@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 from rosa import RosaCallback, RosaConfig, resample
 from rosa.allocation import fill
-from rosa.model import rosa_layers
+from rosa.linear import rosa_layers
 from tests.models import Mlp, tiny_bert
 
 NAMES = ["first", "middle", "last"]

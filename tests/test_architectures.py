@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from rosa import RosaConfig, export_lora, export_merged, resample, watch
 from rosa.errors import ExportError
-from rosa.model import is_trained_in_full, rosa_layers
+from rosa.linear import rosa_layers
+from rosa.targets import is_trained_in_full
 from tests.architectures import ARCHITECTURES, Architecture, loss_of, outputs_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' and PEFT's own, of many kinds

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from rosa import RosaCallback, RosaConfig, watch
-from rosa.model import rosa_layers
+from rosa.linear import rosa_layers
 from tests.models import tiny_bert
 
 

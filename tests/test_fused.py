@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rosa import RosaConfig, fused
 from rosa.fused import adapted_linear, can_fuse
-from rosa.model import rosa_layers
+from rosa.linear import rosa_layers
 
 SHAPES = [(4, 6), (2, 3, 6), (2, 3, 2, 6), (0, 6)]
 

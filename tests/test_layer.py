@@ -11,7 +11,7 @@ from peft import get_peft_model
 from torch import nn
 
 from rosa import RosaConfig, resample, subspace
-from rosa.model import rosa_layers
+from rosa.linear import rosa_layers
 from tests.models import Mlp
 from tests.reference import ReferenceRosa
 

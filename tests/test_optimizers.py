@@ -20,7 +20,7 @@ from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from rosa import RosaCallback, RosaConfig, resample
 from rosa.decay import DecayTowardDrawn
-from rosa.model import rosa_layers
+from rosa.linear import rosa_layers
 from rosa.optimizers import groups_of, states_of
 from rosa.resample import check
 from tests.models import Mlp

@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from rosa import RosaConfig, resample, subspace
+from rosa.linear import rosa_layers
 from rosa.lowrank import LowRank
-from rosa.model import rosa_layers
 from tests.models import Mlp
 from tests.reference import best_rank_r
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from rosa import RosaConfig, resample, watch
-from rosa.model import rosa_layers
+from rosa.linear import rosa_layers
 from rosa.sketch import Sketch
 from rosa.subspace import generator
 from tests.models import Mlp, tiny_bert

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rosa.layer import RosaLinear
+from rosa.linear import RosaLinear
 
 
 def allocate(jobs: list[tuple[str, RosaLinear, str]]) -> dict[tuple[str, str], int]:

@@ -260,3 +260,10 @@ def _check_alpha(name: str, alpha: object) -> None:
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UserError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def as_rosa_config(config: PeftConfig) -> RosaConfig:
+    """The config itself, if it is ROSA's; else UserTypeError."""
+    if not isinstance(config, RosaConfig):
+        raise UserTypeError(f"RosaModel needs a RosaConfig, got {type(config).__name__}")
+    return config

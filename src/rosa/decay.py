@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from rosa.layer import RosaLinear
+from rosa.linear import RosaLinear
 from rosa.optimizers import stepping
 
 

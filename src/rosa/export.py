@@ -32,10 +32,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rosa.checkpoint import is_rosa_key
 from rosa.config import RosaConfig
 from rosa.errors import ExportError, UserError, UserTypeError
+from rosa.linear import rosa_layers
 from rosa.lowrank import LowRank
-from rosa.model import is_rosa_key, rosa_layers
 
 _PREFIX = "base_model.model."
 FORMS = ("merged", "lora")

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from rosa.allocation import allocate
 from rosa.drawing import lasting
 from rosa.errors import UserError
-from rosa.layer import RosaLinear
+from rosa.linear import RosaLinear, rosa_layers
 from rosa.lowrank import are_finite
-from rosa.model import rosa_layers
 from rosa.moments import check_moments, clear, project
 from rosa.optimizers import State, averages, check_optimizer, forget_curvature, states_of
 from rosa.sharding import check_unsharded, is_sharded

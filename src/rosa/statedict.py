@@ -17,7 +17,8 @@ import torch
 from rosa.errors import UserError
 
 if TYPE_CHECKING:
-    from rosa.layer import RosaLayer, RosaLinear
+    from rosa.layer import RosaLayer
+    from rosa.linear import RosaLinear
 
 _PARTS = ("rosa_A.{}", "rosa_B.{}", "rosa_offset.{}.A", "rosa_offset.{}.B", "rosa_offset.{}.draws")
 

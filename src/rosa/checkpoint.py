@@ -1,0 +1,109 @@
+"""What an adapter's file holds, and the checks of one before anything is changed."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+import torch
+
+from rosa.errors import UserError
+from rosa.linear import RosaLinear
+from rosa.lowrank import are_finite
+from rosa.subspace import same_fingerprint
+
+
+def is_rosa_key(key: str) -> bool:
+    """Whether a key of a state dict is of a factor or an offset (not of a head called rosa_...)."""
+    return re.search(r"\.rosa_(A|B|offset)(\.|$)", key) is not None
+
+
+def state_keys(layer_name: str, adapter_name: str) -> list[str]:
+    """The keys of a layer's adapter in the model's state dict."""
+    prefix = f"{layer_name}." if layer_name else ""
+    offset = [f"{prefix}rosa_offset.{adapter_name}.{part}" for part in ("A", "B", "draws")]
+    return [f"{prefix}rosa_A.{adapter_name}", f"{prefix}rosa_B.{adapter_name}", *offset]
+
+
+def check_adapter_file(
+    layers: dict[str, RosaLinear], adapter_name: str, state_dict: dict[str, torch.Tensor]
+) -> None:
+    """Raise ValueError unless a state dict holds exactly these layers' adapter."""
+    expected = {key for name in layers for key in state_keys(name, adapter_name)}
+    found = {key for key in state_dict if is_rosa_key(key)}
+    if not found:
+        example = next(iter(state_dict), "nothing")
+        raise UserError(
+            f"this is not a ROSA adapter: its file holds no rosa_ weights (but {example}). "
+            "Check the folder, or load it with the config of the method that wrote it"
+        )
+    missing, foreign = sorted(expected - found), sorted(found - expected)
+    if missing or foreign:
+        raise UserError(
+            "the adapter file does not fit this model: "
+            + (f"it lacks {len(missing)} tensors, such as {missing[0]}; " if missing else "")
+            + (
+                f"{len(foreign)} of its tensors have no place, such as {foreign[0]}; "
+                if foreign
+                else ""
+            )
+            + "it is incomplete, or belongs to another base model or other target_modules"
+        )
+    wrong = []
+    for name, layer in layers.items():
+        a, b, offset_a, offset_b, draws = (state_dict[k] for k in state_keys(name, adapter_name))
+        r, out_features, in_features = layer.r[adapter_name], layer.out_features, layer.in_features
+        if layer.rosa_config[adapter_name].allocate:
+            r = len(a)  # it may have been given another rank since, and the layer follows
+        if tuple(a.shape) != (r, in_features) or tuple(b.shape) != (out_features, r):
+            wrong.append(
+                f"{name}: file A {tuple(a.shape)}, B {tuple(b.shape)}, "
+                f"model A {(r, in_features)}, B {(out_features, r)}"
+            )
+        elif offset_a.shape != (offset_b.shape[1], in_features) or len(offset_b) != out_features:
+            wrong.append(f"{name}: the offset's shapes do not fit each other or the weight")
+        elif not are_finite([a, b, offset_a, offset_b]):
+            wrong.append(f"{name}: NaN or infinity")
+        elif draws.numel() != 1 or draws.is_floating_point() or int(draws) < 0:
+            wrong.append(f"{name}: the count of draws is not a number")
+    if wrong:
+        raise UserError(
+            f"the adapter does not fit the model in {len(wrong)} of {len(layers)} layers: "
+            + "; ".join(wrong[:3])
+            + ". Load it on the base model and with the config that it was trained with"
+        )
+
+
+def fingerprints_of(layers: dict[str, RosaLinear]) -> dict[str, Any]:
+    """What tells the base weights that an adapter belongs to: see `RosaConfig.base_fingerprint`."""
+    found = {layer.name: layer.base_fingerprint() for layer in layers.values()}
+    dtypes = {str(layer.get_base_layer().weight.dtype) for layer in layers.values()}
+    return {
+        "dtypes": sorted(dtype.removeprefix("torch.") for dtype in dtypes),
+        "layers": {name: list(value) for name, value in found.items() if value is not None},
+    }
+
+
+def warn_of_another_base(saved: dict[str, Any] | None, layers: dict[str, RosaLinear]) -> None:
+    """Warn if the layers' base weights are others than those that an adapter was saved with."""
+    if not saved:
+        return
+    here = fingerprints_of(layers)
+    eps = 0.0
+    if saved["dtypes"] != here["dtypes"]:  # one of them was rounded
+        dtypes = [getattr(torch, name) for name in {*saved["dtypes"], *here["dtypes"]}]
+        eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+    differ = [
+        name
+        for name, value in here["layers"].items()
+        if name in saved["layers"]
+        and not same_fingerprint(tuple(value), tuple(saved["layers"][name]), eps)
+    ]
+    if differ:
+        warnings.warn(
+            f"this adapter was trained on other base weights: {len(differ)} of {len(layers)} "
+            f"layers differ ({', '.join(differ[:5])}{', ...' if len(differ) > 5 else ''}). It will "
+            "not give the model that was trained: load the base model that it was made from",
+            stacklevel=2,
+        )

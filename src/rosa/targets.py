@@ -1,0 +1,215 @@
+"""Which modules of a model are adapted, and why some cannot be."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import math
+import re
+import warnings
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _ExcludedModule,
+    _maybe_include_all_linear_layers,
+)
+from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from rosa.config import RosaConfig, as_rosa_config
+from rosa.errors import UserError
+from rosa.layer import SUPPORTED_DTYPES, RosaLayer, check_in_memory
+from rosa.linear import rosa_layers
+from rosa.lowrank import are_finite
+from rosa.names import COMPILED
+from rosa.sharding import is_sharded
+from rosa.subspace import fingerprint
+
+# The heads that PEFT's classes for a task train in full; some add them to the config only once the
+# layers have been replaced.
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+def is_target(config: RosaConfig, name: str) -> bool | re.Match[str] | None:
+    """PEFT's matching of names, less the modules that are trained in full anyway."""
+    if is_trained_in_full(config, name):
+        return _ExcludedModule()  # type: ignore[return-value]
+    return BaseTuner._check_target_module_exists(config, name)
+
+
+def resolve_all_linear(config: RosaConfig, model: nn.Module) -> None:
+    """Let `target_modules="all-linear"` be the names of the layers that can be adapted."""
+    if not isinstance(config.target_modules, str) or config.target_modules.lower() != "all-linear":
+        return
+    model = getattr(model, COMPILED.rstrip("."), model)
+    found = as_rosa_config(
+        _maybe_include_all_linear_layers(copy.copy(config), model)
+    ).target_modules
+    names = {n for n in found or () if not is_trained_in_full(config, n)}
+    if not names:
+        return
+    others = {n for n in names if not is_plain(model.get_submodule(n))}
+    # PEFT looks at names alone: with such a head it saves the embeddings too, and fails there.
+    others |= {n for n in names if n in EMBEDDING_LAYER_NAMES and not has_embeddings(model)}
+    config.target_modules = list(names - others)
+    if others:
+        warnings.warn(
+            f"all-linear leaves out {', '.join(sorted(others)[:5])}: of a class that computes or "
+            "is read otherwise than a linear layer, or a head that PEFT cannot save as one",
+            stacklevel=2,
+        )
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a linear layer computes what one does; a subclass may do something else."""
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    forward = type(base).forward
+    if isinstance(base, NonDynamicallyQuantizableLinear):
+        return False
+    if not isinstance(base, nn.Linear) or forward is nn.Linear.forward or base.weight.is_meta:
+        return True
+    if base.weight.dtype not in SUPPORTED_DTYPES or not base.weight.numel():
+        return True  # refused for that, by name
+    probe = torch.linspace(-1, 1, base.in_features, device=base.weight.device)[None]
+    probe = probe.to(base.weight.dtype)
+    try:
+        with torch.no_grad():
+            found, expected = forward(base, probe), nn.Linear.forward(base, probe)
+    except Exception:  # it wants other arguments
+        return False
+    if not isinstance(found, torch.Tensor) or found.shape != expected.shape:
+        return False
+    eps = torch.finfo(expected.dtype).eps
+    close = float((found - expected).norm()) <= 32 * eps * float(expected.norm())
+    return close or not bool(expected.isfinite().all())  # a broken weight is refused by name
+
+
+def has_embeddings(model: nn.Module) -> bool:
+    """Whether PEFT could save the model's embeddings beside an adapted head."""
+    if not isinstance(model, PreTrainedModel):
+        return True
+    try:
+        model.get_input_embeddings()
+    except NotImplementedError:
+        return False
+    return True
+
+
+def is_trained_in_full(config: RosaConfig, name: str) -> bool:
+    """Whether PEFT trains this module, or one that it lies in, in full: then it is not adapted.
+
+    By the endings that PEFT goes by: `classifier` is `pre_classifier` too.
+    """
+    heads = (*(config.modules_to_save or ()), *_HEADS.get(config.task_type or "", ()))
+    parts = name.split(".")
+    return any(".".join(parts[: i + 1]).endswith(heads) for i in range(len(parts)))
+
+
+def check_full_training(config: RosaConfig, model: nn.Module) -> None:
+    """Raise ValueError if an adapter is to train modules in full that another one adapts."""
+    found = [name for name, _ in rosa_layers(model) if is_trained_in_full(config, name)]
+    if found:
+        raise UserError(
+            f"{', '.join(found[:5])} would be trained in full (modules_to_save, or the head of "
+            f"task_type={config.task_type}), but another adapter adapts that layer: delete_adapter "
+            "the other first, or leave the module out of modules_to_save"
+        )
+
+
+def all_in_full(config: RosaConfig, model: nn.Module) -> str:
+    """Says so if all that was named to be adapted is trained in full; else empty."""
+    bare = copy.copy(config)
+    bare.modules_to_save = bare.task_type = None
+    names = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
+    full = [n for n in names if is_target(bare, n) and is_trained_in_full(config, n)]
+    if not full:
+        return ""
+    return (
+        f"nothing is left to adapt: all that target_modules names ({', '.join(full[:5])}) is "
+        f"trained in full already, by modules_to_save or as the head of task_type="
+        f"{config.task_type}. Name layers inside the model, such as "
+        "target_modules='all-linear', or take those names out of modules_to_save"
+    )
+
+
+def adaptable_weight(name: str, module: nn.Module) -> torch.Tensor:
+    """The weight that ROSA would adapt in a module; ValueError says why it cannot."""
+    base = module.get_base_layer() if isinstance(module, RosaLayer) else module
+    if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not isinstance(
+        module, RosaLayer
+    ):
+        raise UserError(
+            f"{name} already carries another PEFT method ({type(module).__name__}): merge or "
+            "unload it before you add ROSA"
+        )
+    if not isinstance(base, (nn.Linear, Conv1D)) or isinstance(
+        base, NonDynamicallyQuantizableLinear
+    ):
+        raise UserError(
+            f"Target module {name} is a {type(base).__name__}, which is not supported: ROSA adapts "
+            "torch.nn.Linear and transformers' Conv1D. Name other target_modules, or leave it out "
+            "with exclude_modules"
+        )
+    if "weight" not in base._parameters:
+        raise UserError(
+            f"the weight of {name} is computed from others at every call (weight_norm, "
+            "spectral_norm, prune, a parametrization): a change of it in memory would be lost. "
+            "Make it an ordinary weight first (remove_parametrizations, remove_weight_norm, "
+            "prune.remove), or leave it out with exclude_modules"
+        )
+    if not is_plain(base):
+        raise UserError(
+            f"Target module {name} is a {type(base).__name__}, which is not supported: it computes "
+            "something else than a linear layer does. Leave it out with exclude_modules"
+        )
+    if base.weight.dtype not in SUPPORTED_DTYPES:
+        raise UserError(
+            f"the weight of {name} is stored as {base.weight.dtype} (quantized?): ROSA needs "
+            "float32, float64, float16 or bfloat16 weights, since it changes them in place"
+        )
+    check_in_memory(name, base)
+    in_part = is_sharded(base.weight) or (
+        isinstance(base, nn.Linear) and base.weight.numel() < base.in_features * base.out_features
+    )
+    if base.weight.ndim != 2 or base.weight.numel() == 0 or in_part:
+        raise UserError(
+            f"the weight of {name} is empty or sharded over processes (shape "
+            f"{tuple(base.weight.shape)}): attach ROSA to the whole model, and train it "
+            "data-parallel without sharding of the weights"
+        )
+    return base.weight
+
+
+def fingerprint_of_sound(name: str, module: nn.Module, weight: torch.Tensor) -> tuple[float, float]:
+    """Of the weight as it lies in memory; ValueError if it has NaN or infinity."""
+    found = fingerprint(weight.T if isinstance(module, Conv1D) else weight)
+    # The norm has read the whole weight already; that of large numbers can overflow.
+    if not math.isfinite(found[0]) and not are_finite([weight]):
+        raise UserError(
+            f"the weight of {name} has NaN or infinity: the checkpoint is broken or was converted "
+            "to a precision that does not hold it"
+        )
+    return found
+
+
+def near_names(config: PeftConfig, model: nn.Module) -> str:
+    """A sentence with the names of the model that come near what was not found."""
+    wanted = getattr(config, "target_modules", None) or ()
+    wanted = [wanted] if isinstance(wanted, str) else sorted(wanted)
+    linear = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
+    there = sorted({name.rpartition(".")[2] for name in linear})
+    near = [n for w in wanted for n in difflib.get_close_matches(w.rpartition(".")[2], there)]
+    if near:
+        return f" Did you mean {', '.join(dict.fromkeys(near))}?"
+    return f" Linear layers of this model: {', '.join(there[:20])}." if there else ""

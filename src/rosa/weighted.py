@@ -1,0 +1,96 @@
+"""A weighted sum of adapters, as an adapter."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import AuxiliaryTrainingWrapper
+
+from rosa.config import RosaConfig, as_rosa_config
+from rosa.errors import UserError
+from rosa.linear import RosaLinear, layers_of
+from rosa.lowrank import LowRank, are_finite
+
+
+def check_weighted(
+    model: BaseTuner, adapters: list[str], weights: list[float], name: str, kind: str
+) -> None:
+    """Raise ValueError unless `RosaModel.add_weighted_adapter` can do with these."""
+    there = list(model.peft_config)
+    if kind not in ("linear", "cat"):
+        raise UserError(
+            f"combination_type must be 'linear' or 'cat', got {kind!r}: ROSA's sums are exact, and "
+            "their rank is what it is"
+        )
+    if isinstance(adapters, str) or not adapters:
+        raise UserError(
+            f"adapters must be a list of names, of {', '.join(there)}; got {adapters!r}"
+        )
+    if len(adapters) != len(weights):
+        raise UserError(f"{len(adapters)} adapters need as many weights, got {len(weights)}")
+    if not all(math.isfinite(weight) for weight in weights):
+        raise UserError(f"weights must be finite numbers, got {weights}")
+    if name in there:
+        raise UserError(f"the model already has an adapter {name!r}: choose another adapter_name")
+    if unknown := [adapter for adapter in adapters if adapter not in there]:
+        raise UserError(f"the model has no adapter {unknown[0]!r}; it has {', '.join(there)}")
+    for adapter in adapters:
+        config = model.peft_config[adapter]
+        if not isinstance(config, RosaConfig):
+            raise UserError(f"{adapter!r} is not a ROSA adapter: it cannot be a part of the sum")
+        for layer in layers_of(model.model, adapter).values():
+            factors = [layer.rosa_A[adapter].detach(), layer.rosa_B[adapter].detach()]
+            if factors[0].is_meta or not are_finite(factors):
+                raise UserError(
+                    f"the factors of {adapter!r} in layer {layer.name} are not in memory, or not "
+                    "finite: load its file first"
+                )
+        wrappers = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+        if config.modules_to_save or any(
+            adapter in getattr(wrapper, "modules_to_save", ()) for wrapper in wrappers
+        ):
+            raise UserError(
+                f"{adapter!r} trains modules in full (modules_to_save), which are not summed: "
+                "give adapters without them"
+            )
+
+
+def weighted_config(
+    model: BaseTuner, adapters: list[str], layers: dict[str, RosaLinear]
+) -> RosaConfig:
+    """The first one's, for all of the layers, each with its largest rank."""
+    configs = [as_rosa_config(model.peft_config[adapter]) for adapter in adapters]
+    config = copy.deepcopy(configs[0])
+    config.r = max(each.r for each in configs)
+    config.inference_mode, config.init_weights = False, True
+    ranks = {n: max(la.r[a] for a in adapters if a in la.rosa_offset) for n, la in layers.items()}
+    config.rank_pattern = {
+        f"^{re.escape(name)}": rank
+        for name, rank in ranks.items()
+        if rank != min(config.r, layers[name].in_features, layers[name].out_features)
+    }
+    if layers.keys() != layers_of(model.model, adapters[0]).keys():
+        config.target_modules = "|".join(map(re.escape, layers))
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    return config
+
+
+def put_sum(
+    layers: dict[str, RosaLinear], adapters: list[str], weights: list[float], name: str
+) -> None:
+    """Let the offsets of a fresh adapter hold the sum of others' changes less what was drawn."""
+    for layer in layers.values():
+        layer.rosa_A[name].requires_grad_(False)
+        layer.rosa_B[name].requires_grad_(False)
+        entry = layer.rosa_offset[name]
+        total = LowRank.zero(layer.out_features, layer.in_features, entry.terms.B.dtype)
+        for adapter, weight in zip(adapters, weights, strict=True):
+            if adapter in layer.rosa_offset:
+                change = layer.whole_change(adapter)
+                total = total + LowRank(change.B * weight, change.A)
+        if total.rank > min(layer.out_features, layer.in_features):
+            total = total.compressed()
+        entry.terms = (total + entry.terms).joined()
