@@ -28,6 +28,7 @@ import torch
 from transformers import AutoTokenizer, TrainerCallback, set_seed
 
 from rosa.building import adapt, load_base
+from rosa.reading import longest_input
 from rosa.settings import RunSettings, check
 from rosa.tasks.demo import model_folder
 from rosa.tokenizing import tokenize
@@ -103,7 +104,7 @@ def run(settings: RunSettings, steps: int) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     set_seed(settings.seed)
     base = load_base(settings, task, tokenizer.pad_token_id)
-    rows = tokenize(settings, task, base.model.config, tokenizer)
+    rows = tokenize(settings, task, longest_input(base.model), tokenizer)
     model, _ = adapt(settings, base, lambda: [])
     trainer, _ = build_trainer(settings, task, rows, model, tokenizer)
     trainer.args.max_steps, trainer.args.eval_strategy = steps, "no"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +13,15 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, BertForMaskedLM
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertForMaskedLM,
+    NystromformerConfig,
+    NystromformerForSequenceClassification,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from rosa import cli
 from rosa.methods import METHODS
@@ -34,6 +44,18 @@ def fails(capsys, *arguments: object) -> str:
     assert stop.value.code == 2
     message = " ".join(capsys.readouterr().err.split())
     assert "Traceback" not in message
+    return message
+
+
+def breaks(capsys, *arguments: object) -> str:
+    """What a bug looks like: its trace, what to do with it, and another exit code."""
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments)
+    assert stop.value.code == 1
+    message = " ".join(capsys.readouterr().err.split())
+    assert "Traceback" in message
+    assert "bug in rosa" in message
+    assert "report it" in message
     return message
 
 
@@ -383,3 +405,205 @@ def test_a_damaged_adapter_is_a_clear_error(basics, tmp_path, capsys):
     assert "neither a run nor an adapter" in fails(
         capsys, "export", tmp_path, "--to", "lora", "--output", tmp_path / "x"
     )
+
+
+def broken_model(kind: str, good: Path, folder: Path) -> Path:
+    """A model's folder that cannot be used, each in another way."""
+    shutil.copytree(good, folder)
+    config = json.loads((folder / "config.json").read_text())
+    if kind == "no config":
+        (folder / "config.json").unlink()
+    elif kind == "config cut short":
+        (folder / "config.json").write_text('{"model_type": "be')
+    elif kind == "config is a list":
+        (folder / "config.json").write_text("[1, 2]")
+    elif kind == "unknown kind of model":
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": "bort9"}))
+    elif kind == "no kind of model":
+        del config["model_type"]
+        (folder / "config.json").write_text(json.dumps(config))
+    elif kind == "size of the wrong type":
+        (folder / "config.json").write_text(json.dumps({**config, "hidden_size": "wide"}))
+    elif kind == "heads that do not divide":
+        (folder / "config.json").write_text(json.dumps({**config, "num_attention_heads": 3}))
+    elif kind == "broken tokenizer":
+        (folder / "tokenizer.json").write_text('{"version": ')
+    elif kind == "tokenizer of another form":
+        (folder / "tokenizer.json").write_text('{"version": "1.0", "model": 5}')
+    elif kind == "weights cut short":
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-40])
+    elif kind == "no weights":
+        (folder / "model.safetensors").unlink()
+    return folder
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("no config", "config cut short", "config is a list", "unknown kind of model"),
+        *("no kind of model", "size of the wrong type", "heads that do not divide"),
+        *("broken tokenizer", "tokenizer of another form", "weights cut short", "no weights"),
+    ],
+)
+def test_a_broken_model_is_the_users_to_mend(encoder, tmp_path, kind, capsys):
+    model = broken_model(kind, encoder, tmp_path / "base")
+    files = ["--train", write_csv(tmp_path / "t.csv"), "--output", tmp_path / "run"]
+    message = fails(capsys, "train", "--model", model, *files)
+    assert str(model) in message or "weights file is damaged" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_written_to(basics, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    run_in_a_file = fails(capsys, "train", *basics, "--output", tmp_path / "file" / "run")
+    assert str(tmp_path / "file") in run_in_a_file
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "run"))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert "Permission denied" in fails(capsys, "train", *basics, "--output", tmp_path / "run")
+
+
+@pytest.mark.parametrize("method", ["rosa", "lora", "ia3"])
+def test_layers_that_cannot_be_adapted(basics, tmp_path, method, capsys):
+    how = ["--method", method, "--output", tmp_path / "run"]
+    if method == "ia3":  # it knows its layers by the kind of model
+        model = save_with_tokenizer(tiny_nystromformer(), tmp_path / "base")
+        assert "ia3 cannot be put into" in fails(capsys, "train", *basics, *how, "--model", model)
+    else:
+        message = fails(capsys, "train", *basics, *how, "--target-modules", "nowhere")
+        assert "--target-modules nowhere" in message
+    assert not (tmp_path / "run").exists()
+
+
+def tiny_nystromformer() -> PreTrainedModel:
+    config = NystromformerConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
+    )
+    return NystromformerForSequenceClassification(config)
+
+
+def test_running_out_of_memory_says_what_takes_less(basics, tmp_path, capsys, monkeypatch):
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes"),
+        MemoryError(),
+    ):
+
+        def exhaust(*args, error=error, **kwargs):
+            raise error
+
+        monkeypatch.setattr("transformers.Trainer.training_step", exhaust)
+        out = ["--output", tmp_path / "run", "--overwrite"]
+        message = fails(capsys, "train", *basics, *out)
+        assert "out of memory: lower --batch-size" in message
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_training_that_diverges_says_so(basics, tmp_path, capsys, accumulation):
+    how = ["--method", "full", "--lr", 1e30, "--gradient-accumulation", accumulation]
+    message = fails(capsys, "train", *basics, *QUICK[:4], *how, "--output", tmp_path / "run")
+    assert "diverged" in message
+    assert "--lr" in message
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+BUGS = [TypeError, RuntimeError, KeyError, ValueError, AttributeError, IndexError, AssertionError]
+
+
+@pytest.mark.parametrize("error", BUGS)
+@pytest.mark.parametrize(
+    "place",
+    [
+        "rosa.training.load_base",
+        "rosa.training.tokenize",
+        "rosa.building.find_targets",
+        "rosa.model.RosaModel._create_and_replace",
+        "rosa.training.build_trainer",
+        "rosa.training._save",
+        "rosa.report.metrics_table",
+    ],
+)
+def test_a_bug_is_told_from_a_mistake_of_the_user(
+    basics, tmp_path, capsys, monkeypatch, error, place
+):
+    def stumble(*args, **kwargs):
+        raise error("an inner part does not hold")
+
+    monkeypatch.setattr(place, stumble)
+    message = breaks(capsys, "train", *basics, *QUICK, "--output", tmp_path / "run")
+    assert "an inner part does not hold" in message
+
+
+def test_a_missing_package_is_named_and_a_wrong_import_of_ours_is_a_bug(
+    basics, tmp_path, capsys, monkeypatch
+):
+    out = ["--output", tmp_path / "run"]
+    monkeypatch.setitem(sys.modules, "sklearn.model_selection", None)
+    message = fails(capsys, "train", *basics, *out)
+    assert "sklearn" in message
+    assert "pip install 'rosa-finetune[cli]'" in message
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "rosa.reading", None)
+    monkeypatch.setitem(sys.modules, "rosa.training", None)
+    breaks(capsys, "train", *basics, *out)
+
+
+def test_an_interrupt_says_how_to_go_on(basics, tmp_path, capsys, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transformers.Trainer.training_step", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        run("train", *basics, *QUICK, "--output", tmp_path / "run")
+    assert stop.value.code == 130
+    message = capsys.readouterr().err
+    assert "--resume" in message
+    assert "Traceback" not in message
+
+
+def test_roberta_reads_two_tokens_fewer_than_it_has_places(tmp_path, capsys):
+    config = RobertaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=34,
+    )
+    base = save_with_tokenizer(RobertaForSequenceClassification(config), tmp_path / "base")
+    lines = [f"{' '.join(random.choices(WORDS[4:], k=50))},{i % 2}" for i in range(30)]
+    train, out = tmp_path / "t.csv", tmp_path / "run"
+    train.write_text("\n".join(["text,label", *lines]))
+    run("train", "--model", base, "--train", train, *QUICK, "--method", "lora", "--output", out)
+    assert "the model reads 32 tokens at most" in capsys.readouterr().out
+    run("evaluate", out, "--validation", train, "--max-length", 64)
+    assert "the model reads 32 tokens at most" in capsys.readouterr().out
+
+
+def test_the_module_is_the_command(tmp_path):
+    for module in ("rosa", "rosa.cli"):
+        command = [sys.executable, "-m", module, "report", str(tmp_path)]
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert found.returncode == 2
+        assert "is not a comparison's folder" in " ".join(found.stderr.split())
+
+
+@pytest.mark.parametrize("command", ["compare", "report", "export", "synthetic", "demo"])
+def test_commands_for_one_process_are_refused_in_several(tmp_path, capsys, monkeypatch, command):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    options = {
+        "compare": ["--model", "m", "--output", tmp_path / "x"],
+        "report": [tmp_path],
+        "export": [tmp_path, "--to", "lora", "--output", tmp_path / "x"],
+    }
+    message = fails(capsys, command, *options.get(command, []))
+    assert f"rosa {command} is for one process" in message
+    assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from pathlib import Path
 
@@ -155,3 +156,141 @@ def test_a_variant_holds_its_own_settings_and_rates():
 def test_a_rate_at_the_edge_of_the_grid_is_marked(comparison):
     rows = {row["method"]: row for row in table_rows(read_comparison(comparison[0]))}
     assert rows["head"]["at_edge"]
+
+
+VARIANTS = [
+    "rosa",
+    "lora",
+    "head",
+    "rosa+split=even",
+    "rosa+target_modules=a-lr0.1:b-r8",
+    "rosa+target_modules=x-r2",
+    "full+target_modules=layer.1.out-lr",
+    "head+report_to=my-rNone",
+    "lora+text_columns=a b:c",
+    "rosa+data=/home/someone/x-lr1/data",
+    "rosa+train=C++.csv",
+    "head+model=owner/name-lr2-s0",
+]
+
+
+@pytest.mark.parametrize("text", [v for v in VARIANTS if v != "rosa+train=C++.csv"])
+def test_a_cells_folder_is_one_folder_and_its_own(tmp_path, text):
+    names = {
+        Cell(Variant.parse(text), rank, rate, seed).name
+        for rank in (2, None) for rate in (0.1, 0.01) for seed in (0, 1)
+    }  # fmt: skip
+    assert len(names) == 8
+    for name in names:
+        (tmp_path / name).mkdir()
+    assert {p.name for p in tmp_path.iterdir()} == names
+
+
+def write_comparison(folder: Path, variants: list[str], model: str, told: bool) -> Path:
+    """Finished cells of each variant at ranks 2 and 8 and two rates; records may lack the name."""
+    folder.mkdir()
+    settings = {"model": model, "task": "cola", "train": None, "data": "/home/someone/d/cola"}
+    runs.write_json(folder / "comparison.json", settings)
+    for text in variants:
+        for rank, rate in itertools.product((2, 8), (0.1, 0.01)):
+            name = text.replace("/", "%2F")
+            place = folder / f"{name}-r{rank}-lr{rate:g}-s0"
+            place.mkdir()
+            record = {
+                **dict.fromkeys(("train_loss", "eval_loss", "train_seconds", "epochs"), 1.0),
+                **dict.fromkeys(("resample_seconds", "adapter_bytes", "peak_memory_mib"), 1.0),
+                **dict.fromkeys(("trainable_parameters", "test_examples", "seed"), 0),
+                "method": text.split("+")[0],
+                "rank": rank,
+                "lr": rate,
+                "accuracy": rate,
+                "metric": "accuracy",
+                "reported": "accuracy",
+            }
+            runs.write_json(place / "metrics.json", record | ({"variant": text} if told else {}))
+            runs.write_json(place / "history.json", {"steps": [], "epochs": []})
+    return folder
+
+
+def test_a_record_says_its_variant_whatever_its_folder_is_called(tmp_path):
+    folder = write_comparison(tmp_path / "cmp", VARIANTS, "roberta-base", told=True)
+    for number, place in enumerate(sorted(p for p in folder.iterdir() if p.is_dir())):
+        place.rename(folder / f"cell-lr{number}-r8")
+    rows = read_comparison(folder).rows
+    assert len(rows) == 2 * len(VARIANTS)
+    assert {(r.method, r.rank) for r in rows} == {
+        (text.replace("/home/someone/x-lr1/data", "x-lr1/data"), rank)
+        for text in VARIANTS
+        for rank in (2, 8)
+    }
+    assert all(row.lr == 0.1 and row.at_edge for row in rows)
+
+
+def test_records_that_do_not_say_it_are_read_by_their_folders_name(tmp_path):
+    variants = [text for text in VARIANTS if "/" not in text]
+    told, silent = (
+        write_comparison(tmp_path / name, variants, "roberta-base", told=name == "told")
+        for name in ("told", "silent")
+    )
+    assert table_rows(read_comparison(told)) == table_rows(read_comparison(silent))
+
+
+def test_a_report_tells_nothing_of_where_files_lie(tmp_path):
+    hidden = tmp_path / "sentiment-roberta" / "model"
+    folder = write_comparison(tmp_path / "cmp", VARIANTS, str(hidden), told=True)
+    (folder / "rosa+data=%2Fhome%2Fsomeone%2Fgone-r2-lr1-s0").mkdir()
+    (folder / "rosa+data=%2Fhome%2Fsomeone%2Fgone-r2-lr1-s0" / "error.txt").write_text("")
+    run("report", folder, "--output", tmp_path / "out")
+    for path in (tmp_path / "out").iterdir():
+        text = path.read_text()
+        assert str(tmp_path) not in text, path
+        assert "home/someone" not in text, path
+        assert "home%2F" not in text, path
+    assert "cola, sentiment-roberta" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_the_comparisons_records_say_their_variants(comparison):
+    output, _ = comparison
+    for place in output.glob("*/metrics.json"):
+        record = runs.read_json(place)
+        assert place.parent.name.startswith(record["variant"] + "-")
+        assert {"method", "lr", "seed"} <= record.keys()
+        assert ("rank" in record) == (record["method"] == "rosa")
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("roberta-base", "roberta-base"),
+        ("FacebookAI/roberta-base", "FacebookAI/roberta-base"),
+        ("/data/my-roberta", "my-roberta"),
+        ("/data/my-roberta/model", "my-roberta"),
+        ("/data/my-roberta/checkpoint-100", "my-roberta"),
+        ("/data/my-roberta/checkpoints/checkpoint-100/", "my-roberta"),
+        ("/data/my-roberta/final_model", "my-roberta"),
+        ("/data/sst2/adapter", "sst2"),
+        ("/x/hub/models--FacebookAI--xlm-roberta/snapshots/e73636d4f797", "FacebookAI/xlm-roberta"),
+        ("/x/hub/models--gpt2/snapshots/607a30d783df", "gpt2"),
+        ("/data/bert-tiny/snapshots/0a1b2c3d4e5f", "bert-tiny"),
+        ("/data/bert-tiny/v2", "bert-tiny"),
+        ("/model", "model"),
+        ("../somewhere/my-roberta", "my-roberta"),
+    ],
+)
+def test_a_models_name_is_for_people(path, name):
+    assert runs.model_name(path) == name
+
+
+def test_a_folder_that_tells_nothing_is_called_by_what_it_was_made_from(tmp_path, monkeypatch):
+    place = tmp_path / "abc" / "model"
+    place.mkdir(parents=True)
+    (place / "config.json").write_text('{"_name_or_path": "/home/someone/model"}')
+    assert runs.model_name(str(place)) == "abc"
+    monkeypatch.chdir(place)
+    assert runs.model_name(".") == "abc"
+    (place / "config.json").write_text('{"_name_or_path": "FacebookAI/roberta-large"}')
+    assert runs.model_name(str(place)) == "FacebookAI/roberta-large"
+    (place / "README.md").write_text("---\nbase_model: owner/other\n---\ntext")
+    assert runs.model_name(str(place)) == "owner/other"
+    (place / "README.md").write_text("no card at all")
+    assert runs.model_name(str(place)) == "FacebookAI/roberta-large"

@@ -1,226 +1,221 @@
-"""Layers whose weight a model reads, and models that change a layer's output in place."""
+"""How many tokens a model reads: found in the model, and held against really reading so many."""
 
 from __future__ import annotations
 
-import copy
-import warnings
-from collections import OrderedDict
+from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+import transformers
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import nn
-from torch.nn import functional as F
-from torch.nn.utils import parametrizations, prune, weight_norm
-from transformers import Trainer, TrainingArguments
-from transformers.pytorch_utils import Conv1D
 
-from rosa import RosaCallback, RosaConfig, resample, watch
-from rosa.linear import rosa_layers
+from rosa import RosaConfig
+from rosa.reading import longest_input
+from tests.models import tiny_bert, tiny_gpt2
+
+SMALL = {
+    "vocab_size": 60,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+}
+PLACES = {**SMALL, "max_position_embeddings": 40}
+SIZES = {"layers": 1, "attention_heads": 2, "ffn_dim": 24}
+BART = {
+    **{f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in SIZES.items()},
+    "vocab_size": 60,
+    "d_model": 16,
+    "max_position_embeddings": 40,
+}
+GPT = {"vocab_size": 60, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 40}
+SEQ = "ForSequenceClassification"
+# Class, configuration, how many tokens it reads, and whether one more fails.
+MODELS: dict[str, tuple[str, dict[str, Any], int | None, bool]] = {
+    "Bert": (SEQ, PLACES, 40, True),
+    "Roberta": (SEQ, {**PLACES, "pad_token_id": 1}, 38, True),
+    "Roberta padded by 5": (
+        "RobertaForSequenceClassification",
+        {**PLACES, "pad_token_id": 5},
+        34,
+        True,
+    ),
+    "XLMRoberta": (SEQ, PLACES, 38, True),
+    "XLMRobertaXL": (SEQ, PLACES, 38, True),
+    "Camembert": (SEQ, PLACES, 38, True),
+    "Data2VecText": (SEQ, PLACES, 38, True),
+    "RobertaPreLayerNorm": (SEQ, PLACES, 38, True),
+    "Xmod": (SEQ, {**PLACES, "languages": ["en_XX"], "default_language": "en_XX"}, 38, True),
+    "IBert": (SEQ, PLACES, 38, True),
+    "MPNet": (SEQ, PLACES, 38, True),
+    "Esm": (SEQ, {**PLACES, "pad_token_id": 1, "position_embedding_type": "absolute"}, 38, True),
+    "Longformer": (SEQ, {**PLACES, "max_position_embeddings": 66, "attention_window": 8}, 64, True),
+    "BigBird": (SEQ, PLACES, 40, True),
+    "Electra": (SEQ, {**PLACES, "embedding_size": 16}, 40, True),
+    "Albert": (SEQ, {**PLACES, "embedding_size": 16}, 40, True),
+    "DistilBert": (
+        SEQ,
+        {
+            "vocab_size": 60,
+            "dim": 16,
+            "n_layers": 1,
+            "n_heads": 2,
+            "hidden_dim": 24,
+            "max_position_embeddings": 40,
+        },
+        40,
+        True,
+    ),
+    "Deberta": (SEQ, PLACES, 40, True),
+    "DebertaV2": (SEQ, PLACES, 40, True),
+    "Canine": (SEQ, {**PLACES, "max_position_embeddings": 128}, 128, True),
+    "OPT": (
+        "ForCausalLM",
+        {**SMALL, "ffn_dim": 24, "max_position_embeddings": 40, "word_embed_proj_dim": 16},
+        40,
+        True,
+    ),
+    "Bart": (SEQ, BART, 40, True),
+    "MBart": (SEQ, BART, 40, True),
+    "BioGpt": ("ForCausalLM", PLACES, 40, True),
+    "GPT2": ("LMHeadModel", GPT, 40, True),
+    "OpenAIGPT": ("LMHeadModel", GPT, 40, True),
+    "GPTNeo": (
+        "ForCausalLM",
+        {
+            "vocab_size": 60,
+            "hidden_size": 16,
+            "num_layers": 1,
+            "num_heads": 2,
+            "attention_types": [[["global"], 1]],
+            "max_position_embeddings": 40,
+        },
+        40,
+        True,
+    ),
+    "GPTBigCode": ("ForCausalLM", GPT, 40, True),
+    "GPTJ": ("ForCausalLM", {**GPT, "rotary_dim": 4}, 40, True),
+    "CTRL": ("LMHeadModel", {**GPT, "dff": 24}, 40, True),
+    "XLM": (
+        SEQ,
+        {
+            "vocab_size": 60,
+            "emb_dim": 16,
+            "n_layers": 1,
+            "n_heads": 2,
+            "max_position_embeddings": 40,
+        },
+        40,
+        True,
+    ),
+    "Llama": ("ForCausalLM", PLACES, 40, False),
+    "Esm, rotary": (
+        "EsmForSequenceClassification",
+        {**PLACES, "pad_token_id": 1, "position_embedding_type": "rotary"},
+        40,
+        False,
+    ),
+    "DebertaV2, relative": (
+        "DebertaV2ForSequenceClassification",
+        {**PLACES, "position_biased_input": False, "relative_attention": True},
+        40,
+        False,
+    ),
+    "Bloom": (
+        "ForCausalLM",
+        {"vocab_size": 60, "hidden_size": 16, "n_layer": 1, "n_head": 2},
+        None,
+        False,
+    ),
+    "XLNet": (
+        SEQ,
+        {"vocab_size": 60, "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 24},
+        None,
+        False,
+    ),
+    "T5": (
+        SEQ,
+        {
+            "vocab_size": 60,
+            "d_model": 16,
+            "d_kv": 8,
+            "d_ff": 24,
+            "num_layers": 1,
+            "num_heads": 2,
+            "decoder_start_token_id": 0,
+        },
+        None,
+        False,
+    ),
+    "Mamba": (
+        "ForCausalLM",
+        {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4},
+        None,
+        False,
+    ),
+}
 
 
-class Reading(nn.Module):
-    """Reads the weights of all its layers, each in another way."""
-
-    def __init__(self):
-        super().__init__()
-        self.one, self.two, self.three = nn.Linear(6, 5), nn.Linear(5, 7), Conv1D(4, 7)
-        with torch.no_grad():
-            self.three.weight.normal_(0, 0.5)
-
-    def forward(self, x):
-        x = torch.tanh(F.linear(x, self.one.weight, self.one.bias))
-        x = torch.tanh(x @ self.two.weight.T + self.two.bias)
-        return torch.addmm(self.three.bias, x, self.three.weight)
+def build(name: str) -> nn.Module:
+    ending, settings, _, _ = MODELS[name]
+    name = ending.removesuffix(SEQ) if ending.endswith(SEQ) and ending != SEQ else name
+    config = getattr(transformers, f"{name}Config")(**settings)
+    config.pad_token_id = 0 if config.pad_token_id is None else config.pad_token_id
+    return getattr(transformers, f"{name}{ending.removeprefix(name)}")(config).eval()
 
 
-class Calling(Reading):
-    def forward(self, x):
-        return self.three(torch.tanh(self.two(torch.tanh(self.one(x)))))
-
-
-OPTIONS = {"r": 2, "target_modules": ["one", "two", "three"]}
-X = torch.randn(8, 6).double()
-
-
-def pair(**options):
-    reading = Reading().double()
-    calling = Calling().double()
-    calling.load_state_dict(reading.state_dict())
-    config = {**OPTIONS, **options}
-    return [get_peft_model(m, RosaConfig(**copy.deepcopy(config))) for m in (reading, calling)]
-
-
-@pytest.mark.parametrize("options", [{}, {"side": "right"}, {"side": "both"}, {"alpha": 5.0}])
-def test_a_model_that_reads_weights_trains_like_one_that_calls_layers(options):
-    models = pair(**options)
+def read(model: Any, length: int) -> torch.Tensor:
+    """The logits on so many tokens, of which none is special and the last ends the text."""
+    ids = torch.randint(10, 50, (2, length))
+    if model.config.is_encoder_decoder:
+        ids[:, -1] = model.config.eos_token_id
     with torch.no_grad():
-        assert torch.equal(models[0](X), models[0](X))
-    optimizers = [torch.optim.AdamW(m.parameters(), 1e-2) for m in models]
-    for step in range(9):
-        for model, optimizer in zip(models, optimizers, strict=True):
-            if step == 2:
-                watch(model)
-            if step in (4, 7):
-                with warnings.catch_warnings():
-                    warnings.simplefilter("error" if step == 4 else "ignore")  # all were seen
-                    resample(model, optimizer)
-            optimizer.zero_grad()
-            (model(X) - 1).square().sum().backward()
-            optimizer.step()
-        torch.testing.assert_close(models[0](X), models[1](X), rtol=1e-6, atol=1e-8)
-    with models[0].disable_adapter(), models[1].disable_adapter():
-        torch.testing.assert_close(models[0](X), models[1](X))
-    models[0].merge_adapter()
-    torch.testing.assert_close(models[0](X), models[1](X), rtol=1e-6, atol=1e-8)
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
 
 
-def test_reading_what_a_weight_is_like_computes_nothing(monkeypatch):
-    model, _ = pair()
-    monkeypatch.setattr("rosa.effective._product", None)
-    for _, layer in rosa_layers(model):
-        weight, base = layer.weight, layer.base_layer.weight
-        assert (weight.shape, weight.dtype, weight.device) == (base.shape, base.dtype, base.device)
-        assert isinstance(weight, torch.Tensor)
-        assert weight.numel() == base.numel()
-        assert weight.requires_grad
-        assert weight.ndim == 2
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_reads_as_much_as_is_found_and_no_more(name):
+    model, (_, _, expected, hard) = build(name), MODELS[name]
+    found = longest_input(model)
+    assert found == expected
+    assert read(model, found or 100).isfinite().all()
+    if hard:
+        with pytest.raises((IndexError, RuntimeError)):
+            read(model, found + 1)
 
 
-def test_what_is_read_is_a_tensor_like_any_other():
-    model, _ = pair()
-    for _, layer in rosa_layers(model):
-        with torch.no_grad():
-            layer.rosa_B["default"].add_(torch.randn_like(layer.rosa_B["default"]))
-        change = layer.get_delta_weight("default")
-        weight = layer.pretrained_weight()
-        expected = (weight.T if layer.fan_in_fan_out else weight) + change
-        for found in (
-            layer.weight + 0,
-            layer.weight.detach(),
-            layer.weight.data,
-            layer.weight.clone(),
-            layer.weight.T.T,
-            layer.weight.float().double(),
-            torch.cat([layer.weight]),
-            layer.weight[:],
-        ):
-            torch.testing.assert_close(found.detach(), expected, rtol=1e-5, atol=1e-5)
-        with pytest.raises(ValueError, match="can be read but not written to"), torch.no_grad():
-            layer.weight.add_(1.0)
-        with pytest.raises(ValueError, match="can be read but not written to"), torch.no_grad():
-            nn.init.zeros_(layer.weight)
-
-
-def test_the_value_read_is_kept_for_the_backward_pass():
-    model, _ = pair()
-    model.add_adapter("other", RosaConfig(**OPTIONS, seed=3))
-    x = X.clone().requires_grad_()
-    model(x).sum().backward()
-    expected, x.grad = x.grad, None
-    loss = model(x).sum()
-    model.set_adapter("other")  # the weight in memory is another one now
-    loss.backward()
-    torch.testing.assert_close(x.grad, expected)
-
-
-class InPlace(nn.Module):
-    """Changes its layers' outputs in place, as several attentions do."""
-
-    def __init__(self):
-        super().__init__()
-        self.one, self.two, self.three = nn.Linear(6, 5), nn.Linear(5, 7), nn.Linear(7, 4)
-
-    def forward(self, x):
-        x = self.one(x)
-        x /= 2.0
-        y = self.two(x.tanh())
-        y[:, 0] += 1.0
-        z = self.three(y.tanh()).view(-1, 2, 2)
-        z.mul_(0.5)
-        return z.flatten(1)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.3])  # the fused form and the plain one
-@pytest.mark.parametrize("shape", [(8, 6), (2, 4, 6)])
-def test_outputs_may_be_changed_in_place_while_watched(dropout, shape):
-    base = InPlace().double()
-    model = get_peft_model(base, RosaConfig(**OPTIONS, rosa_dropout=dropout)).eval()
-    x = torch.randn(*shape).double().reshape(-1, 6)
-    sums = []
-    for form in ("as it is", "hooked"):
-        watch(model)
-        handles = [
-            layer.base_layer.register_forward_hook(lambda *_: None)  # which takes the plain form
-            for _, layer in rosa_layers(model)
-            if form == "hooked"
-        ]
-        model(x).square().sum().backward()
-        sums.append([layer.watched("default").sums["left"] for _, layer in rosa_layers(model)])
-        for handle in handles:
-            handle.remove()
-    for one, two in zip(*sums, strict=True):
-        assert one.abs().max() > 1e-3
-        torch.testing.assert_close(one, two)
-    resample(model)
-
-
-def test_two_adapters_before_one_backward_pass_are_told_apart_in_every_form():
-    for hooked in (False, True):
-        model = get_peft_model(InPlace(), RosaConfig(**OPTIONS))
-        model.add_adapter("other", RosaConfig(**OPTIONS, seed=1))
-        if hooked:
-            for _, layer in rosa_layers(model):
-                layer.base_layer.register_forward_hook(lambda *_: None)
-        first = model(X.float()).sum()
-        model.set_adapter("other")
-        second = model(X.float()).sum()
-        with pytest.raises(RuntimeError, match="another adapter was made active"):
-            (first + second).backward()
-
-
-def normed():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return weight_norm(nn.Linear(4, 3))
+def test_finding_it_leaves_the_model_alone():
+    model = build("BigBird")  # short texts make it change its attention for good
+    kind, keys = model.bert.attention_type, list(model.state_dict())
+    longest_input(model)
+    assert model.bert.attention_type == kind == "block_sparse"
+    assert list(model.state_dict()) == keys
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert build("Roberta").training is False
 
 
 @pytest.mark.parametrize(
-    "computed",
+    ("config", "taken"),
     [
-        normed,
-        lambda: parametrizations.weight_norm(nn.Linear(4, 3)),
-        lambda: parametrizations.orthogonal(nn.Linear(4, 3)),
-        lambda: torch.nn.utils.spectral_norm(nn.Linear(4, 3)),
-        lambda: prune.l1_unstructured(nn.Linear(4, 3), "weight", 0.5),
+        (RosaConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM"), 0),
+        (LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM"), 0),
+        (PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"), 5),
+        (PrefixTuningConfig(num_virtual_tokens=7, task_type="CAUSAL_LM"), 7),
     ],
 )
-def test_weights_that_are_computed_from_others_are_refused(computed):
-    base = nn.Sequential(OrderedDict(first=nn.Linear(4, 4), second=computed()))
-    x = torch.randn(2, 4)
-    expected = base.eval()(x)
-    with pytest.raises(ValueError, match="the weight of second is computed from others"):
-        get_peft_model(base, RosaConfig(r=1, target_modules=["first", "second"]))
-    torch.testing.assert_close(base(x), expected)
-    get_peft_model(base, RosaConfig(r=1, target_modules=["first"]))
+def test_what_stands_before_a_text_takes_its_places(config, taken):
+    model = get_peft_model(tiny_gpt2(), config).eval()
+    found = longest_input(model)
+    assert found == 32 - taken
+    read(model, found)
+    with pytest.raises((IndexError, RuntimeError)):
+        read(model, found + 1)
 
 
-class Idle(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.used, self.unused = nn.Linear(6, 4), nn.Linear(6, 4)
+def test_a_model_that_wants_other_inputs_is_taken_at_its_configs_word():
+    class Picky(type(tiny_bert())):
+        def forward(self, *args, **kwargs):
+            raise ValueError("no")
 
-    def forward(self, x, labels):
-        return {"loss": (self.used(x) - labels).square().mean()}
-
-
-def test_layers_that_the_first_step_did_not_use_are_named(tmp_path):
-    model = get_peft_model(Idle(), RosaConfig(r=1, target_modules=["used", "unused"]))
-    rows = [{"x": torch.randn(6), "labels": torch.randn(4)} for _ in range(8)]
-    arguments = TrainingArguments(
-        str(tmp_path), max_steps=3, use_cpu=True, report_to="none", save_strategy="no"
-    )
-    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[RosaCallback(every=2)])
-    with pytest.warns(UserWarning, match="1 of 2 adapted layers got no gradient .* unused") as seen:
-        trainer.train()
-    assert sum("got no gradient" in str(w.message) for w in seen) == 1
+    assert longest_input(Picky(tiny_bert().config)) == 32

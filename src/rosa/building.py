@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rosa.errors import UserError
+from rosa.errors import UserError, blame
 from rosa.methods import find_method
 from rosa.settings import RunSettings, in_bf16
 from rosa.tasks import Task
@@ -50,7 +50,8 @@ def load_base(settings: RunSettings, task: Task, pad_token_id: int | None) -> Ba
         "language": (AutoModelForCausalLM, "CAUSAL_LM"),
     }
     auto, task_type = classes[task.kind]
-    model, loading = auto.from_pretrained(settings.model, output_loading_info=True, **how)
+    with blame(f"the model {settings.model} cannot be loaded for {task.kind}"):
+        model, loading = auto.from_pretrained(settings.model, output_loading_info=True, **how)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = pad_token_id
     return Base(model, _fresh_modules(loading), task_type)
@@ -66,6 +67,8 @@ def adapt(
         base: see `load_base`; is changed.
         batches: a few batches of the training data, for methods that begin with its gradient.
     """
+    from rosa.averaging import item_counter
+
     method, model = find_method(settings.method), base.model
     targets = find_targets(model, settings.target_modules)
     recorder = _recorder(settings, model, targets)
@@ -74,6 +77,7 @@ def adapt(
             _train_head_only(model, base.fresh)
         return model, recorder
     from peft import get_peft_model
+    from peft.utils.error import NoMatchingPeftModuleError
 
     shared = {
         "target_modules": targets,
@@ -82,17 +86,32 @@ def adapt(
     }
     config = method.config(settings, settings.rank or 0, shared)
     if settings.method == "lora_ga":
-        _find_gradients(model, config, batches())
-    return get_peft_model(model, config), recorder
+        kind = "language" if base.task_type == "CAUSAL_LM" else "classification"
+        _find_gradients(model, config, batches(), item_counter(kind, model))
+    with blame(f"{settings.method} cannot be put into {type(model).__name__}", ValueError):
+        try:
+            return get_peft_model(model, config), recorder
+        except NoMatchingPeftModuleError as error:  # ROSA raises it too, as every method of PEFT
+            names = " ".join(settings.target_modules)
+            raise UserError(f"--target-modules {names}: {error}") from error
 
 
-def _find_gradients(model: Any, config: Any, batches: Iterable[dict[str, Any]]) -> None:
-    """Leave the gradients of some batches where PEFT's LoRA-GA looks for them."""
+def _find_gradients(
+    model: Any,
+    config: Any,
+    batches: Iterable[dict[str, Any]],
+    count: Callable[[dict[str, Any]], int],
+) -> None:
+    """Leave the gradients of some batches where PEFT's LoRA-GA looks for them.
+
+    It takes their directions alone, so their sum over the items is as good as the mean.
+    """
     from peft.tuners.lora.loraga import preprocess_loraga
 
     def train_step() -> None:
         for batch in batches:
-            model(**batch).loss.backward()
+            if items := count(batch):
+                (model(**batch).loss * items).backward()
 
     preprocess_loraga(model, config, train_step)
 

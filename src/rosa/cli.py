@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+import traceback
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,8 @@ except ImportError as error:
         f"the rosa command needs more packages ({error.name}): run pip install 'rosa-finetune[cli]'"
     )
 
-from rosa.errors import UserError
+from rosa import processes
+from rosa.errors import UserError, is_out_of_memory
 from rosa.methods import METHODS
 from rosa.options import DATA, METHOD, OPTIONS, OUTPUT, TRAINING, option, settings_of, takes
 
@@ -30,6 +33,20 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+
+
+GRACE = 10
+"""Seconds that another process than the first waits before it tells its error: if the first has
+failed too, it has told the same, and torchrun ends all others."""
+
+
+@app.callback()
+def _check_processes(context: typer.Context) -> None:
+    if processes.count() > 1 and context.invoked_subcommand not in ("train", "evaluate"):
+        raise UserError(
+            f"rosa {context.invoked_subcommand} is for one process: run it without torchrun (of "
+            "the commands, train and evaluate run in several)"
+        )
 
 
 def _read_recipe(context: typer.Context, recipe: Path | None) -> Path | None:
@@ -299,7 +316,11 @@ def _floats(name: str, text: str) -> list[float]:
 
 
 def main() -> None:
-    """Run the command; a user's error is one clear message, not a stack trace."""
+    """Run the command.
+
+    A mistake of the user is one clear line and exit code 2; a bug is a trace, what to do with it,
+    and exit code 1; an interrupt is exit code 130.
+    """
     debug = "--debug" in sys.argv or os.environ.get("ROSA_DEBUG") == "1"
     if not debug:  # what transformers says of its own inner workings is no news to a user
         from transformers.utils import logging
@@ -308,27 +329,72 @@ def main() -> None:
         logging.set_verbosity_error()
     if "--debug" in sys.argv:
         sys.argv.remove("--debug")
+    if not processes.is_first():
+        _be_silent()
     try:
         app()
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        if debug:
+    except SystemExit as stop:
+        if not _is_interrupt(stop):
             raise
-        message = _explain(error)
-        Console(stderr=True, highlight=False, markup=False).print(
-            f"error: {message}", soft_wrap=True
-        )
-        sys.exit(2)
+        _complain("stopped; with --resume, `rosa train` goes on from its last checkpoint")
+        sys.exit(130)
     except Exception as error:
-        if debug or type(error).__name__ != "SafetensorError":
-            raise
-        Console(stderr=True, highlight=False, markup=False).print(
-            f"error: a weights file is damaged or cut short ({error}): copy or save it again",
-            soft_wrap=True,
-        )
+        if not processes.is_first():
+            time.sleep(GRACE)
+        mistake = _mistake(error)
+        if mistake is None or debug:
+            traceback.print_exception(error)
+        if mistake is None:
+            _complain(
+                "this is a bug in rosa or in a library that it uses, not a mistake of yours: "
+                "please report it with the lines above and the command"
+            )
+            sys.exit(1)
+        _complain(f"error: {mistake}")
         sys.exit(2)
 
 
-def _explain(error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError):
+def _mistake(error: Exception) -> str | None:
+    """What the user can do about an error, in a line; None if it is a bug."""
+    if is_out_of_memory(error):
+        return (
+            "out of memory: lower --batch-size (and raise --gradient-accumulation as much, for the "
+            f"same steps) or --max-length ({_first_line(error)})"
+        )
+    if isinstance(error, ImportError):
+        if (error.name or "").partition(".")[0] == "rosa":
+            return None
         return f"{error}: run pip install 'rosa-finetune[cli]' (--debug shows where)"
-    return str(error)
+    if type(error).__name__ == "SafetensorError":
+        return f"a weights file is damaged or cut short ({error}): copy or save it again"
+    return str(error) if isinstance(error, (UserError, OSError)) else None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _is_interrupt(stop: SystemExit) -> bool:
+    """Whether typer stopped the program because the user did."""
+    cause: BaseException | None = stop
+    while cause is not None and not isinstance(cause, KeyboardInterrupt):
+        cause = cause.__cause__ or cause.__context__
+    return cause is not None
+
+
+def _be_silent() -> None:
+    """Of several processes the first prints; this is another."""
+    import datasets
+    from transformers.utils import logging
+
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # until the process ends
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def _complain(text: str) -> None:
+    Console(stderr=True, highlight=False, markup=False).print(text, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -13,6 +13,7 @@ was chosen on. A finished cell is never trained again, so a stopped comparison g
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import traceback
 import warnings
@@ -23,6 +24,7 @@ from dataclasses import dataclass, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from rosa import runs
 from rosa.errors import UserError
@@ -90,9 +92,10 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The name of its folder."""
+        """The name of its folder, for people and to find it again; its record says what it is."""
         rank = "" if self.rank is None else f"-r{self.rank}"
-        return f"{self.variant.name}{rank}-lr{self.lr:g}-s{self.seed}"
+        variant = re.sub(r"[/\\%]", lambda sign: quote(sign[0], safe=""), self.variant.name)
+        return f"{variant}{rank}-lr{self.lr:g}-s{self.seed}"
 
     @property
     def group(self) -> tuple[str, int | None]:
@@ -282,10 +285,9 @@ def _train_all(
             # A process of its own: a cell that is killed takes no other with it, and its memory
             # is its own.
             pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-            running[pool.submit(_train_cell, _settings_of(base, cell), threads, jobs > 1)] = (
-                cell,
-                pool,
-            )
+            settings = _settings_of(base, cell)
+            job = pool.submit(_train_cell, settings, cell.variant.name, threads, jobs > 1)
+            running[job] = cell, pool
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             cell, pool = running.pop(future)
             count += 1
@@ -308,7 +310,7 @@ def _train_all(
     return failures
 
 
-def _train_cell(settings: RunSettings, threads: int, quiet: bool) -> dict[str, Any]:
+def _train_cell(settings: RunSettings, variant: str, threads: int, quiet: bool) -> dict[str, Any]:
     """Train one cell in a process of its own; goes on from a checkpoint if there is one."""
     import datasets
     from transformers.utils import logging
@@ -322,7 +324,7 @@ def _train_cell(settings: RunSettings, threads: int, quiet: bool) -> dict[str, A
         datasets.disable_progress_bars()
     (settings.output / ERROR).unlink(missing_ok=True)
     begun = bool(runs.settings_of(settings.output))
-    record = train(settings, resume=begun)
+    record = train(settings, resume=begun, variant=variant)
     shutil.rmtree(settings.output / runs.CHECKPOINTS, ignore_errors=True)  # the run is finished
     return record
 

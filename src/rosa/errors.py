@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+READERS = ("peft", "transformers", "tokenizers", "huggingface_hub", "safetensors", "torch")
+"""The libraries that read what a user gave, besides Python's own (`json`)."""
+
 
 class UserError(ValueError):
     """Something that was given cannot be used; the message says what is allowed and what to do."""
@@ -13,3 +20,40 @@ class UserTypeError(UserError, TypeError):
 
 class ExportError(UserError, RuntimeError):
     """What was exported is loaded as something else than was trained; nothing was kept of it."""
+
+
+@contextmanager
+def blame(what: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turn a library's error about something that the user gave into a `UserError`.
+
+    Only what a library raised: what this package raises, it raises as it means it.
+
+    Args:
+        what: is of no use, as a sentence's beginning: "the model in x cannot be loaded".
+        kinds: of errors to turn; all but being out of memory if left out.
+    """
+    try:
+        yield
+    except Exception as error:
+        ours = isinstance(error, UserError) or not _by_a_reader(error)
+        if ours or is_out_of_memory(error) or not isinstance(error, kinds or Exception):
+            raise
+        reason = " ".join(str(error).split())
+        raise UserError(f"{what}: {type(error).__name__}: {reason}") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the machine has no memory left."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return isinstance(error, MemoryError) or should_reduce_batch_size(error)  # type: ignore[arg-type]
+
+
+def _by_a_reader(error: BaseException) -> bool:
+    """Whether the code that raised it is a library's that reads what users give."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
+    package = where.partition(".")[0]
+    return package in READERS or package in sys.stdlib_module_names

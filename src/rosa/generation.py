@@ -37,6 +37,9 @@ def generate(
     import torch
     from rich.progress import track
 
+    from rosa.reading import longest_input
+
+    reads = longest_input(model) or 2**30
     model.eval()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
@@ -47,7 +50,7 @@ def generate(
             inputs = tokenizer([prompts[i] for i in batch], return_tensors="pt", padding=True)
             inputs = {k: v.to(model.device) for k, v in inputs.items() if k != "token_type_ids"}
             length = inputs["input_ids"].shape[1]
-            room = (getattr(model.config, "max_position_embeddings", None) or 2**30) - length
+            room = reads - length
             if room < 1:
                 raise UserError(
                     f"a prompt of {length} tokens leaves no room to write: the model reads "

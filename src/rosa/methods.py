@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from rosa.settings import RunSettings
 
 
+TOKENS = 20
+"""Trained tokens before every text, of the methods that have such."""
+
 Config = Callable[["RunSettings", int, dict[str, Any]], "PeftConfig"]
 
 
@@ -28,12 +31,14 @@ class Method:
         config: the PEFT config from a run's settings, the rank and the arguments that all methods
             share (`target_modules`, `task_type`); None if the method needs no adapter.
         has_rank: whether `--rank` means anything to it.
+        virtual_tokens: places of the model's input that it takes for itself.
     """
 
     about: str
     lr: float
     config: Config | None = None
     has_rank: bool = False
+    virtual_tokens: int = 0
 
 
 def _rosa(settings: RunSettings, rank: int, shared: dict[str, Any]) -> PeftConfig:
@@ -122,7 +127,7 @@ def _prompt(kind: str) -> Config:
                 f"method {settings.method} cannot train and save the modules that the checkpoint "
                 f"lacks ({', '.join(shared['modules_to_save'])}): choose another method or model"
             )
-        return getattr(peft, kind)(num_virtual_tokens=20, task_type=shared.get("task_type"))
+        return getattr(peft, kind)(num_virtual_tokens=TOKENS, task_type=shared.get("task_type"))
 
     return config
 
@@ -142,9 +147,24 @@ METHODS: dict[str, Method] = {
     "adalora": Method("LoRA with ranks that move between layers", 1e-3, _adalora, True),
     "relora": Method("LoRA merged and started again at zero as it trains", 1e-3, _relora, True),
     "ia3": Method("a scale on keys, values and hidden activations", 1e-2, _ia3),
-    "prompt": Method("20 trained tokens before the text", 1e-2, _prompt("PromptTuningConfig")),
-    "ptuning": Method("20 tokens from a small network", 1e-3, _prompt("PromptEncoderConfig")),
-    "prefix": Method("20 trained keys and values a layer", 1e-2, _prompt("PrefixTuningConfig")),
+    "prompt": Method(
+        f"{TOKENS} trained tokens before the text",
+        1e-2,
+        _prompt("PromptTuningConfig"),
+        virtual_tokens=TOKENS,
+    ),
+    "ptuning": Method(
+        f"{TOKENS} tokens from a small network",
+        1e-3,
+        _prompt("PromptEncoderConfig"),
+        virtual_tokens=TOKENS,
+    ),
+    "prefix": Method(
+        f"{TOKENS} trained keys and values a layer",
+        1e-2,
+        _prompt("PrefixTuningConfig"),
+        virtual_tokens=TOKENS,
+    ),
     "full": Method("every weight of the model", 5e-5),
     "head": Method("the new head only, on the frozen pretrained model", 1e-3),
 }

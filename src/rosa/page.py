@@ -50,7 +50,7 @@ def write_page(comparison: Comparison, path: Path) -> None:
     )
     listed = "".join(f"<li>{escape(note)}</li>" for note in notes(comparison))
     task = comparison.settings.get("task") or Path(comparison.settings.get("train") or "text").stem
-    title = escape(f"{task}, {Path(comparison.settings['model']).name}")
+    title = escape(f"{task}, {comparison.settings['model']}")
     path.write_text(
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from rosa import runs
 from rosa.compare import COMPARISON, ERROR, best_record
@@ -99,13 +100,12 @@ def read_comparison(folder: Path) -> Comparison:
     for place in sorted(p for p in folder.iterdir() if p.is_dir()):
         if (place / runs.METRICS).is_file():
             record = runs.read_json(place / runs.METRICS)
-            rank = record.get("rank")
-            method = place.name.rsplit("-lr", 1)[0].removesuffix(f"-r{rank}")
-            groups.setdefault((method, rank), []).append((record, place))
+            group = record.get("variant") or _variant_before(place, record), record.get("rank")
+            groups.setdefault(group, []).append((record, place))
         elif (place / ERROR).is_file():
-            failed.append(place.name)
+            failed.append(_shown(place.name))
         elif runs.settings_of(place):
-            unfinished.append(place.name)
+            unfinished.append(_shown(place.name))
     if not groups:
         raise UserError(
             f"{folder} has no finished run yet: go on with it by the same `rosa compare` command"
@@ -113,13 +113,35 @@ def read_comparison(folder: Path) -> Comparison:
     rows = [_row(*group, cells) for group, cells in groups.items()]
     first = rows[0].records[0]
     settings = runs.read_json(folder / COMPARISON)
-    for name in ("model", "data", "train", "validation"):
-        # A report is for others: not where files lie on this machine.
-        if settings.get(name) and Path(settings[name]).is_absolute():
-            settings[name] = "/".join(Path(settings[name]).parts[-2:])
+    # A report is for others: not where files lie on this machine.
+    if settings.get("model"):
+        settings["model"] = runs.model_name(settings["model"])
+    for name in ("data", "train", "validation"):
+        if settings.get(name):
+            settings[name] = _without_machine(settings[name])
     rows.sort(key=lambda row: (row.rank or 0, row.method))
-    cells = {place.name: record for group in groups.values() for record, place in group}
+    cells = {
+        _shown(place.name): {**record, "variant": _shown(variant)}
+        for (variant, _), group in groups.items()
+        for record, place in group
+    }
     return Comparison(folder, first["reported"], settings, cells, rows, failed, unfinished)
+
+
+def _variant_before(place: Path, record: Mapping[str, Any]) -> str:
+    """The variant of a record that does not say it: of a run before records did."""
+    return place.name.rsplit("-lr", 1)[0].removesuffix(f"-r{record.get('rank')}")
+
+
+def _without_machine(path: str) -> str:
+    """A path's last two parts if it is absolute, else the path."""
+    return "/".join(Path(path).parts[-2:]) if Path(path).is_absolute() else path
+
+
+def _shown(variant: str) -> str:
+    """The name of a variant, or of its cell, as a report says it: its own settings may be paths."""
+    options = (part.partition("=") for part in unquote(variant).split("+"))
+    return "+".join(f"{name}{equals}{_without_machine(value)}" for name, equals, value in options)
 
 
 def _row(method: str, rank: int | None, cells: list[tuple[dict[str, Any], Path]]) -> Row:
@@ -130,7 +152,7 @@ def _row(method: str, rank: int | None, cells: list[tuple[dict[str, Any], Path]]
     rates = [record["lr"] for record in tuning]
     chosen = sorted((c for c in cells if c[0]["lr"] == lr), key=lambda cell: cell[0]["seed"])
     return Row(
-        method,
+        _shown(method),
         rank,
         lr,
         len(rates) > 1 and lr in (min(rates), max(rates)),

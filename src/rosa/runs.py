@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rosa.errors import UserError
+from rosa.errors import UserError, blame
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,6 +27,10 @@ SETTINGS, METRICS, HISTORY = "settings.json", "metrics.json", "history.json"
 ADAPTER, MODEL, CHECKPOINTS = "adapter", "model", "checkpoints"
 PREDICTIONS = "predictions.json"
 _OURS = (SETTINGS, METRICS, HISTORY, PREDICTIONS, ADAPTER, MODEL, CHECKPOINTS)
+
+
+MISFIT = (ValueError, TypeError, RuntimeError, OSError)
+"""What PEFT raises for an adapter that is not the model's."""
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -103,19 +109,41 @@ def check_model(name: str) -> None:
         FileNotFoundError: it is neither a folder nor a name that the hub allows.
         ValueError: the folder holds an adapter.
     """
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
     if Path(name).is_dir():
         if (Path(name) / "adapter_config.json").is_file():
             raise UserError(
                 f"{name} is an adapter, not a model: `rosa export {name} --to merged` makes it one"
             )
         return
+    if not _is_hub_id(name):
+        raise FileNotFoundError(f"model {name} is neither a folder nor a hub id")
+
+
+def _is_hub_id(name: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     try:
         validate_repo_id(name)
-    except HFValidationError as error:
-        raise FileNotFoundError(f"model {name} is neither a folder nor a hub id") from error
+    except HFValidationError:
+        return False
+    return True
+
+
+def load_config(model: str | Path) -> Any:
+    """The config of a model, by its folder or hub id; a `UserError` if it has none of use."""
+    from transformers import AutoConfig
+
+    with blame(f"the config of the model {model} cannot be loaded"):
+        return AutoConfig.from_pretrained(str(model))
+
+
+def load_tokenizer(model: str | Path) -> Any:
+    """The tokenizer of a model, by its folder or hub id; a `UserError` if it has none of use."""
+    from transformers import AutoTokenizer
+
+    with blame(f"the tokenizer of {model} cannot be loaded"):
+        return AutoTokenizer.from_pretrained(str(model))
 
 
 def load_trained(
@@ -131,12 +159,7 @@ def load_trained(
         FileNotFoundError, ValueError: there is no such folder, or nothing trained in it.
     """
     from peft import PeftConfig, PeftModel
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-    )
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     import rosa  # noqa: F401  # registers the method
 
@@ -152,32 +175,35 @@ def load_trained(
             raise FileNotFoundError(
                 f"{place} has no adapter_model.safetensors: its weights are missing"
             )
-        config = PeftConfig.from_pretrained(str(place))
+        with blame(f"{place / 'adapter_config.json'} cannot be used"):
+            config = PeftConfig.from_pretrained(str(place))
         base = model or config.base_model_name_or_path
         if base is None:
             raise UserError(f"{place} does not name its base model: give --model")
         check_model(base)
         has_config = (place / "config.json").is_file()
         # In the precision that it was trained in: a coarser one would compute something else.
-        dtype = (AutoConfig.from_pretrained(place).dtype if has_config else None) or "auto"
+        dtype = (load_config(place).dtype if has_config else None) or "auto"
         if config.task_type == "SEQ_CLS":
             if not has_config:
                 raise UserError(
                     f"{place} has no config.json to say how many labels there are: save the "
                     "model's config there too, as `rosa train` does"
                 )
-            labels = AutoConfig.from_pretrained(place).id2label or {}
-            plain = AutoModelForSequenceClassification.from_pretrained(
-                base,
-                id2label=labels,
-                label2id={name: i for i, name in labels.items()},
-                ignore_mismatched_sizes=True,  # the adapter brings a head of the right size
-                dtype=dtype,
-            )
+            labels = load_config(place).id2label or {}
+            how: dict[str, Any] = {
+                "id2label": labels,
+                "label2id": {name: i for i, name in labels.items()},
+                "ignore_mismatched_sizes": True,  # the adapter brings a head of the right size
+            }
+            auto: Any = AutoModelForSequenceClassification
         else:
-            plain = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+            auto, how = AutoModelForCausalLM, {}
+        with blame(f"the model {base} cannot be loaded"):
+            plain = auto.from_pretrained(base, dtype=dtype, **how)
         try:
-            trained = PeftModel.from_pretrained(plain, str(place))
+            with blame(f"the adapter in {place} does not fit the model {base}", *MISFIT):
+                trained = PeftModel.from_pretrained(plain, str(place))
         except KeyError as error:
             raise UserError(
                 f"{place} lacks weight {error}: its file is of another adapter or another model"
@@ -186,9 +212,64 @@ def load_trained(
         architectures = read_json(place / "config.json").get("architectures") or [""]
         decoder = architectures[0].endswith(("ForCausalLM", "LMHeadModel"))
         auto = AutoModelForCausalLM if decoder else AutoModelForSequenceClassification
-        trained = auto.from_pretrained(str(place))
+        with blame(f"the model in {place} cannot be loaded"):
+            trained = auto.from_pretrained(str(place))
     else:
         raise UserError(f"{folder} holds neither a run nor an adapter (no adapter_config.json)")
     has_tokenizer = (place / "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(str(place)) if has_tokenizer else None
+    tokenizer = load_tokenizer(place) if has_tokenizer else None
     return trained.eval(), tokenizer  # type: ignore[return-value]
+
+
+_TELL_NOTHING = {
+    *("model", "models", "adapter", "adapters", "checkpoint", "checkpoints", "snapshot"),
+    *("snapshots", "weights", "run", "runs", "step", "epoch", "base", "pretrained", "trained"),
+    *("final", "best", "last", "latest", "main", "merged", "export", "exported", "output", "out"),
+    *("hf", "tmp", "home", "root", "users"),
+}
+
+
+def model_name(model: str) -> str:
+    """What to call a model where people read it: a hub id, or what a folder's path tells.
+
+    The last part of a path that says more than "model" or "checkpoint-100" does; if the folder's
+    own last part does not, the hub id that its model card or config names goes before the parts
+    above. Never the whole path, which is this machine's.
+    """
+    place = Path(model)
+    if not place.is_absolute() and not place.is_dir() and _is_hub_id(model):
+        return model
+    parts = (
+        place.resolve().parts[1:]
+        if place.is_dir()
+        else [p for p in place.parts if p != place.anchor]
+    )
+    for part in parts[::-1]:
+        if part.startswith("models--"):  # the hub's cache: models--<owner>--<name>/snapshots/<hash>
+            return part.removeprefix("models--").replace("--", "/")
+    if parts and not _tells_nothing(parts[-1]):
+        return parts[-1]
+    return _named_inside(place) or next(
+        (part for part in parts[::-1] if not _tells_nothing(part)), "model"
+    )
+
+
+def _tells_nothing(part: str) -> bool:
+    words = [word for word in re.split(r"[-_. ]+", part.lower()) if word]
+    return all(w in _TELL_NOTHING or re.fullmatch(r"v?\d+|[0-9a-f]{7,}", w) for w in words)
+
+
+def _named_inside(folder: Path) -> str | None:
+    """The hub id that a model's folder names as what it was made from, if it does."""
+    from huggingface_hub import ModelCard
+
+    named: list[Any] = []
+    if (folder / "README.md").is_file():
+        with suppress(Exception):  # a card of another form is none
+            named.append(ModelCard.load(folder / "README.md").data.to_dict().get("base_model"))
+    if (folder / "config.json").is_file():
+        with suppress(UserError):
+            named.append(read_json(folder / "config.json").get("_name_or_path"))
+    return next(
+        (n for n in named if isinstance(n, str) and _is_hub_id(n) and not Path(n).exists()), None
+    )

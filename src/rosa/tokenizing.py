@@ -5,25 +5,34 @@ from __future__ import annotations
 from typing import Any
 
 from rosa.errors import UserError
+from rosa.processes import say
 from rosa.settings import RunSettings
 from rosa.tasks import Task
 
 
-def tokenize(settings: RunSettings, task: Task, config: Any, tokenizer: Any) -> dict[str, Any]:
+def tokenize(
+    settings: RunSettings, task: Task, reads: int | None, tokenizer: Any
+) -> dict[str, Any]:
     """The task's splits as token ids with labels, none longer than the model can read.
+
+    `reads` is how many tokens that are: see `rosa.reading.longest_input`; None for any number.
 
     Raises:
         ValueError: no completion is within the longest length.
     """
-    reads = getattr(config, "max_position_embeddings", None) or settings.max_length
-    longest = min(settings.max_length, reads, tokenizer.model_max_length)
+    longest = min(settings.max_length, reads or settings.max_length, tokenizer.model_max_length)
+    if longest < 1:
+        raise UserError(
+            f"method {settings.method} leaves no place for a text: the model has {-longest} too "
+            "few for the tokens that the method puts before it; choose another model or method"
+        )
     if longest < settings.max_length:
-        print(f"the model reads {longest} tokens at most: longer texts are cut there")
+        say(f"the model reads {longest} tokens at most: longer texts are cut there")
     encode = _tokenize_language if task.kind == "language" else _tokenize
     rows = {name: encode(part, task, tokenizer, longest) for name, part in _parts(task)}
     cut = sum(len(ids) >= longest for ids in rows["train"]["input_ids"])
     if cut:
-        print(f"{cut} of {len(rows['train'])} training texts reach {longest} tokens (--max-length)")
+        say(f"{cut} of {len(rows['train'])} training texts reach {longest} tokens (--max-length)")
     return rows
 
 

@@ -16,6 +16,8 @@ from rosa import runs, tasks
 from rosa.building import adapt, load_base
 from rosa.errors import UserError
 from rosa.methods import find_method
+from rosa.processes import join, say
+from rosa.reading import longest_input
 from rosa.settings import RESAMPLED, RunSettings, check, in_bf16, schedule
 from rosa.tasks import DataSettings, Generation, Task
 from rosa.tokenizing import tokenize
@@ -24,47 +26,67 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-FIRST_BATCHES = 4
-"""Batches that a method sees which begins with the training data's gradient."""
+FIRST_STEPS = 4
+"""Steps' batches that a method sees which begins with the training data's gradient."""
 
 
-def train(settings: RunSettings, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+def train(
+    settings: RunSettings, resume: bool = False, overwrite: bool = False, variant: str | None = None
+) -> dict[str, Any]:
     """Run one training; returns the result record, which is also `<output>/metrics.json`.
+
+    Of several processes (`torchrun`), the first writes and prints, and every one returns the record
+    once all is written.
+
+    Args:
+        settings: of the run.
+        resume: go on with the run in the output folder.
+        overwrite: replace the run in the output folder.
+        variant: what the record calls it; None takes the method's name.
 
     Raises:
         ValueError, TypeError, FileNotFoundError: a setting, a file or the output folder is of no
             use; said before any work is done.
     """
     import torch
+    from accelerate.utils import broadcast_object_list
     from torch.utils.data import DataLoader
-    from transformers import AutoTokenizer, set_seed
+    from transformers import set_seed
 
     settings = check(settings)
     runs.check_model(settings.model)
-    runs.check_output(settings.output, settings.to_json(), resume, overwrite)
+    state = join()
+    if state.is_main_process:  # the only one that writes there
+        runs.check_output(settings.output, settings.to_json(), resume, overwrite)
     if resume and (settings.output / runs.METRICS).is_file():
-        print(f"the run in {settings.output} is finished: nothing to resume")
+        say(f"the run in {settings.output} is finished: nothing to resume")
         return runs.read_json(settings.output / runs.METRICS)
 
     task = load_task(settings)
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    tokenizer = runs.load_tokenizer(settings.model)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise UserError(f"{settings.model} has no tokenizer: save it beside the model")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     set_seed(settings.seed)
     base = load_base(settings, task, tokenizer.pad_token_id)
-    rows = tokenize(settings, task, base.model.config, tokenizer)
+    reads = longest_input(base.model)
+    if reads is not None:
+        reads -= find_method(settings.method).virtual_tokens
+    rows = tokenize(settings, task, reads, tokenizer)
 
     def batches() -> Iterable[dict[str, Any]]:
         order = torch.Generator().manual_seed(settings.seed)
         collate = _collator(task, tokenizer)
         size = settings.batch_size
+        batches_a_step = settings.gradient_accumulation * state.num_processes
         loader = DataLoader(rows["train"], size, shuffle=True, generator=order, collate_fn=collate)
-        return itertools.islice(loader, FIRST_BATCHES)
+        return itertools.islice(loader, FIRST_STEPS * batches_a_step)
 
     model, recorder = adapt(settings, base, batches)
-    runs.begin(settings.output, settings.to_json(), overwrite)  # nothing was written before
+    if state.is_main_process:
+        runs.begin(settings.output, settings.to_json(), overwrite)  # nothing was written before
+    state.wait_for_everyone()
     trainer, callback = build_trainer(settings, task, rows, model, tokenizer)
     if recorder is not None:
         trainer.add_callback(recorder)
@@ -72,7 +94,6 @@ def train(settings: RunSettings, resume: bool = False, overwrite: bool = False) 
     trainer.train(resume_from_checkpoint=_last_checkpoint(settings.output) if resume else None)
     seconds = time.perf_counter() - started
     metrics = _evaluate(settings, trainer, task, rows, tokenizer)
-    place = _save(settings, task, trainer.model, tokenizer, metrics)
     history: dict[str, Any] = _history(trainer.state.log_history)
     if recorder is not None:
         history["changes"] = {"epochs": recorder.epochs, "spectra": recorder.spectra}
@@ -86,11 +107,11 @@ def train(settings: RunSettings, resume: bool = False, overwrite: bool = False) 
         "resamples": callback.draws_before(trainer.state.global_step) if callback else 0,
         "resample_seconds": callback.seconds if callback else 0.0,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "adapter_bytes": sum(p.stat().st_size for p in place.glob("*.safetensors")),
         "peak_memory_mib": _peak_memory_mib(),
         "train_examples": len(task.train),
         "validation_examples": len(task.validation),
         "test_examples": _reported_examples(task),
+        "variant": variant or settings.method,
         "method": settings.method,
         **({} if settings.rank is None else {"rank": settings.rank}),
         "lr": settings.lr,
@@ -98,16 +119,18 @@ def train(settings: RunSettings, resume: bool = False, overwrite: bool = False) 
         "metric": task.metric,
         "reported": task.reported,
     }
-    runs.write_json(settings.output / runs.HISTORY, history)
-    runs.write_json(settings.output / runs.METRICS, record)
+    if state.is_main_process:
+        place = _save(settings, task, trainer.model, tokenizer, metrics)
+        record["adapter_bytes"] = sum(p.stat().st_size for p in place.glob("*.safetensors"))
+        runs.write_json(settings.output / runs.HISTORY, history)
+        runs.write_json(settings.output / runs.METRICS, record)
+    (record,) = broadcast_object_list([record])
     return record
 
 
 def load_task(settings: RunSettings) -> Task:
     """The data of a run; raises as `rosa.tasks.load` does."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(settings.model)
+    config = runs.load_config(settings.model)
     names = [f.name for f in fields(DataSettings)]
     return tasks.load(DataSettings(**{n: getattr(settings, n) for n in names}), _is_decoder(config))
 
@@ -126,6 +149,7 @@ def evaluate(
     Raises:
         ValueError, FileNotFoundError: the folder or the data is of no use.
     """
+    join()
     trained, tokenizer = runs.load_trained(folder, model)
     if tokenizer is None:
         raise UserError(f"{folder} has no tokenizer: save it beside the model")
@@ -137,7 +161,7 @@ def evaluate(
         settings = RunSettings(
             model=str(folder), output=Path(scratch), method="full", max_length=length
         )
-        rows = tokenize(settings, task, trained.config, tokenizer)
+        rows = tokenize(settings, task, longest_input(trained), tokenizer)
         trainer, _ = build_trainer(settings, task, rows, trained, tokenizer)
         return _evaluate(settings, trainer, task, rows, tokenizer)
 
@@ -155,10 +179,11 @@ def build_trainer(
     from transformers import (
         PrinterCallback,
         ProgressCallback,
-        Trainer,
         TrainingArguments,
     )
     from transformers.utils import logging
+
+    from rosa.averaging import MeanTrainer, item_counter
 
     class EpochProgress(ProgressCallback):
         """A progress bar with a line per evaluation, not one per log of the loss."""
@@ -167,7 +192,7 @@ def build_trainer(
             if logs and "eval_loss" in logs:
                 super().on_log(args, state, control, logs=logs, **kwargs)
 
-    batches = -(-len(rows["train"]) // settings.batch_size)
+    batches = -(-len(rows["train"]) // (settings.batch_size * join().num_processes))
     steps_per_epoch = -(-batches // settings.gradient_accumulation)
     args = TrainingArguments(
         output_dir=str(settings.output / runs.CHECKPOINTS),
@@ -206,8 +231,9 @@ def build_trainer(
         return task.compute(answers, labels)  # type: ignore[misc]
 
     callback = schedule(settings) if settings.method in RESAMPLED else None
-    trainer = Trainer(
+    trainer = MeanTrainer(
         model=model,
+        count=item_counter(task.kind, model),
         args=args,
         data_collator=_collator(task, tokenizer),
         train_dataset=rows["train"],
@@ -262,6 +288,8 @@ def _evaluate(
     settings: RunSettings, trainer: Any, task: Task, rows: Mapping[str, Any], tokenizer: Any
 ) -> dict[str, float]:
     """Metrics of the best model: on validation, on further splits, and of the texts it writes."""
+    from accelerate.utils import broadcast_object_list
+
     found = trainer.evaluate()
     metrics = {"eval_loss": found["eval_loss"]}
     if task.compute is None:
@@ -278,7 +306,9 @@ def _evaluate(
                 tested = trainer.predict(part_rows, metric_key_prefix=part).metrics
                 metrics.update({f"{part}_{name}": tested[f"{part}_{name}"] for name in names})
     if task.generation is not None:
-        metrics.update(_write_texts(settings, task.generation, trainer.model, tokenizer))
+        if trainer.is_world_process_zero():
+            metrics.update(_write_texts(settings, task.generation, trainer.model, tokenizer))
+        (metrics,) = broadcast_object_list([metrics])
     return metrics
 
 
@@ -344,9 +374,10 @@ def _save(
         tags=[settings.method, "rosa-finetune"],
     )
     values = {k: v for k, v in settings.to_json().items() if k not in ("output", "versions")}
-    for name in ("model", "data", "train", "validation") if local else ("data", "train"):
+    for name in ("data", "train", "validation") if local else ("data", "train"):
         if values[name]:  # a card is for others: not where files lie on this machine
             values[name] = Path(values[name]).name
+    values["model"] = runs.model_name(settings.model)
     rows = "\n".join(f"| {k} | {v} |" for k, v in values.items() if v is not None)
     scores = "\n".join(f"| {k} | {v:.4f} |" for k, v in metrics.items())
     load = (
@@ -357,7 +388,7 @@ def _save(
         load = f"from transformers import {name}\n\nmodel = {name}.from_pretrained(folder)\n"
     text = (
         f"---\n{data.to_yaml()}\n---\n\n# {settings.method} on {task.name}\n\n"
-        f"`{Path(settings.model).name}` fine-tuned by `rosa train`.\n\n```python\n{load}```\n\n"
+        f"`{values['model']}` fine-tuned by `rosa train`.\n\n```python\n{load}```\n\n"
         f"| metric | value |\n| --- | --- |\n{scores}\n\n"
         f"| setting | value |\n| --- | --- |\n{rows}\n"
     )

@@ -1,0 +1,143 @@
+"""A Trainer whose loss is the mean over a step's items, however the step is split into batches.
+
+An item is an example, or for a language model a token that is learned. Transformers' Trainer takes
+a model whose forward pass has `**kwargs` for one that divides its loss by the number of items when
+it is told it. Classifiers and regressions are not, so their loss came out too large, by as many
+times as there are batches in a step, or processes; and some decoders are told a wrong number.
+Here no model is told. Each gives the mean over its batch, as all models do, and a batch counts by
+its items. The loss of an evaluation is the mean over all items as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from accelerate.utils import gather_object
+from transformers import Trainer
+
+from rosa.errors import UserError
+
+Batch = Mapping[str, Any]
+_WEIGHT = "weight_of_the_batch"
+
+
+def item_counter(kind: str, model: Any) -> Callable[[Batch], int]:
+    """How many items the model's loss on a batch is the mean of, by the kind of the task.
+
+    A decoder predicts each token from those before it, so none predicts a row's first, unless
+    PEFT puts tokens of its own before it.
+    """
+    if kind != "language":
+        return lambda batch: len(batch["labels"])
+    config = getattr(model, "active_peft_config", None)
+    prompt = config is not None and config.is_prompt_learning and config.peft_type
+    first = 0 if prompt and prompt != "PREFIX_TUNING" else 1
+    return lambda batch: int((batch["labels"][..., first:] != -100).sum())
+
+
+class MeanTrainer(Trainer):
+    """The Trainer, with losses as this module's docstring says; `count` is `item_counter`'s."""
+
+    def __init__(self, *args: Any, count: Callable[[Batch], int], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.count = count
+        self.model_accepts_loss_kwargs = False  # the model is to give its batch's mean
+        self._evaluated = (0.0, 0)  # this process's sum of losses, and its items
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """A step's batches, each with the factor that makes their mean one over the items."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        rows = [self._own_rows(batch) for batch in batches[-1:]]
+        own = [*batches[:-1], *(_first_rows(b, n) for b, n in zip(batches[-1:], rows, strict=True))]
+        items = [self.count(batch) for batch in own]
+        total = sum(gather_object([sum(items)]))
+        # The Trainer divides by the number of batches, and processes average their gradients.
+        factor = len(batches) * self.accelerator.num_processes / max(total, 1)
+        # A process that has no rows left takes part in the step all the same, with one that
+        # counts nothing.
+        kept = [b if n else _first_rows(a, 1) for a, b, n in zip(batches, own, items, strict=True)]
+        return [{**b, _WEIGHT: n * factor} for b, n in zip(kept, items, strict=True)], None
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The batch's mean loss; in training, times its factor."""
+        weight = inputs.pop(_WEIGHT, None)
+        outputs: Any
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        if weight == 0:  # the mean over no items is no number
+            loss = outputs["logits"].sum() * 0.0
+        elif weight is not None:
+            loss = loss * weight
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; stops a training that has diverged, which the Trainer would hide."""
+        loss = super().training_step(*args, **kwargs)
+        if not math.isfinite(float(loss)):
+            raise UserError(
+                f"the training loss became {float(loss)} in step {self.state.global_step + 1}: "
+                f"the training has diverged. Lower --lr (it is {self.args.learning_rate:g})"
+            )
+        return loss
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """As the Trainer's, with the loss as the mean over all items."""
+        self._evaluated = (0.0, 0)
+        output: Any = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        losses, items = zip(*gather_object([self._evaluated]), strict=True)
+        if sum(items):
+            output.metrics[f"{metric_key_prefix}_loss"] = sum(losses) / sum(items)
+        return output
+
+    def prediction_step(
+        self,
+        model: Any,
+        inputs: Any,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> Any:
+        """As the Trainer's; keeps the loss of the rows that are this process's own."""
+        found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        rows, loss = self._own_rows(inputs), found[0]
+        own = _first_rows(inputs, rows)
+        items = self.count(own)
+        if items:
+            if rows < len(inputs["labels"]):
+                loss = super().prediction_step(model, own, True, ignore_keys)[0]
+            mean = float(loss)  # type: ignore[arg-type]  # there are labels, so there is a loss
+            if not math.isfinite(mean):
+                raise UserError(
+                    f"the loss on the evaluation's data is {mean}: the model's weights have "
+                    "diverged, or are damaged. After training, lower --lr"
+                )
+            seen, before = self._evaluated
+            self._evaluated = (seen + mean * items, before + items)
+        return found
+
+    def _own_rows(self, batch: Batch) -> int:
+        """How many rows of a batch count: accelerate fills the last ones up by repeating rows."""
+        rows, state = len(batch["labels"]), self.accelerator.gradient_state
+        processes = self.accelerator.num_processes
+        if processes == 1 or not state.end_of_dataloader or state.remainder < 1:
+            return rows
+        return min(max(state.remainder - self.accelerator.process_index * rows, 0), rows)
+
+
+def _first_rows(batch: Batch, rows: int) -> dict[str, Any]:
+    return {name: values[:rows] for name, values in batch.items()}
