@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterator
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -19,6 +21,14 @@ def _fresh_random_inputs(request: pytest.FixtureRequest) -> None:
     seed = int(os.environ.get("ROSA_TEST_SEED") or secrets.randbelow(2**31))
     request.node.user_properties.append(("seed", seed))
     torch.manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def _no_accelerator_left() -> Iterator[None]:
+    """Accelerate keeps the settings of the first Accelerator for the whole process."""
+    yield
+    if AcceleratorState._shared_state:
+        AcceleratorState._reset_state()
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -9,7 +9,6 @@ import io
 import pytest
 import torch
 from accelerate import Accelerator, load_checkpoint_in_model
-from accelerate.state import AcceleratorState
 from huggingface_hub import save_torch_state_dict
 from peft import get_peft_model
 from safetensors.torch import load_model, save_model
@@ -109,7 +108,7 @@ def by_accelerate(model, other, folder):
 
 def by_accelerate_in_shards(model, other, folder):
     Accelerator(cpu=True).save_model(model, str(folder), max_shard_size="20KB")
-    assert len(list(folder.glob("*.safetensors"))) > 3
+    assert len(list(folder.glob("*.safetensors"))) > 1
     load_checkpoint_in_model(other, str(folder))
 
 
@@ -131,7 +130,6 @@ def test_a_whole_model_is_saved_and_loaded(pair, way, tmp_path):
 
 
 def test_accelerates_state_is_saved_and_loaded(tmp_path):
-    AcceleratorState._reset_state(reset_partial_state=True)
     base = tiny_llama().eval()
     saving, loading = Accelerator(cpu=True), Accelerator(cpu=True)
     model, optimizer = attach(copy.deepcopy(base)), None
