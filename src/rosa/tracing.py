@@ -18,7 +18,6 @@ def is_traced() -> bool:
         compiler.is_compiling()
         or is_exporting()
         or torch.jit.is_tracing()  # type: ignore[attr-defined]
-        or torch.onnx.is_in_onnx_export()
         or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
     )

@@ -80,7 +80,7 @@ class Versions:
         return not self.is_new() and not self._is(weight)
 
     def _is(self, weight: Tensor) -> bool:
-        return self._of is not None and self._of() is weight and _tracked(weight)
+        return self._of is not None and self._of() is weight
 
     def _version_of(self, state: State) -> int | None:
         return next((version for known, version in self._states if same_state(known, state)), None)
