@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -193,6 +194,48 @@ def test_writing_into_a_weight_that_holds_an_offset_is_refused(dtype, use):
         layer.base_layer.weight.add_(1.0)
     with pytest.raises(ValueError, match=r"layer first was changed while ROSA's offset stood in"):
         use(model, layer)
+
+
+def disabled(model):
+    with model.disable_adapter():
+        pass
+
+
+def refilled(model):
+    """As peft's set_base_model_state_dict does, which asks for the names first."""
+    inner = model.base_model.model
+    with pytest.warns(UserWarning, match="as it lies in memory"):
+        names = inner.state_dict().keys()
+    weights = {n: torch.full_like(p, 0.5) for n, p in inner.named_parameters() if "base" in n}
+    assert set(weights) <= set(names)
+    inner.load_state_dict(weights, strict=False)
+
+
+@pytest.mark.parametrize("way", [disabled, refilled, "unload", "delete"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_there_is_a_way_out_after_such_a_write(dtype, way):
+    model = adapt(Mlp(dtype), target_modules=["first"])
+    layer, x = layer_of(model, "first"), torch.randn(4, 7, dtype=dtype)
+    before = layer.pretrained_weight()
+    with torch.no_grad():
+        layer.base_layer.weight.add_(1.0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the weight of layer first was changed")
+        if way == "unload":
+            model.unload()
+        elif way == "delete":
+            model.delete_adapter("default")
+            assert not model.peft_config
+        else:
+            way(model)
+            assert torch.isfinite(model(x)).all()
+            resample(model)
+    if way is refilled:
+        assert (layer.pretrained_weight() - 0.5).abs().max() < 1e-2
+    else:
+        weight = layer.base_layer.weight if isinstance(way, str) else layer.pretrained_weight()
+        eps = 0.1 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(weight.float(), before + 1, rtol=0, atol=eps)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

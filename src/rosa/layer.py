@@ -56,6 +56,7 @@ class RosaLayer(BaseTunerLayer):
     rosa_A: nn.ParameterDict
     rosa_B: nn.ParameterDict
     arrived: statedict.Arrived | None = None  # by state dicts since the layer was last used
+    cast_input_dtype_enabled = True  # which `peft.helpers.disable_input_dtype_casting` looks for
     was_called = False
     was_read = False  # its weight's values were, which a model may do instead
 
@@ -125,13 +126,14 @@ class RosaLayer(BaseTunerLayer):
         return {name: entry.in_weight for name, entry in self.rosa_offset.entries.items()}
 
     @torch.no_grad()
-    def synchronize(self, leaving: str | None = None) -> None:
+    def synchronize(self, leaving: str | None = None, accept: bool = False) -> None:
         """Bring the weight in memory to what the layer's state asks for.
 
         Args:
             leaving: an adapter that is being deleted: nothing of it is wanted.
+            accept: what others have written into the weight as a part of W_0, with a warning.
         """
-        self._take_account(leaving)
+        self._take_account(leaving, accept)
         entries = self.rosa_offset.entries
         self._put({name: None if name == leaving else self._wanted(name) for name in entries})
         for name, entry in entries.items():
@@ -229,15 +231,15 @@ class RosaLayer(BaseTunerLayer):
         parameter = self.parameter
         return self._versions.written(parameter) or self._versions.replaced(parameter)
 
-    def _take_account(self, leaving: str | None = None) -> None:
+    def _take_account(self, leaving: str | None = None, accept: bool = False) -> None:
         if self.arrived is not None:
             statedict.take_all(self, self.arrived, leaving)
             self.arrived = None
         if self._changed_by_others():
-            self._account_for_writes()
+            self._account_for_writes(accept)
             self._versions.arrived(self.parameter, self._standing())
 
-    def _account_for_writes(self) -> None:
+    def _account_for_writes(self, accept: bool) -> None:
         weight, standing = self._weight(), self._standing()
         whole = not weight.is_meta and tuple(weight.shape) == (self.out_features, self.in_features)
         if not whole or hasattr(self.get_base_layer(), "_hf_hook"):
@@ -248,13 +250,22 @@ class RosaLayer(BaseTunerLayer):
             for entry in self.rosa_offset.entries.values():
                 entry.in_weight, entry.merged = None, False
         elif not self._is_pretrained_with(standing):
-            raise UserError(
-                f"the weight of layer {self.name} was changed while ROSA's offset stood in it: by "
-                "an average over models (EMA, SWA) of several draws, whose factors belong to "
-                "different subspaces, or by code that writes into weights. Average merged models "
-                "(rosa.export_merged), or begin a new average after each draw; write into weights "
-                "inside model.disable_adapter()"
+            happened = (
+                f"the weight of layer {self.name} was changed while ROSA's offset stood in it"
             )
+            if not accept:
+                raise UserError(
+                    f"{happened}: by an average over models (EMA, SWA) of several draws, whose "
+                    "factors belong to different subspaces, or by code that writes into weights. "
+                    "Average merged models (rosa.export_merged), or begin a new average after each "
+                    "draw; write into weights inside model.disable_adapter(), which, entered once "
+                    "afterwards, takes what was written for a change of the pretrained weight"
+                )
+            warnings.warn(
+                f"{happened}: what was written is taken for a change of the pretrained weight",
+                stacklevel=3,
+            )
+            self._pretrained = self._fingerprint = None
 
     def _is_pretrained_with(self, standing: Mapping[str, LowRank | None]) -> bool:
         """Whether the weight in memory is W_0 with this in it, as far as one can tell."""
@@ -560,7 +571,7 @@ class RosaLayer(BaseTunerLayer):
         self.forget(adapter_name)
         if adapter_name in self.merged_adapters:
             self.merged_adapters.remove(adapter_name)
-        self.synchronize(leaving=adapter_name)
+        self.synchronize(leaving=adapter_name, accept=True)
         super().delete_adapter(adapter_name)
         self.synchronize()
 
@@ -572,11 +583,11 @@ class RosaLayer(BaseTunerLayer):
 
     def enable_adapters(self, enabled: bool) -> None:
         """Put the adapters' offsets into the weight, or take them (and what is merged) out."""
-        if not enabled and self.merged:
-            self.unmerge()
         with self._or_as_before():
+            if not enabled:
+                self.merged_adapters.clear()
             super().enable_adapters(enabled)
-            self.synchronize()
+            self.synchronize(accept=not enabled)
 
     # -- merging -------------------------------------------------------------------------------
 
@@ -626,7 +637,7 @@ class RosaLayer(BaseTunerLayer):
             self.merged_adapters.clear()
         if not self.merged:
             self._disable_adapters = True
-            self.synchronize()
+            self.synchronize(accept=True)
         return self.get_base_layer()
 
 

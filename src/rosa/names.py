@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -9,11 +11,9 @@ from rosa.config import RosaConfig
 from rosa.errors import UserError
 from rosa.linear import layers_of
 
-# Names that adapters' files and layers use, and where a model's own modules are to be found in one.
-_FILE_PARTS = {
-    *("A", "B", "draws", "in_weight", "rosa", "rosa_A", "rosa_B", "rosa_offset", "rosa_dropout"),
-    *("base_layer", "base_model", "model", "modules_to_save", "original_module", "weight", "bias"),
-}
+# Names that files and layers use: of ROSA's own, and of what stands beside adapters in a model.
+_OURS = {"A", "B", "draws", "in_weight", "rosa", "rosa_A", "rosa_B", "rosa_offset", "rosa_dropout"}
+_BESIDE = {"base_layer", "base_model", "modules_to_save", "original_module", "weight", "bias"}
 _OWN_MODULES = ("rosa_A", "rosa_B", "rosa_offset", "rosa_dropout", "base_layer")
 COMPILED = "_orig_mod."
 """What torch.compile puts before the names of what a model is made of."""
@@ -27,18 +27,37 @@ def check_adapter_name(name: str, model: nn.Module) -> None:
             f"the model already has a trained ROSA adapter {name!r}: choose another adapter_name, "
             "or delete_adapter it first (of a PeftModel; unload() takes all of them out)"
         )
-    tensors = (*model.named_parameters(), *model.named_buffers())
-    taken = {part for each, _ in (*model.named_modules(), *tensors) for part in each.split(".")}
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):  # of whatever method
-            taken -= module._get_available_adapters()
-    taken |= _FILE_PARTS
-    if name in taken or not name or "." in name:
+    if name in _OURS | _BESIDE or not name or "." in name:
         raise UserError(
-            f"an adapter cannot be named {name!r}: a part of the model has that name"
-            if name in taken
+            f"an adapter cannot be named {name!r}: files use that name"
+            if name and "." not in name
             else f"an adapter's name must not be empty or have a dot, got {name!r}"
-        ) from None
+        )
+    tuned = {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    others = {a for layer in tuned.values() for a in layer._get_available_adapters()} - {name}
+    if others:  # PEFT saves one by leaving out what is called like the others
+        taken = {"model", *(part for each in _own_names(model, list(tuned)) for part in each)}
+        for adapter in (name, *sorted(others)):
+            if adapter in taken:
+                raise UserError(
+                    f"of several adapters, none can be named {adapter!r}: a part of the model has "
+                    "that name, and the adapters' files could not be told apart. Choose another "
+                    "adapter_name"
+                )
+
+
+def _own_names(model: nn.Module, tuned: list[str]) -> Iterator[list[str]]:
+    """The names of what is in a model, in parts, less what a PEFT method has put there."""
+    inside = tuple(f"{name}." for name in tuned)
+    for name, _ in (
+        *model.named_modules(),
+        *model.named_parameters(),
+        *model.named_buffers(),
+    ):
+        if not name.startswith(inside):
+            parts = name.split(".")
+            wrapped = parts.index("modules_to_save") + 1 if "modules_to_save" in parts else None
+            yield [part for i, part in enumerate(parts) if i != wrapped]
 
 
 def check_modules_to_save(config: RosaConfig, adapter_name: str) -> None:

@@ -9,6 +9,7 @@ before the layer is used again.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -51,8 +52,16 @@ def after_save(layer: RosaLinear, state_dict: dict[str, Any], prefix: str, _: An
     """
     if layer.arrived is not None:
         return  # nothing stands in the weight
-    layer.settle()
-    if "base_model.model." not in prefix or layer.keeps_a_copy:
+    of_the_base = "base_model.model." not in prefix
+    try:
+        layer.settle()
+    except UserError as error:
+        if not of_the_base:
+            raise
+        # PEFT asks for it too when it is about to load other weights, and needs the names.
+        warnings.warn(f"{prefix}base_layer.weight is as it lies in memory: {error}", stacklevel=2)
+        return
+    if of_the_base or layer.keeps_a_copy:
         layer.give_pretrained_weight(state_dict, prefix)
         for adapter in layer.rosa_offset:
             state_dict[f"{prefix}rosa_offset.{adapter}.in_weight"] = torch.tensor(0)
