@@ -66,6 +66,7 @@ class RosaCallback(TrainerCallback):
 
     Attributes:
         resamples: how many times it has drawn in this process, or looked at what is spent.
+        drawn_at: the steps that began with one of those.
         drawn: how many weights it has drawn, in all of them.
         seconds: the time that took.
         period: optimizer steps from one draw to the next, known once training has begun; None for
@@ -111,6 +112,7 @@ class RosaCallback(TrainerCallback):
         self.first = first
         self.watch = watch
         self.resamples = 0
+        self.drawn_at: list[int] = []
         self.drawn = 0
         self.seconds = 0.0
         self.period: int | None = None
@@ -210,6 +212,7 @@ class RosaCallback(TrainerCallback):
                 self._decay.refresh()
             self.seconds += time.perf_counter() - started
             self.resamples += 1
+            self.drawn_at.append(step)
 
     def _steps_to_draw(self, step: int) -> int | None:
         """Steps until the next draw, 0 if it is due; None if there is none any more."""

@@ -13,19 +13,19 @@ from transformers.pytorch_utils import Conv1D
 
 from rosa.layer import RosaLayer
 
-MOST_LAYERS = 12  # recorded, spread evenly over the model: an SVD of each at every epoch
+MOST_LAYERS = 12  # recorded, spread evenly over the model: an SVD of each at every evaluation
 TOLERANCE = 1e-4  # singular values below this share of the largest do not count for the rank
 
 
 class ChangeRecorder(TrainerCallback):
-    """Records the numerical rank of each weight's change at every epoch, and spectra at the end.
+    """Records the rank of each weight's change at every evaluation, and spectra at the end.
 
     Args:
         model: the pretrained model, before any adapter: copies of the recorded weights are kept.
         names: the layers to record, of which at most `MOST_LAYERS` are.
 
     Attributes:
-        epochs: a record per epoch: `epoch`, and `ranks` by layer.
+        epochs: a record per evaluation: `epoch`, `step`, and the numerical `ranks` by layer.
         spectra: by layer the singular values, largest first, of the pretrained `weight` and of
             its `change`.
     """
@@ -35,23 +35,27 @@ class ChangeRecorder(TrainerCallback):
         self._before = {n: _plain_weight(model.get_submodule(n)).clone() for n in names[::stride]}
         self.epochs: list[dict[str, Any]] = []
         self.spectra: dict[str, dict[str, list[float]]] = {}
+        self._ended = False
 
-    def on_epoch_end(
+    def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Record the ranks."""
+        if self._ended:  # the best model is evaluated again, and on other data
+            return
         found = self._singular_values(kwargs["model"])
         ranks = {n: int((s > TOLERANCE * s[0]).sum()) if s[0] else 0 for n, s in found.items()}
         # The Trainer's log is in its checkpoints: a run that is resumed knows of the epochs before.
         log: list[dict[str, Any]] = state.log_history  # type: ignore[assignment]  # of floats, it says
         log.append({"epoch": state.epoch, "step": state.global_step, "ranks": ranks})
         seen = [row for row in log if "ranks" in row]
-        self.epochs = [{"epoch": row["epoch"], "ranks": row["ranks"]} for row in seen]
+        self.epochs = [{name: row[name] for name in ("epoch", "step", "ranks")} for row in seen]
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Record the spectra."""
+        self._ended = True
         changes = self._singular_values(kwargs["model"])
         self.spectra = {
             name: {

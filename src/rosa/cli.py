@@ -85,7 +85,14 @@ Recipe = Annotated[
 SHARED = (
     *("model", "output", "train", "validation", "task", "data", "text_column", "label_column"),
     *("limit_train", "limit_test", "max_length", "group_by_length", "resample_every"),
-    *("target_modules", "epochs", "batch_size", "eval_batch_size", "gradient_accumulation"),
+    *(
+        "target_modules",
+        "epochs",
+        "steps",
+        "batch_size",
+        "eval_batch_size",
+        "gradient_accumulation",
+    ),
     *("weight_decay", "warmup", "precision", "report_to"),
 )
 
@@ -164,11 +171,7 @@ def compare(
     grid = make_grid(_words(methods), _integers("ranks", ranks), lrs, _integers("seeds", seeds))
     failures = run(replace(settings_of(given), record_changes=True), grid, jobs)
     write_report(given["output"], Console())
-    if failures:
-        raise UserError(
-            f"{len(failures)} cells failed; the same command tries them again: "
-            + "; ".join(f"{name} ({why})" for name, why in failures.items())
-        )
+    _complain_of(failures)
 
 
 @app.command()
@@ -185,6 +188,83 @@ def report(
     from rosa.report import write_report
 
     write_report(folder, Console(), output)
+
+
+@app.command()
+@takes("gradient_accumulation", "weight_decay", "precision")
+def shift(
+    output: Annotated[Path, option(OUTPUT, "Folder for the comparison.")] = Path("runs/shift"),
+    source: Annotated[
+        Path | None, option(DATA, "Text to pretrain on; default: English prose about Python.")
+    ] = None,
+    target: Annotated[
+        Path | None, option(DATA, "Text to adapt to; default: Python's own code.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        option(DATA, "A pretrained decoder, a hub id or a folder; default: one is made."),
+    ] = None,
+    pretrain_steps: Annotated[
+        int, option(DATA, "Optimizer steps of the decoder that is made.")
+    ] = 2000,
+    cache: Annotated[
+        Path | None, option(DATA, "Where that decoder is kept; default: in the hub's cache folder.")
+    ] = None,
+    max_length: Annotated[int, option(DATA, "Tokens of a piece of text.")] = 64,
+    methods: Annotated[str, option(METHOD, "With commas, as in rosa compare.")] = "rosa,lora,full",
+    ranks: Annotated[str, option(METHOD, "Ranks, with commas.")] = "4",
+    target_modules: Annotated[
+        list[str], option(METHOD, "Layers to adapt: all-linear, attention, or names.")
+    ] = ["all-linear"],  # noqa: B006
+    steps: Annotated[int, option(TRAINING, "Optimizer steps of each method.")] = 600,
+    batch_size: Annotated[int, option(TRAINING, "Pieces of text a step.")] = 16,
+    lrs: Annotated[
+        list[str],
+        option(TRAINING, "Learning rates to choose from, as in rosa compare (repeat the option)."),
+    ] = [],  # noqa: B006
+    seeds: Annotated[str, option(TRAINING, "Seeds, with commas.")] = "0",
+    jobs: Annotated[int, option(TRAINING, "Cells to train at a time.")] = 2,
+    **given: Any,
+) -> None:
+    """Adapt a small language model from one kind of text to another: where rank is the limit.
+
+    A decoder of 0.9 M parameters is pretrained on one text, once, and each method adapts it to
+    another. The table and the pictures show what it learned (the loss on the new text) and what it
+    forgot (on the old one). Without arguments, from English prose to Python code; takes about
+    ten minutes on 2 cores, half of which are the pretraining.
+
+        rosa shift
+
+    Other texts, an equal choice of rates for all, and a spread over seeds:
+
+        rosa shift --source english.txt --target german.txt --methods rosa,lora,dora,full --ranks
+        1,4,16 --steps 1500 --seeds 0,1,2 --output runs/german
+    """
+    from rosa import shift as world
+    from rosa.compare import compare as run
+    from rosa.compare import make_grid
+    from rosa.report import write_report
+
+    names = _words(methods)
+    rates = lrs or world.rates_for(names)
+    grid = make_grid(names, _integers("ranks", ranks), rates, _integers("seeds", seeds))
+    given |= {"output": output, "max_length": max_length, "batch_size": batch_size, "steps": steps}
+    console = Console()
+    found = world.prepare(
+        world.load_texts(source, target),
+        cache or world.default_cache(),
+        max_length,
+        model,
+        world.Pretraining(steps=pretrain_steps),
+        console.print,
+    )
+    settings = settings_of(
+        {**given, "model": found.model, "task": "corpus", "data": found.data}
+        | {"target_modules": target_modules, "record_changes": True}
+    )
+    failures = run(settings, grid, jobs, before=found.start)
+    write_report(output, console)
+    _complain_of(failures)
 
 
 @app.command()
@@ -295,6 +375,14 @@ def demo(
     from rosa.demo import run
 
     run(output, seed, overwrite, Console())
+
+
+def _complain_of(failures: dict[str, str]) -> None:
+    if failures:
+        raise UserError(
+            f"{len(failures)} cells failed; the same command tries them again: "
+            + "; ".join(f"{name} ({why})" for name, why in failures.items())
+        )
 
 
 def _words(text: str) -> list[str]:

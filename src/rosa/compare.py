@@ -163,7 +163,11 @@ def make_grid(
 
 
 def compare(
-    base: RunSettings, grid: Grid, jobs: int = 1, say: Callable[[str], None] = print
+    base: RunSettings,
+    grid: Grid,
+    jobs: int = 1,
+    say: Callable[[str], None] = print,
+    before: Mapping[str, float] | None = None,
 ) -> dict[str, str]:
     """Train every cell that is not finished; returns the reasons of those that failed, by name.
 
@@ -172,6 +176,7 @@ def compare(
         grid: what differs.
         jobs: cells that train at a time, each in a process of its own with its share of the cores.
         say: takes a line about each cell.
+        before: metrics of the pretrained model, for the report to show beside the trained ones.
 
     Raises:
         ValueError, FileNotFoundError: a setting is of no use, or the folder holds something else
@@ -202,7 +207,8 @@ def compare(
             f"another comparison is writing to {base.output}: wait for it, or name another folder"
         ) from None
     try:
-        runs.write_json(base.output / COMPARISON, _shared(base))
+        about = _shared(base) if before is None else {**_shared(base), "before": dict(before)}
+        runs.write_json(base.output / COMPARISON, about)
         tuning = [cell for cell in cells if cell.seed == grid.seeds[0]]
         failures = _train_all(base, tuning, jobs, "tuning", say)
         chosen = {}

@@ -87,6 +87,7 @@ OPTIONS = {
     ),
     "lr": Option(TRAINING, "Peak learning rate; default: the method's own (rosa 1e-3). Tune it."),
     "epochs": Option(TRAINING, "Passes over the training data."),
+    "steps": Option(TRAINING, "Optimizer steps, in place of epochs; ten evaluations."),
     "batch_size": Option(TRAINING, "Examples per device and step."),
     "eval_batch_size": Option(TRAINING, "Examples per step of evaluation."),
     "gradient_accumulation": Option(TRAINING, "Batches per optimizer step."),

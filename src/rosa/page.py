@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 
 from rosa import pictures
-from rosa.report import COLUMNS, Comparison, notes, shown_rows
+from rosa.report import Comparison, columns, notes, shown_rows
 
 STYLE = """
 :root { color-scheme: light; }
@@ -33,7 +33,7 @@ dt { color: #555; } dd { margin: 0; overflow-wrap: anywhere; }
 
 def write_page(comparison: Comparison, path: Path) -> None:
     """Write a comparison's table, pictures and settings as one HTML file."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in COLUMNS)
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns(comparison))
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
         for row in shown_rows(comparison)

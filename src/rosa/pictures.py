@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import TYPE_CHECKING, Any
@@ -62,20 +63,21 @@ def of_comparison(comparison: Comparison) -> dict[str, str]:
         "Score against trained parameters, mean and deviation": lambda ax: _scores(
             ax, comparison, metric
         ),
-        "Training loss, mean and all seeds": lambda ax: _by_epoch(
+        "Training loss, mean and all seeds": lambda ax: _by_step(
             ax, shown, "train_loss", "training loss"
         ),
         "Training loss against time, mean of the seeds": lambda ax: _by_time(ax, shown),
-        f"Validation {validated}, mean and all seeds": lambda ax: _by_epoch(
+        f"Validation {validated}, mean and all seeds": lambda ax: _by_step(
             ax, shown, f"eval_{chosen_by}", f"validation {validated}"
         ),
         "Rank of the change of the weights": lambda ax: _ranks(ax, shown),
         "Singular values, one weight": lambda ax: _spectra(ax, shown),
-        "Seconds per epoch": lambda ax: _bars(
-            ax, shown, lambda r: r["train_seconds"] / r["epochs"], "seconds"
-        ),
+        "Seconds of training": lambda ax: _bars(ax, shown, lambda r: r["train_seconds"], "seconds"),
         "Peak memory": lambda ax: _bars(ax, shown, lambda r: r["peak_memory_mib"], "MiB"),
     }
+    for further in comparison.further:
+        title = f"Learned and forgotten: {further.replace('_', ' ')} against {metric}"
+        titles[title] = partial(_learned_and_forgotten, comparison=comparison, further=further)
     return {title: _svg(draw) for title, draw in titles.items()}
 
 
@@ -147,27 +149,53 @@ def _scores(axes: Axes, comparison: Comparison, metric: str) -> None:
     _legend(axes)
 
 
-def _by_epoch(axes: Axes, rows: Sequence[Row], key: str, label: str) -> None:
+def _by_step(axes: Axes, rows: Sequence[Row], key: str, label: str) -> None:
+    """A line a row; ticks at the axis where the row's first seed drew new subspaces."""
     for i, row in enumerate(rows):
         curves = [[e[key] for e in history["epochs"]] for history in row.histories]
-        epochs = [e["epoch"] for e in row.histories[0]["epochs"]]
+        steps = [e["step"] for e in row.histories[0]["epochs"]]
         values = list(zip(*curves, strict=False))
         style = _style(i)
-        axes.plot(epochs[: len(values)], [mean(v) for v in values], label=row.name, **style)
+        axes.plot(steps[: len(values)], [mean(v) for v in values], label=row.name, **style)
         low, high = [min(v) for v in values], [max(v) for v in values]
-        axes.fill_between(epochs[: len(values)], low, high, color=style["color"], alpha=0.12, lw=0)
-    axes.set(xlabel="epoch", ylabel=label)
+        axes.fill_between(steps[: len(values)], low, high, color=style["color"], alpha=0.12, lw=0)
+        drawn = row.histories[0].get("drawn_at") or []
+        height = 0.015 + 0.02 * (i % 3)  # so that ticks of several rows can be told apart
+        axes.plot(drawn, [height] * len(drawn), "|", color=style["color"], ms=5, **_low(axes))
+    axes.set(xlabel="optimizer step", ylabel=label)
+    tidy(axes)
+    _legend(axes)
+
+
+def _low(axes: Axes) -> dict[str, Any]:
+    """Heights are shares of the axes, not values."""
+    return {"transform": axes.get_xaxis_transform(), "zorder": 1}
+
+
+def _learned_and_forgotten(axes: Axes, comparison: Comparison, further: str) -> None:
+    for i, method in enumerate(dict.fromkeys(row.method for row in comparison.rows)):
+        rows = [row for row in comparison.rows if row.method == method]
+        learned = [mean(row.values(comparison.metric)) for row in rows]
+        kept = [mean(row.values(further)) for row in rows]
+        axes.plot(learned, kept, label=method, **_style(i))
+        for row, x, y in zip(rows, learned, kept, strict=True):
+            if row.rank is not None:
+                axes.annotate(str(row.rank), (x, y), (4, 3), textcoords="offset points", fontsize=7)
+    if comparison.before:
+        start = comparison.before[comparison.metric], comparison.before[further]
+        axes.plot(*start, "k*", ms=10, label="before training")
+    axes.set(xlabel=comparison.metric.replace("_", " "), ylabel=further.replace("_", " "))
     tidy(axes)
     _legend(axes)
 
 
 def _by_time(axes: Axes, rows: Sequence[Row]) -> None:
-    """The training loss over the seconds of a whole epoch: evaluation and drawing included."""
+    """The training loss over the seconds since the start: evaluation and drawing included."""
     for i, row in enumerate(rows):
         curves = [[e["train_loss"] for e in history["epochs"]] for history in row.histories]
         losses = [mean(v) for v in zip(*curves, strict=False)]
-        epoch = mean(r["train_seconds"] / r["epochs"] for r in row.records)
-        seconds = [epoch * e["epoch"] for e in row.histories[0]["epochs"]]
+        step = mean(r["train_seconds"] / r["steps"] for r in row.records)
+        seconds = [step * e["step"] for e in row.histories[0]["epochs"]]
         axes.plot(seconds[: len(losses)], losses, label=row.name, **_style(i))
     axes.set(xlabel="seconds", ylabel="training loss")
     tidy(axes)
@@ -180,15 +208,15 @@ def _ranks(axes: Axes, rows: Sequence[Row]) -> None:
         medians: dict[float, list[float]] = {}
         for history in row.histories:
             for record in history.get("changes", {}).get("epochs", ()):
-                medians.setdefault(record["epoch"], []).append(median(record["ranks"].values()))
+                medians.setdefault(record["step"], []).append(median(record["ranks"].values()))
         if medians:
             found = True
-            epochs = sorted(medians)
-            axes.plot(epochs, [mean(medians[e]) for e in epochs], label=row.name, **_style(i))
+            steps = sorted(medians)
+            axes.plot(steps, [mean(medians[s]) for s in steps], label=row.name, **_style(i))
     if not found:
         _nothing(axes, "no ranks were recorded")
         return
-    axes.set(xlabel="epoch", ylabel="rank, median of the layers")
+    axes.set(xlabel="optimizer step", ylabel="rank, median of the layers")
     axes.set_ylim(bottom=0)
     tidy(axes)
     _legend(axes)

@@ -72,6 +72,8 @@ class Comparison:
     Attributes:
         metric: what is reported, as it is called in the records (`test_...`).
         settings: what all cells share.
+        further: what is reported beside it, of other texts or sets, as it is called in the records.
+        before: metrics of the pretrained model, where they were measured.
         cells: the record of every finished cell, also of learning rates that were not chosen.
         failed: names of the cells that ended with an error.
         unfinished: names of the cells that have begun and not ended.
@@ -79,6 +81,8 @@ class Comparison:
 
     folder: Path
     metric: str
+    further: list[str]
+    before: dict[str, float]
     settings: dict[str, Any]
     cells: dict[str, dict[str, Any]]
     rows: list[Row]
@@ -125,7 +129,11 @@ def read_comparison(folder: Path) -> Comparison:
         for (variant, _), group in groups.items()
         for record, place in group
     }
-    return Comparison(folder, first["reported"], settings, cells, rows, failed, unfinished)
+    before = settings.pop("before", {})
+    known = {f"{part}_{first['metric']}" for part in ("train", "eval", "test")}
+    further = [k for k in first if k.endswith(f"_{first['metric']}") and k not in known]
+    reported = first["reported"]
+    return Comparison(folder, reported, further, before, settings, cells, rows, failed, unfinished)
 
 
 def _variant_before(place: Path, record: Mapping[str, Any]) -> str:
@@ -172,17 +180,21 @@ COLUMNS = (
     "trainable",
     "file, MB",
     "peak, MiB",
-    "s / epoch",
+    "seconds",
     "s drawing",
 )
 
 
+def columns(comparison: Comparison) -> tuple[str, ...]:
+    """Names of the table's columns: `COLUMNS`, and one for each further metric."""
+    return (*COLUMNS, *(name.replace("_", " ") for name in comparison.further))
+
+
 def table_rows(comparison: Comparison) -> list[dict[str, Any]]:
-    """The numbers of the table: a dictionary with `COLUMNS` for each row."""
+    """The numbers of the table: a dictionary with the columns' names for each row."""
     found = []
     for row in comparison.rows:
         scores = row.values(comparison.metric)
-        epochs = [r["train_seconds"] / r["epochs"] for r in row.records]
         cells = (
             row.method,
             row.rank,
@@ -194,16 +206,19 @@ def table_rows(comparison: Comparison) -> list[dict[str, Any]]:
             row.records[0]["trainable_parameters"],
             mean(row.values("adapter_bytes")) / 1e6,
             mean(row.values("peak_memory_mib")),
-            mean(epochs),
+            mean(row.values("train_seconds")),
             mean(row.values("resample_seconds")),
+            *(mean(row.values(name)) for name in comparison.further),
         )
-        found.append({**dict(zip(COLUMNS, cells, strict=True)), "at_edge": row.at_edge})
+        names = columns(comparison)
+        found.append({**dict(zip(names, cells, strict=True)), "at_edge": row.at_edge})
     return found
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
     """A row as it is shown; * marks a learning rate at the edge of what was tried."""
     formats = {
+        **dict.fromkeys(("method", "rank", "seeds"), "{}"),
         "lr": "{:g}" + ("*" if row["at_edge"] else ""),
         "score": "{:.4f}",
         "spread": "{:.4f}",
@@ -211,11 +226,11 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         "trainable": "{:,}",
         "file, MB": "{:.2f}",
         "peak, MiB": "{:.0f}",
-        "s / epoch": "{:.1f}",
+        "seconds": "{:.0f}",
         "s drawing": "{:.2f}",
     }
-    values = [(name, row[name]) for name in COLUMNS]
-    return ["" if v is None else formats.get(name, "{}").format(v) for name, v in values]
+    values = [(name, value) for name, value in row.items() if name != "at_edge"]
+    return ["" if v is None else formats.get(name, "{:.4f}").format(v) for name, v in values]
 
 
 def shown_rows(comparison: Comparison) -> list[list[str]]:
@@ -225,7 +240,8 @@ def shown_rows(comparison: Comparison) -> list[list[str]]:
 
 def markdown(comparison: Comparison) -> str:
     """The table in Markdown, with the notes that it needs to be read right."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "| " + " | ".join("---" for _ in COLUMNS) + " |"]
+    names = columns(comparison)
+    lines = ["| " + " | ".join(names) + " |", "| " + " | ".join("---" for _ in names) + " |"]
     lines += ["| " + " | ".join(cells) + " |" for cells in shown_rows(comparison)]
     return "\n".join(lines) + "\n\n" + "\n".join(f"- {note}" for note in notes(comparison)) + "\n"
 
@@ -240,6 +256,10 @@ def notes(comparison: Comparison) -> list[str]:
         "the learning rate of each row was chosen with one seed on validation data held out of the "
         "training set",
     ]
+    if comparison.before:
+        names = [comparison.metric, *comparison.further]
+        values = [f"{n.replace('_', ' ')} {comparison.before[n]:.4f}" for n in names]
+        found.append(f"before training: {', '.join(values)}")
     if any(row.at_edge for row in comparison.rows):
         found.append("* the chosen rate is the lowest or highest tried: a wider grid may do better")
     if comparison.failed:
@@ -262,8 +282,10 @@ def write_report(folder: Path, say: Any, output: Path | None = None) -> None:
     comparison = read_comparison(folder)
     output = output or folder
     output.mkdir(parents=True, exist_ok=True)
-    narrow = ("method", "rank", "lr", "seeds", "score", "spread", "trainable", "s / epoch")
-    places = [COLUMNS.index(name) for name in narrow]
+    names = columns(comparison)
+    narrow = ("method", "rank", "lr", "seeds", "score", "spread", "trainable", "seconds")
+    narrow = (*narrow, *names[len(COLUMNS) :])
+    places = [names.index(name) for name in narrow]
     rows = [[cells[i] for i in places] for cells in shown_rows(comparison)]
     say.print(comparison_table(str(folder), narrow, rows))
     for note in notes(comparison):
@@ -271,8 +293,8 @@ def write_report(folder: Path, say: Any, output: Path | None = None) -> None:
     (output / "report.md").write_text(markdown(comparison), encoding="utf-8")
     with (output / "report.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        writer.writerows([row[name] for name in COLUMNS] for row in table_rows(comparison))
+        writer.writerow(names)
+        writer.writerows([row[name] for name in names] for row in table_rows(comparison))
     whole = {"settings": comparison.settings, "cells": comparison.cells}
     runs.write_json(output / "report.json", whole)
     write_page(comparison, output / "report.html")

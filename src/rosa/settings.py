@@ -27,8 +27,9 @@ class RunSettings:
     "never", a number of optimizer steps, or epochs as in "0.5epochs". `target_modules` is
     "attention" (the paper's choice: the projections of attention), "all-linear", or names. `warmup`
     is a share of all steps. `rank` None takes 8 where the method has a rank. `rewarm` is a number
-    of steps. For `moments`, `spent`, `decay_toward` and `watch` see `RosaCallback`, of which
-    `first_draw` is `first`; for what a draw takes, and `allocate`, see `RosaConfig`.
+    of steps. `steps` counts optimizer steps, and takes the place of `epochs`. For `moments`,
+    `spent`, `decay_toward` and `watch` see `RosaCallback`, of which `first_draw` is `first`; for
+    what a draw takes, and `allocate`, see `RosaConfig`.
     """
 
     model: str
@@ -62,6 +63,7 @@ class RunSettings:
     target_modules: tuple[str, ...] = ("attention",)
     lr: float | None = None
     epochs: float = 3.0
+    steps: int | None = None
     batch_size: int = 32
     eval_batch_size: int = 64
     gradient_accumulation: int = 1
@@ -100,6 +102,8 @@ def check(settings: RunSettings) -> RunSettings:
         value = getattr(settings, name)
         if not 0 < value < math.inf:
             raise UserError(f"{name} must be positive, got {value}")
+    if settings.steps is not None and settings.steps < 1:
+        raise UserError(f"steps must be at least 1, got {settings.steps}")
     if not 0 <= settings.warmup < 1:
         raise UserError(
             f"warmup is a share of all steps, at least 0 and below 1: {settings.warmup}"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 from rosa.errors import UserError
@@ -18,7 +21,7 @@ def tokenize(
     `reads` is how many tokens that are: see `rosa.reading.longest_input`; None for any number.
 
     Raises:
-        ValueError: no completion is within the longest length.
+        ValueError: a text is shorter than one piece; no completion is within the longest length.
     """
     longest = min(settings.max_length, reads or settings.max_length, tokenizer.model_max_length)
     if longest < 1:
@@ -28,6 +31,8 @@ def tokenize(
         )
     if longest < settings.max_length:
         say(f"the model reads {longest} tokens at most: longer texts are cut there")
+    if task.packed:
+        return {name: _packed(name, part, tokenizer, longest) for name, part in _parts(task)}
     encode = _tokenize_language if task.kind == "language" else _tokenize
     rows = {name: encode(part, task, tokenizer, longest) for name, part in _parts(task)}
     cut = sum(len(ids) >= longest for ids in rows["train"]["input_ids"])
@@ -49,6 +54,43 @@ def _tokenize(rows: Any, task: Task, tokenizer: Any, longest: int) -> Any:
         return {**encoded, "labels": batch["label"]}
 
     return rows.map(encode, batched=True, remove_columns=rows.column_names, desc="Tokenizing")
+
+
+def _packed(name: str, rows: Any, tokenizer: Any, length: int) -> Any:
+    """A text's token ids in pieces of one length, from its first token on; what is over is left."""
+
+    def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        return {"input_ids": tokenizer(batch["text"], add_special_tokens=False)["input_ids"]}
+
+    def cut(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+        ids = list(chain.from_iterable(batch["input_ids"]))
+        pieces = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+        return {
+            "input_ids": pieces,
+            "attention_mask": [[1] * length for _ in pieces],
+            "labels": [list(piece) for piece in pieces],
+        }
+
+    with _no_warning_of_length(tokenizer):
+        encoded = rows.map(
+            encode, batched=True, remove_columns=rows.column_names, desc="Tokenizing"
+        )
+    pieces = encoded.map(cut, batched=True, batch_size=None, desc="Cutting")
+    if len(pieces) == 0:
+        raise UserError(
+            f"the {name} text has fewer than {length} tokens: give more, or lower --max-length"
+        )
+    return pieces
+
+
+@contextmanager
+def _no_warning_of_length(tokenizer: Any) -> Iterator[None]:
+    """Rows are tokenized whole and cut afterwards: that they are long is no news."""
+    before, tokenizer.model_max_length = tokenizer.model_max_length, 2**62
+    try:
+        yield
+    finally:
+        tokenizer.model_max_length = before
 
 
 def _tokenize_language(rows: Any, task: Task, tokenizer: Any, longest: int) -> Any:

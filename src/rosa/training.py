@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+EVALUATIONS = 10
+"""Evaluations in a training whose length is given in steps."""
 FIRST_STEPS = 4
 """Steps' batches that a method sees which begins with the training data's gradient."""
 
@@ -95,6 +97,8 @@ def train(
     seconds = time.perf_counter() - started
     metrics = _evaluate(settings, trainer, task, rows, tokenizer)
     history: dict[str, Any] = _history(trainer.state.log_history)
+    if callback is not None:
+        history["drawn_at"] = callback.drawn_at
     if recorder is not None:
         history["changes"] = {"epochs": recorder.epochs, "spectra": recorder.spectra}
     record = {
@@ -132,7 +136,7 @@ def load_task(settings: RunSettings) -> Task:
     """The data of a run; raises as `rosa.tasks.load` does."""
     config = runs.load_config(settings.model)
     names = [f.name for f in fields(DataSettings)]
-    return tasks.load(DataSettings(**{n: getattr(settings, n) for n in names}), _is_decoder(config))
+    return tasks.load(DataSettings(**{n: getattr(settings, n) for n in names}), is_decoder(config))
 
 
 def evaluate(
@@ -154,7 +158,7 @@ def evaluate(
     if tokenizer is None:
         raise UserError(f"{folder} has no tokenizer: save it beside the model")
     labels = tuple((trained.config.id2label or {}).values())
-    task = tasks.load_validation(data, _is_decoder(trained.config), labels)
+    task = tasks.load_validation(data, is_decoder(trained.config), labels)
     before = runs.settings_of(folder) or runs.settings_of(folder.parent)  # an adapter's is above
     length = max_length or before.get("max_length") or RunSettings.max_length
     with tempfile.TemporaryDirectory() as scratch:  # the Trainer wants a folder of its own
@@ -166,7 +170,26 @@ def evaluate(
         return _evaluate(settings, trainer, task, rows, tokenizer)
 
 
-def _is_decoder(config: Any) -> bool:
+def evaluate_base(settings: RunSettings) -> dict[str, float]:
+    """The metrics of a run's pretrained model as it is, on the run's data.
+
+    Raises:
+        ValueError, FileNotFoundError: the model or the data is of no use.
+    """
+    settings = check(settings)
+    task, tokenizer = load_task(settings), runs.load_tokenizer(settings.model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = load_base(settings, task, tokenizer.pad_token_id).model
+    with tempfile.TemporaryDirectory() as scratch:  # the Trainer wants a folder of its own
+        settings = replace(settings, output=Path(scratch))
+        rows = tokenize(settings, task, longest_input(model), tokenizer)
+        trainer, _ = build_trainer(settings, task, rows, model, tokenizer)
+        return _evaluate(settings, trainer, task, rows, tokenizer)
+
+
+def is_decoder(config: Any) -> bool:
+    """Whether a model's configuration is of one that writes text."""
     endings = ("ForCausalLM", "LMHeadModel")
     return any(name.endswith(endings) for name in config.architectures or ())
 
@@ -194,6 +217,17 @@ def build_trainer(
 
     batches = -(-len(rows["train"]) // (settings.batch_size * join().num_processes))
     steps_per_epoch = -(-batches // settings.gradient_accumulation)
+    steps = math.ceil(settings.epochs * steps_per_epoch)
+    evaluations: dict[str, Any] = {"eval_strategy": "epoch", "save_strategy": "epoch"}
+    period = steps_per_epoch
+    if settings.steps is not None:
+        steps = settings.steps
+        period = -(-steps // EVALUATIONS)
+        evaluations = {
+            "max_steps": steps,
+            **{f"{name}_strategy": "steps" for name in ("eval", "save")},
+            **{f"{name}_steps": period for name in ("eval", "save")},
+        }
     args = TrainingArguments(
         output_dir=str(settings.output / runs.CHECKPOINTS),
         num_train_epochs=settings.epochs,
@@ -207,15 +241,14 @@ def build_trainer(
         bf16=in_bf16(settings),
         use_cpu=not torch.accelerator.is_available(),  # without it, bf16 is refused on a CPU
         seed=settings.seed,
-        eval_strategy="epoch",
-        save_strategy="epoch",
+        **evaluations,
         save_total_limit=2,
         # PEFT cannot load an AdaLoRA of other ranks than the model's now: the last epoch's it is.
         load_best_model_at_end=settings.method != "adalora",
         metric_for_best_model=task.metric,
         greater_is_better=task.greater_is_better,
         logging_strategy="steps",
-        logging_steps=_log_period(steps_per_epoch),
+        logging_steps=_log_period(period),
         report_to=settings.report_to,
         disable_tqdm=not logging.is_progress_bar_enabled(),
         remove_unused_columns=True,
@@ -242,7 +275,7 @@ def build_trainer(
         callbacks=[callback] if callback else None,
     )
     if settings.method == "adalora":
-        trainer.add_callback(_rank_allocation(model, math.ceil(settings.epochs * steps_per_epoch)))
+        trainer.add_callback(_rank_allocation(model, steps))
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(EpochProgress())
     trainer.pop_callback(PrinterCallback)  # what is there without a bar prints every loss
@@ -271,10 +304,10 @@ def _rank_allocation(model: Any, steps: int) -> Any:
     return RankAllocation()
 
 
-def _log_period(steps_per_epoch: int) -> int:
-    """About ten losses an epoch, and one exactly at its end: a divisor of the epoch's steps."""
-    longest = max(steps_per_epoch // 10, 1)
-    return max(n for n in range(1, longest + 1) if steps_per_epoch % n == 0)
+def _log_period(steps: int) -> int:
+    """About ten losses between evaluations, and one exactly at each: a divisor of the steps."""
+    longest = max(steps // 10, 1)
+    return max(n for n in range(1, longest + 1) if steps % n == 0)
 
 
 def _last_checkpoint(output: Path) -> str | None:
@@ -292,19 +325,22 @@ def _evaluate(
 
     found = trainer.evaluate()
     metrics = {"eval_loss": found["eval_loss"]}
+    further = [part for part in rows if part not in ("train", "validation")]
     if task.compute is None:
         metrics["loss"] = found["eval_loss"]
         metrics["perplexity"] = math.exp(min(found["eval_loss"], 700))
+        for part in further:
+            tested = trainer.evaluate(rows[part], metric_key_prefix=part)
+            metrics[f"{part}_loss"] = tested[f"{part}_loss"]
     else:
         known = ("eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
         metrics.update(
             {k.removeprefix("eval_"): v for k, v in found.items() if k not in (*known, "epoch")}
         )
         names = [name for name in metrics if name != "eval_loss"]
-        for part, part_rows in rows.items():
-            if part not in ("train", "validation"):
-                tested = trainer.predict(part_rows, metric_key_prefix=part).metrics
-                metrics.update({f"{part}_{name}": tested[f"{part}_{name}"] for name in names})
+        for part in further:
+            tested = trainer.predict(rows[part], metric_key_prefix=part).metrics
+            metrics.update({f"{part}_{name}": tested[f"{part}_{name}"] for name in names})
     if task.generation is not None:
         if trainer.is_world_process_zero():
             metrics.update(_write_texts(settings, task.generation, trainer.model, tokenizer))

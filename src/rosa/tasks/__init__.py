@@ -46,6 +46,7 @@ class Task:
         train, validation: the data; a `test` split is reported if there is one.
         more: further sets that are reported, by name.
         generation: what to write and score after training, for a decoder.
+        packed: the texts of a set are one text, to be cut into pieces of equal length.
         text_columns: one, or two for pairs.
         labels: names of the classes, by id.
         metric: what the best model is chosen by; `greater_is_better` says how.
@@ -64,6 +65,7 @@ class Task:
     test: Dataset | None = None
     more: Mapping[str, Dataset] = field(default_factory=dict)
     generation: Generation | None = None
+    packed: bool = False
 
     @property
     def reported(self) -> str:
@@ -170,6 +172,12 @@ def _e2e(settings: DataSettings) -> Task:
     return load_e2e(settings)
 
 
+def _corpus(settings: DataSettings) -> Task:
+    from rosa.tasks.corpus import load_corpus
+
+    return load_corpus(settings)
+
+
 def _demo(settings: DataSettings) -> Task:
     from rosa.tasks import demo
     from rosa.tasks.metrics import accuracy_and_macro_f1
@@ -189,10 +197,11 @@ def _demo(settings: DataSettings) -> Task:
 
 
 GLUE_TASKS = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
-LANGUAGE_TASKS = ("e2e",)
+LANGUAGE_TASKS = ("e2e", "corpus")
 SUPER_GLUE_TASKS = ("boolq", "cb", "wic", "axb", "axg")
 TASKS: dict[str, Callable[[DataSettings], Any]] = {
     **{name: partial(_glue, name) for name in (*GLUE_TASKS, *SUPER_GLUE_TASKS)},
     "e2e": _e2e,
+    "corpus": _corpus,
     "demo": _demo,
 }
