@@ -117,7 +117,7 @@ def train(
 
     CoLA with the paper's settings, from a file of them; options given here win:
 
-        rosa train --recipe recipes/glue/cola.yaml --seed 1 --output runs/cola
+        rosa train --recipe recipes/paper/glue/cola.yaml --seed 1 --output runs/cola
 
     A decoder on JSON lines with a prompt and a completion:
 
