@@ -262,7 +262,7 @@ def shift(
         {**given, "model": found.model, "task": "corpus", "data": found.data}
         | {"target_modules": target_modules, "record_changes": True}
     )
-    failures = run(settings, grid, jobs, before=found.start)
+    failures = run(settings, grid, jobs, console, before=found.start)
     write_report(output, console)
     _complain_of(failures)
 

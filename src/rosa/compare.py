@@ -12,27 +12,24 @@ was chosen on. A finished cell is never trained again, so a stopped comparison g
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import traceback
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from rosa import runs
+from rosa.cells import Job, is_done, run_all
 from rosa.errors import UserError
 from rosa.methods import METHODS, find_method
 from rosa.settings import RunSettings, check
-from rosa.training import load_task, train
+from rosa.training import load_task
 
-COMPARISON, LOCK, ERROR = "comparison.json", ".lock", "error.txt"
+if TYPE_CHECKING:
+    from rich.console import Console
+
+COMPARISON, LOCK = "comparison.json", ".lock"
 LR_FACTORS = (0.3, 1.0, 3.0)
 """Learning rates that are tried unless some are named: these, times the method's own default."""
 
@@ -166,7 +163,7 @@ def compare(
     base: RunSettings,
     grid: Grid,
     jobs: int = 1,
-    say: Callable[[str], None] = print,
+    console: Console | None = None,
     before: Mapping[str, float] | None = None,
 ) -> dict[str, str]:
     """Train every cell that is not finished; returns the reasons of those that failed, by name.
@@ -175,7 +172,7 @@ def compare(
         base: what all cells share; its `output` is the comparison's folder.
         grid: what differs.
         jobs: cells that train at a time, each in a process of its own with its share of the cores.
-        say: takes a line about each cell.
+        console: where progress is shown; None makes one.
         before: metrics of the pretrained model, for the report to show beside the trained ones.
 
     Raises:
@@ -183,7 +180,9 @@ def compare(
             or is written to by another comparison; said before anything is trained.
     """
     from filelock import FileLock, Timeout
+    from rich.console import Console
 
+    console = console or Console()
     if jobs < 1:
         raise UserError(f"jobs must be at least 1, got {jobs}")
     base = replace(base, hold_out=True)
@@ -210,7 +209,7 @@ def compare(
         about = _shared(base) if before is None else {**_shared(base), "before": dict(before)}
         runs.write_json(base.output / COMPARISON, about)
         tuning = [cell for cell in cells if cell.seed == grid.seeds[0]]
-        failures = _train_all(base, tuning, jobs, "tuning", say)
+        failures = _train_all(base, tuning, jobs, "tuning", console)
         chosen = {}
         for cell in tuning:
             chosen.setdefault(cell.group, []).append(cell)
@@ -218,7 +217,7 @@ def compare(
         rest = [
             cell for cell in cells if cell.seed != grid.seeds[0] and cell.lr == best[cell.group]
         ]
-        return {**failures, **_train_all(base, rest, jobs, "seeds", say)}
+        return {**failures, **_train_all(base, rest, jobs, "seeds", console)}
     finally:
         lock.release()
 
@@ -254,7 +253,9 @@ def _check_folder(base: RunSettings) -> None:
 
 def _best(folder: Path, cells: list[Cell]) -> float | None:
     """The chosen learning rate of cells that differ in it alone; None if every one failed."""
-    found = [runs.read_json(folder / c.name / runs.METRICS) for c in cells if _done(folder, c)]
+    found = [
+        runs.read_json(folder / c.name / runs.METRICS) for c in cells if is_done(folder / c.name)
+    ]
     return best_record(found)["lr"] if found else None
 
 
@@ -269,77 +270,12 @@ def best_record(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return max(records, key=score)
 
 
-def _done(folder: Path, cell: Cell) -> bool:
-    return (folder / cell.name / runs.METRICS).is_file()
-
-
 def _train_all(
-    base: RunSettings, cells: list[Cell], jobs: int, stage: str, say: Callable[[str], None]
+    base: RunSettings, cells: list[Cell], jobs: int, title: str, console: Console
 ) -> dict[str, str]:
-    """Train what is not finished, `jobs` at a time; returns why cells failed, by name."""
-    todo = [cell for cell in cells if not _done(base.output, cell)]
-    say(f"{stage}: {len(cells)} cells, {len(cells) - len(todo)} of them finished before")
-    failures: dict[str, str] = {}
-    waiting, running = list(todo), dict[Future[Any], tuple[Cell, ProcessPoolExecutor]]()
-    threads = (
-        max(len(os.sched_getaffinity(0)) // jobs, 1) if hasattr(os, "sched_getaffinity") else 0
-    )
-    count = 0
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            cell = waiting.pop(0)
-            # A process of its own: a cell that is killed takes no other with it, and its memory
-            # is its own.
-            pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-            settings = _settings_of(base, cell)
-            job = pool.submit(_train_cell, settings, cell.variant.name, threads, jobs > 1)
-            running[job] = cell, pool
-        for future in wait(running, return_when=FIRST_COMPLETED).done:
-            cell, pool = running.pop(future)
-            count += 1
-            place = f"[{count} of {len(todo)}] {cell.name}"
-            try:
-                record = future.result()
-            except BrokenProcessPool:
-                failures[cell.name] = "its process was killed (out of memory?)"
-            except Exception as error:
-                failures[cell.name] = f"{type(error).__name__}: {error}"
-                trace = "".join(traceback.format_exception(error))
-                (base.output / cell.name).mkdir(exist_ok=True)
-                (base.output / cell.name / ERROR).write_text(trace, encoding="utf-8")
-            else:
-                metric = record["metric"]
-                say(f"{place}: validation {metric} {record[metric]:.4f}")
-            if cell.name in failures:
-                say(f"{place}: FAILED, {failures[cell.name]}")
-            pool.shutdown()
-    return failures
-
-
-def _train_cell(settings: RunSettings, variant: str, threads: int, quiet: bool) -> dict[str, Any]:
-    """Train one cell in a process of its own; goes on from a checkpoint if there is one."""
-    import datasets
-    from transformers.utils import logging
-
-    if threads:
-        _use_threads(threads)
-    logging.set_verbosity_error()
-    warnings.simplefilter("ignore", FutureWarning)  # as in the command itself
-    if quiet:
-        logging.disable_progress_bar()
-        datasets.disable_progress_bars()
-    (settings.output / ERROR).unlink(missing_ok=True)
-    begun = bool(runs.settings_of(settings.output))
-    record = train(settings, resume=begun, variant=variant)
-    shutil.rmtree(settings.output / runs.CHECKPOINTS, ignore_errors=True)  # the run is finished
-    return record
-
-
-def _use_threads(count: int) -> None:
-    """Compute with as many threads in this process: torch, and SciPy's own linear algebra too."""
-    import scipy.linalg  # noqa: F401  # what is not loaded yet is not limited
-    import torch
-    from threadpoolctl import threadpool_limits  # comes with scikit-learn
-
-    torch.set_num_threads(count)
-    threadpool_limits(count)
+    """Train what is not finished; returns why cells failed, by name."""
+    todo = [cell for cell in cells if not is_done(base.output / cell.name)]
+    done = len(cells) - len(todo)
+    console.print(f"{title}: {len(cells)} cells, {done} of them finished before")
+    made = [Job(_settings_of(base, cell), cell.variant.name) for cell in todo]
+    return run_all(made, jobs, title, console)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -59,7 +59,7 @@ def of_comparison(comparison: Comparison) -> dict[str, str]:
     metric = comparison.metric.removeprefix("test_").replace("_", " ")
     chosen_by = comparison.rows[0].records[0]["metric"]
     validated = chosen_by.replace("_", " ")
-    titles = {
+    titles: dict[str, Callable[[Axes], None]] = {
         "Score against trained parameters, mean and deviation": lambda ax: _scores(
             ax, comparison, metric
         ),

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from rosa import runs
-from rosa.compare import COMPARISON, ERROR, best_record
+from rosa.cells import ERROR
+from rosa.compare import COMPARISON, best_record
 from rosa.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def comparison_table(title: str, columns: Sequence[str], rows: Sequence[Sequence
         if i:
             table.add_column(column, justify="right", no_wrap=True)
         else:  # a variant's name has no spaces to break at
-            table.add_column(column, overflow="fold")
+            table.add_column(column, overflow="fold", min_width=10)
     for cells in rows:
         table.add_row(*cells)
     return table
@@ -283,7 +284,7 @@ def write_report(folder: Path, say: Any, output: Path | None = None) -> None:
     output = output or folder
     output.mkdir(parents=True, exist_ok=True)
     names = columns(comparison)
-    narrow = ("method", "rank", "lr", "seeds", "score", "spread", "trainable", "seconds")
+    narrow = ("method", "rank", "lr", "score", "spread", "trainable", "seconds")
     narrow = (*narrow, *names[len(COLUMNS) :])
     places = [names.index(name) for name in narrow]
     rows = [[cells[i] for i in places] for cells in shown_rows(comparison)]

@@ -268,8 +268,8 @@ def _make_decoder(place: Path, text: Path, context: int, how: Pretraining) -> No
         num_attention_heads=how.heads,
         max_position_embeddings=context,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=bpe.token_to_id(end),
+        eos_token_id=bpe.token_to_id(end),
         pad_token_id=None,
     )
     with torch.random.fork_rng():

@@ -7,7 +7,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from rosa.tokenizing import tokenize
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import TrainerCallback
 
 
 EVALUATIONS = 10
@@ -33,7 +34,11 @@ FIRST_STEPS = 4
 
 
 def train(
-    settings: RunSettings, resume: bool = False, overwrite: bool = False, variant: str | None = None
+    settings: RunSettings,
+    resume: bool = False,
+    overwrite: bool = False,
+    variant: str | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
     """Run one training; returns the result record, which is also `<output>/metrics.json`.
 
@@ -45,6 +50,7 @@ def train(
         resume: go on with the run in the output folder.
         overwrite: replace the run in the output folder.
         variant: what the record calls it; None takes the method's name.
+        callbacks: further ones for the Trainer.
 
     Raises:
         ValueError, TypeError, FileNotFoundError: a setting, a file or the output folder is of no
@@ -90,8 +96,8 @@ def train(
         runs.begin(settings.output, settings.to_json(), overwrite)  # nothing was written before
     state.wait_for_everyone()
     trainer, callback = build_trainer(settings, task, rows, model, tokenizer)
-    if recorder is not None:
-        trainer.add_callback(recorder)
+    for further in (*callbacks, *([recorder] if recorder else [])):
+        trainer.add_callback(further)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=_last_checkpoint(settings.output) if resume else None)
     seconds = time.perf_counter() - started
