@@ -117,12 +117,20 @@ def _find_gradients(
 
 
 def _recorder(settings: RunSettings, model: Any, targets: list[str] | str) -> Any:
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
     from rosa.changes import ChangeRecorder
 
     changes_weights = find_method(settings.method).has_rank or settings.method == "full"
-    if not settings.record_changes or not changes_weights or isinstance(targets, str):
+    if not settings.record_changes or not changes_weights:
         return None
-    names = [n for n, _ in model.named_modules() if n in targets or n.split(".")[-1] in targets]
+    linear = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
+    if targets == "all-linear":  # a tied head is no target
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        names = [n for n in linear if model.get_submodule(n) is not head]
+    else:
+        names = [n for n in linear if n in targets or n.split(".")[-1] in targets]
     return ChangeRecorder(model, names)
 
 

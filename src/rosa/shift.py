@@ -133,9 +133,12 @@ def prepare(
     parts = [
         split(name, text, context) for name, text in zip(("source", "target"), texts, strict=True)
     ]
-    if model is not None:
+    if model is None:
+        pretraining = pretraining or Pretraining()
+    else:
+        pretraining = None
         _check_decoder(model, parts[1]["test"])
-    of_model = model or asdict(pretraining := pretraining or Pretraining())
+    of_model = model if pretraining is None else asdict(pretraining)
     digests = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
     about = {"texts": digests, "context": context, "model": of_model}
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
