@@ -158,6 +158,10 @@ def test_an_interrupted_run_is_resumed_as_if_it_had_not_been(basics, tmp_path, m
     capsys.readouterr()
     run("train", *basics, *how, "--output", out, "--resume")
     assert "is finished: nothing to resume" in capsys.readouterr().out
+    settings = json.loads((out / "settings.json").read_text())  # one that is no more is no matter
+    (out / "settings.json").write_text(json.dumps({**settings, "split": "B"}))
+    run("train", *basics, *how, "--output", out, "--resume")
+    assert "is finished: nothing to resume" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("form", ["merged", "lora"])

@@ -58,6 +58,8 @@ def test_every_rate_is_tried_with_one_seed_and_the_best_with_the_others(comparis
 
 def test_a_failed_cell_is_reported_and_the_rest_goes_on(comparison, capsys):
     output, command = comparison
+    shared = runs.read_json(output / "comparison.json")
+    runs.write_json(output / "comparison.json", {**shared, "split": "B"})  # one that is no more
     failed = sorted(p.parent.name for p in output.glob("*/error.txt"))
     assert failed == [f"rosa+target_modules=nope-r2-lr{lr}-s0" for lr in ("0.01", "1e-06")]
     before = {p: p.stat().st_mtime_ns for p in output.glob("*/metrics.json")}
@@ -119,7 +121,7 @@ def test_another_comparisons_folder_is_not_written_to(comparison, files, tmp_pat
         (["--lrs", "full=1e-5"], "'full' is none of the methods compared"),
         (["--lrs", "-1"], "lr must be positive"),
         (["--methods", "rosa+colour=red"], "'colour=red' is not setting=value"),
-        (["--methods", "rosa+rewarm=few"], "rewarm takes int, got 'few'"),
+        (["--methods", "rosa+first_draw=few"], "first_draw takes int | None, got 'few'"),
         (["--methods", "rosa+directions=up"], "directions must be one of"),
         (["--jobs", "0"], "jobs must be at least 1"),
         (["--task", "colla"], "unknown task 'colla'"),
@@ -141,16 +143,16 @@ def test_what_is_not_a_comparison_makes_no_report(tmp_path, capsys):
 
 def test_a_variant_holds_its_own_settings_and_rates():
     grid = make_grid(
-        ["rosa", "rosa+split=even+rewarm=5", "full"], [2, 4], ["1e-3", "full=1e-5,3e-5"], [0]
+        ["rosa", "rosa+side=both+first_draw=5", "full"], [2, 4], ["1e-3", "full=1e-5,3e-5"], [0]
     )
     _, variant, full = grid.variants
-    assert variant.options == {"split": "even", "rewarm": 5}
+    assert variant.options == {"side": "both", "first_draw": 5}
     assert grid.rates(variant) == (1e-3,)
     assert grid.rates(full) == (1e-5, 3e-5)
     assert [rank for _, rank in grid.groups()] == [2, 4, 2, 4, None]
     assert make_grid(["full"], [], [], [0]).rates(full) == (1.5e-5, 5e-5, 1.5e-4)
-    cell = Cell(Variant.parse("rosa+split=even"), 2, 1e-3, 0)
-    assert cell.name == "rosa+split=even-r2-lr0.001-s0"
+    cell = Cell(Variant.parse("rosa+side=both"), 2, 1e-3, 0)
+    assert cell.name == "rosa+side=both-r2-lr0.001-s0"
 
 
 def test_a_rate_at_the_edge_of_the_grid_is_marked(comparison):
@@ -162,7 +164,7 @@ VARIANTS = [
     "rosa",
     "lora",
     "head",
-    "rosa+split=even",
+    "rosa+side=both",
     "rosa+target_modules=a-lr0.1:b-r8",
     "rosa+target_modules=x-r2",
     "full+target_modules=layer.1.out-lr",

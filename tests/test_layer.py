@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import warnings
 
 import pytest
@@ -69,14 +68,12 @@ def test_training_follows_the_plain_algorithm_through_resamples(alpha):
             )
 
 
-@pytest.mark.parametrize(
-    ("directions", "split", "dropout"),
-    list(itertools.product(subspace.DIRECTIONS, subspace.SPLITS, [0.0, 0.4])),
-)
-def test_a_fresh_adapter_leaves_the_outputs_as_they_are(directions, split, dropout):
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("directions", subspace.DIRECTIONS)
+def test_a_fresh_adapter_leaves_the_outputs_as_they_are(directions, dropout):
     base, x = Mlp(), torch.randn(4, 5, 7).double()
     expected = base(x)
-    model = adapt(base, directions=directions, split=split, rosa_dropout=dropout, alpha=3)
+    model = adapt(base, directions=directions, rosa_dropout=dropout, alpha=3)
     torch.testing.assert_close(model.eval()(x), expected)
     if dropout and directions != "zero":
         assert not torch.allclose(model.train()(x), expected)

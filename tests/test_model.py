@@ -109,8 +109,7 @@ def test_a_rank_that_is_no_positive_integer_is_refused(rank):
     ("options", "message"),
     [
         ({"directions": "random"}, "directions must be one of svd, orthonormal"),
-        ({"triplets": "first"}, "triplets must be one of random, top, bottom"),
-        ({"split": "C"}, "split must be one of B, even, A"),
+        ({"side": "top"}, "side must be one of left, right, both"),
         ({"bias": "lora_only"}, "bias must be one of none, all, rosa_only"),
         ({"alpha": 0}, "alpha must be a positive number"),
         ({"alpha": "8"}, "alpha must be a positive number"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import warnings
 
 import pytest
@@ -224,6 +225,33 @@ def test_shapes_that_do_not_fit_are_named(saved):
     config.r = 3
     with pytest.raises(ValueError, match=r"first: file A \(2, 7\), B \(10, 2\), model A \(3, 7\)"):
         PeftModel.from_pretrained(base, str(folder), config=config)
+
+
+# Settings that there were, by versions before this one.
+GONE = {
+    "triplets": "gradient",
+    "split": "B",
+    "informed": 0.5,
+    "temperature": 1.0,
+    "allocate": True,
+}
+
+
+def test_an_adapter_with_settings_that_are_no_more_loads_with_one_warning(tmp_path):
+    """Also one whose ranks were moved by its draws, which its `rank_pattern` has noted."""
+    base, x = Mlp(torch.float32), torch.randn(5, 7)
+    model = learn(attach(copy.deepcopy(base), rank_pattern={"^first": 3, "^last": 1}))
+    model.save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **GONE}))
+    with pytest.warns(UserWarning, match=re.escape(f"arguments {sorted(GONE)}")) as found:
+        loaded = PeftModel.from_pretrained(base, str(tmp_path)).eval()
+    assert len(found) == 1
+    assert [layer.r["default"] for _, layer in rosa_layers(loaded)] == [3, 2, 1]
+    torch.testing.assert_close(loaded(x), model(x))
+    with pytest.warns(UserWarning, match="these are ignored"):
+        config = RosaConfig.from_pretrained(str(tmp_path))
+    assert not GONE.keys() & config.to_dict().keys()
 
 
 def test_a_state_dict_without_offsets_is_not_saved(saved, tmp_path_factory):

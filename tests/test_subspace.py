@@ -7,7 +7,7 @@ import torch
 
 from rosa import subspace
 from rosa.lowrank import LowRank
-from rosa.subspace import DIRECTIONS, SPLITS, TRIPLETS
+from rosa.subspace import DIRECTIONS
 
 FACTORING = [name for name in DIRECTIONS if name != "zero"]  # "zero" takes nothing of the weight
 SHAPES = [(6, 6), (5, 11), (12, 4), (1, 7)]
@@ -17,16 +17,11 @@ def draw(weight, rank, seed=0, **options):
     return subspace.draw(weight, rank, generator=subspace.generator(seed, "layer", 0), **options)
 
 
-@pytest.mark.parametrize(
-    ("shape", "directions", "triplets", "split"),
-    list(itertools.product(SHAPES, FACTORING, TRIPLETS, SPLITS)),
-)
-def test_the_product_is_the_weights_projection_onto_the_subspace(
-    shape, directions, triplets, split
-):
+@pytest.mark.parametrize(("shape", "directions"), list(itertools.product(SHAPES, FACTORING)))
+def test_the_product_is_the_weights_projection_onto_the_subspace(shape, directions):
     weight = torch.randn(shape, dtype=torch.float64)
     rank = min(shape[0], shape[1], 3)
-    a, b = draw(weight, rank, directions=directions, triplets=triplets, split=split, scaling=0.5)
+    a, b = draw(weight, rank, directions=directions, scaling=0.5)
     assert a.shape == (rank, shape[1])
     assert b.shape == (shape[0], rank)
     product, rest = 0.5 * b @ a, weight - 0.5 * b @ a
@@ -63,17 +58,6 @@ def test_directions_of_either_side_are_taken_out_of_the_weight(shape, side, coun
             torch.testing.assert_close(basis @ (basis.T @ columns), columns)
 
 
-@pytest.mark.parametrize("directions", DIRECTIONS)
-def test_the_split_moves_the_scale_and_not_the_product(directions):
-    weight = torch.randn(8, 8, dtype=torch.float64)
-    products = []
-    for split in SPLITS:
-        a, b = draw(weight, 3, directions=directions, split=split)
-        products.append(b @ a)
-    torch.testing.assert_close(products[0], products[1])
-    torch.testing.assert_close(products[0], products[2])
-
-
 def test_zero_directions_start_as_lora_does():
     a, b = draw(torch.randn(40, 100, dtype=torch.float64), 30, directions="zero")
     assert not b.any()
@@ -81,31 +65,23 @@ def test_zero_directions_start_as_lora_does():
     torch.testing.assert_close(a.std(), torch.tensor(0.1 / 3**0.5).double(), rtol=0.1, atol=0)
 
 
-def test_svd_with_the_scale_on_a_is_the_papers_factoring():
+def test_svd_is_the_papers_factoring():
     """The paper's layer is x W, with W (in, out): its U S is what stands beside the inputs."""
     weight = torch.randn(9, 6, dtype=torch.float64)
-    a, b = draw(weight, 2, directions="svd", triplets="top", split="A")
-    torch.testing.assert_close(b.T @ b, torch.eye(2, dtype=torch.float64))
+    a, b = draw(weight, 6, directions="svd")
+    torch.testing.assert_close(b.T @ b, torch.eye(6, dtype=torch.float64))
     sizes = torch.linalg.svdvals(weight)
-    torch.testing.assert_close(a @ a.T, torch.diag(sizes[:2] ** 2))
+    torch.testing.assert_close(a @ a.T, torch.diag(sizes**2))
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (5, 11), (12, 4)])
-def test_orthonormal_directions_have_the_root_mean_square_singular_value_as_size(shape):
+def test_directions_of_the_inputs_have_the_root_mean_square_singular_value_as_size(shape):
+    """On A, and those of the outputs have 1 on B; None of either takes the smaller side's."""
     weight = torch.randn(shape, dtype=torch.float64)
     size = torch.linalg.svdvals(weight).pow(2).mean().sqrt()
-    a, b = draw(weight, 3, directions="orthonormal", split="B")
-    # Directions of the smaller side are orthonormal times the size on B (or 1 on A).
-    gram = b.T @ b / size**2 if shape[0] <= shape[1] else a @ a.T
+    a, b = draw(weight, 3, directions="orthonormal")
+    gram = b.T @ b if shape[0] <= shape[1] else a @ a.T / size**2
     torch.testing.assert_close(gram, torch.eye(3, dtype=torch.float64))
-
-
-@pytest.mark.parametrize(("triplets", "expected"), [("top", [0, 1]), ("bottom", [4, 5])])
-def test_top_and_bottom_triplets(triplets, expected):
-    weight = torch.randn(7, 6, dtype=torch.float64)
-    _, b = draw(weight, 2, directions="svd", triplets=triplets, split="B")
-    sizes = torch.linalg.svdvals(weight)[expected]
-    torch.testing.assert_close(b.norm(dim=0), sizes)
 
 
 def test_random_triplets_are_a_uniform_subset_without_replacement():
@@ -113,8 +89,8 @@ def test_random_triplets_are_a_uniform_subset_without_replacement():
     counts, draws = torch.zeros(6), 3000
     pairs = torch.zeros(6, 6)
     for seed in range(draws):
-        _, b = draw(weight, 2, seed=seed, directions="svd", split="B")
-        chosen = (b.norm(dim=0).round().long() - 1).tolist()
+        a, _ = draw(weight, 2, seed=seed, directions="svd")
+        chosen = (a.norm(dim=1).round().long() - 1).tolist()
         assert len(set(chosen)) == 2
         counts[chosen] += 1
         pairs[tuple(sorted(chosen))] += 1
@@ -146,10 +122,9 @@ def test_draws_differ_by_seed_layer_and_count():
     assert len(states) == 4
 
 
-@pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("directions", DIRECTIONS)
-def test_a_zero_weight_can_be_drawn_and_learns(directions, split):
-    a, b = draw(torch.zeros(5, 6), 2, directions=directions, split=split)
+def test_a_zero_weight_can_be_drawn_and_learns(directions):
+    a, b = draw(torch.zeros(5, 6), 2, directions=directions)
     assert torch.isfinite(a).all()
     assert torch.isfinite(b).all()
     assert (a != 0).any() or (b != 0).any()

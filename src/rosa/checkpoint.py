@@ -54,8 +54,6 @@ def check_adapter_file(
     for name, layer in layers.items():
         a, b, offset_a, offset_b, draws = (state_dict[k] for k in state_keys(name, adapter_name))
         r, out_features, in_features = layer.r[adapter_name], layer.out_features, layer.in_features
-        if layer.rosa_config[adapter_name].allocate:
-            r = len(a)  # it may have been given another rank since, and the layer follows
         if tuple(a.shape) != (r, in_features) or tuple(b.shape) != (out_features, r):
             wrong.append(
                 f"{name}: file A {tuple(a.shape)}, B {tuple(b.shape)}, "

@@ -10,7 +10,7 @@ from peft import PeftConfig
 
 from rosa.errors import UserError, UserTypeError
 from rosa.registration import ROSA
-from rosa.subspace import DIRECTIONS, SIDES, SPLITS, TRIPLETS
+from rosa.subspace import DIRECTIONS, SIDES
 
 HINT = "a ROSA adapter: pip install rosa-finetune, and import rosa before PEFT loads it"
 _CARD = """
@@ -35,28 +35,13 @@ class RosaConfig(PeftConfig):
     Args:
         r: Rank of the trained subspace of each weight. Capped at min(in, out) of a layer.
         alpha: The product of the factors is scaled by ``alpha / r``; None means r, a scale of 1.
-        directions: Where a subspace comes from: ``"svd"`` takes singular triplets of the weight,
-            ``"orthonormal"`` random orthonormal directions (far cheaper to draw), ``"gradient"``
-            orthonormal directions in which the loss falls (random ones until a gradient was seen:
-            see `rosa.watch`), ``"zero"`` nothing of the weight: a fresh zero product, as LoRA
-            starts.
-        triplets: Which triplets ``directions="svd"`` takes: a ``"random"`` subset, uniform
-            without replacement, the ``"top"`` or the ``"bottom"`` ones, or, at the cost of a full
-            SVD, those that hold the most of the loss ``"gradient"`` (random ones until one was
-            seen: see `rosa.watch`).
-        split: How the scale is split between the factors: all on ``"A"`` (as the authors' code
-            has it), ``"even"``, or all on ``"B"``. The size of a factor acts as the other's
-            learning rate.
-        informed: The share of the directions that the gradient decides, with
-            ``directions="gradient"`` or ``triplets="gradient"``; the rest are random, so that every
-            direction is drawn in the end.
-        temperature: How the gradient decides: 0 takes the directions with most of its energy;
-            above, a direction's chance is its energy to the power of 1 / temperature.
-        side: Of which side it is: the outputs' (``"left"``), the inputs' (``"right"``) or half of
-            the directions each's (``"both"``; of triplets, the sum of both energies).
-        allocate: Let draws by the gradient hand out the ranks too: weights that hold more of its
-            energy get more directions, for as many trained numbers in all (`rosa.allocation`).
-            `rank_pattern` follows.
+        directions: Where a subspace comes from: ``"svd"`` takes singular triplets of the weight, a
+            uniform random subset (the paper's), ``"orthonormal"`` random orthonormal directions
+            (far cheaper to draw), ``"gradient"`` orthonormal directions in which the loss falls
+            (random ones until a gradient was seen: see `rosa.watch`), ``"zero"`` nothing of the
+            weight: a fresh zero product, as LoRA starts.
+        side: Of which side of the weight ``"gradient"`` takes its directions: the outputs'
+            (``"left"``), the inputs' (``"right"``) or half of them each's (``"both"``).
         seed: Seed of the draws. They depend on nothing else that draws random numbers.
         rosa_dropout: Dropout on the input of the trained factors. Unlike LoRA's, they hold a part
             of the pretrained weight, which is dropped with it: 0 unless you have reason.
@@ -88,34 +73,11 @@ class RosaConfig(PeftConfig):
         default="gradient",
         metadata={"help": f"Where a subspace comes from: one of {', '.join(DIRECTIONS)}."},
     )
-    triplets: str = field(
-        default="random",
-        metadata={"help": f"Which singular triplets svd takes: one of {', '.join(TRIPLETS)}."},
-    )
-    split: str = field(
-        default="A",
-        metadata={"help": f"Which factor gets the scale: one of {', '.join(SPLITS)}."},
-    )
-    informed: float = field(
-        default=1.0,
-        metadata={"help": "Share of the directions that the gradient decides."},
-    )
-    temperature: float = field(
-        default=0.0,
-        metadata={
-            "help": "0: the gradient's directions are those with most of its energy; above, a "
-            "direction's chance is its energy to the power of 1 / temperature."
-        },
-    )
     side: str = field(
         default="left",
         metadata={
             "help": "Side of the gradient's directions: left (outputs), right (inputs) or both."
         },
-    )
-    allocate: bool = field(
-        default=False,
-        metadata={"help": "Weights with more of the gradient get more rank, as many numbers."},
     )
     seed: int = field(default=0, metadata={"help": "Seed of the draws of subspaces."})
     rosa_dropout: float = field(
@@ -169,11 +131,8 @@ class RosaConfig(PeftConfig):
 
     @property
     def is_informed(self) -> bool:
-        """Whether the loss gradient has a say in what is drawn."""
-        by_gradient = self.directions == "gradient" or (
-            self.directions == "svd" and self.triplets == "gradient"
-        )
-        return by_gradient and self.informed > 0
+        """Whether the loss gradient decides what is drawn."""
+        return self.directions == "gradient"
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save as PEFT does; a model card that PEFT has put there is told how to load it."""
@@ -209,8 +168,6 @@ class RosaConfig(PeftConfig):
         for name, alpha in (self.alpha_pattern or {}).items():
             _check_alpha(f"alpha_pattern[{name!r}]", alpha)
         _check_choice("directions", self.directions, DIRECTIONS)
-        _check_choice("triplets", self.triplets, TRIPLETS)
-        _check_choice("split", self.split, SPLITS)
         _check_choice("side", self.side, SIDES)
         _check_choice("bias", self.bias, ("none", "all", "rosa_only"))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
@@ -219,15 +176,6 @@ class RosaConfig(PeftConfig):
             raise UserError(
                 "base_fingerprint is written by ROSA when it saves; this one is damaged: remove it "
                 "from adapter_config.json to load without the check of the base weights"
-            )
-        if not 0 <= self.informed <= 1:
-            raise UserError(f"informed is a share, from 0 to 1, got {self.informed}")
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature must be a number, 0 or above, got {self.temperature}")
-        if self.allocate and not self.is_informed:
-            raise UserError(
-                "allocate hands out ranks by the gradient, which has no say in these draws: use "
-                "directions='gradient', or leave allocate out"
             )
         if not 0 <= self.rosa_dropout < 1:
             raise UserError(f"rosa_dropout must be at least 0 and below 1, got {self.rosa_dropout}")

@@ -7,7 +7,6 @@ The weight in memory is ``W_0 + sum of offsets O`` of the adapters in use, and t
 from __future__ import annotations
 
 import contextlib
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -381,7 +380,7 @@ class RosaLayer(BaseTunerLayer):
         """
         r = min(r, self.in_features, self.out_features)
         self.r[adapter_name], self.alpha[adapter_name] = r, alpha
-        self.scaling[adapter_name] = self.scaling_at(adapter_name, r)
+        self.scaling[adapter_name] = 1.0 if alpha is None else alpha / r
         self.rosa_config[adapter_name] = config
         dropout = nn.Dropout(config.rosa_dropout) if config.rosa_dropout > 0 else nn.Identity()
         self.rosa_dropout[adapter_name] = dropout
@@ -401,48 +400,15 @@ class RosaLayer(BaseTunerLayer):
     @torch.no_grad()
     def copy_adapter(self, source: str, target: str) -> None:
         """Make one adapter what another one is: factors, offset and count of draws."""
-        if self.r[target] != self.r[source]:
-            self.resize(target, self.r[source])
         self.rosa_A[target].copy_(self.rosa_A[source])
         self.rosa_B[target].copy_(self.rosa_B[source])
         entry, of = self.rosa_offset[target], self.rosa_offset[source]
         entry.terms, entry.draws = LowRank(of.terms.B.clone(), of.terms.A.clone()), of.draws
         self.synchronize()
 
-    def scaling_at(self, adapter: str, r: int) -> float:
-        """The factor s of an adapter's product, if it were of rank r."""
-        alpha = self.alpha[adapter]
-        return 1.0 if alpha is None else alpha / r
-
-    def resize(self, adapter: str, r: int) -> None:
-        """Give the factors another rank, and zeros until they are drawn or loaded.
-
-        They stay the same Parameter objects; the config's `rank_pattern` follows.
-        """
-        config = self.rosa_config[adapter]
-        self.r[adapter], self.scaling[adapter] = r, self.scaling_at(adapter, r)
-        shapes = (r, self.in_features), (self.out_features, r)
-        for factor, shape in zip((self.rosa_A[adapter], self.rosa_B[adapter]), shapes, strict=True):
-            new = torch.zeros(shape, dtype=factor.dtype, device=factor.device)
-            # Data of another dtype in between: only so does autograd forget the old shape while
-            # someone still holds a loss.
-            other = torch.float32 if factor.dtype == torch.float64 else torch.float64
-            factor.grad, factor.data = None, new.to(other)
-            factor.data = new
-        name = f"^{re.escape(self.name)}"  # before other patterns, which may match it too
-        others = {key: rank for key, rank in config.rank_pattern.items() if key != name}
-        config.rank_pattern = {name: r, **others}
-
     @torch.no_grad()
-    def _draw(
-        self,
-        adapter: str,
-        weight: Tensor,
-        change: LowRank | None = None,
-        rank: int | None = None,
-        places: Tensor | None = None,
-    ) -> LowRank:
-        """Draw the factors, or terms of them; returns what takes those out of the weight.
+    def _draw(self, adapter: str, weight: Tensor, change: LowRank | None = None) -> LowRank:
+        """Draw the factors; returns what takes their product out of the weight.
 
         Nothing is changed if that fails.
 
@@ -450,36 +416,16 @@ class RosaLayer(BaseTunerLayer):
             adapter: whose factors.
             weight: (out, in), in the work dtype; not changed.
             change: to be added to the weight first.
-            rank: of the new factors, if it is not r.
-            places: the terms to draw, in rising order, where the others stay; None draws all.
         """
-        r = rank or self.r[adapter]
         config, sketch = self.rosa_config[adapter], self._sketches.pop(adapter, None)
-        sides = subspace.rank_of_sides(config.side, r)
-        if places is not None:
-            sides = drawing.sides_of(self, adapter, places)
         a, b = drawing.draw(
-            self,
-            adapter,
-            weight,
-            change,
-            sides=sides,
-            scaling=self.scaling_at(adapter, r),
-            sketch=sketch if config.is_informed else None,
+            self, adapter, weight, change, sketch=sketch if config.is_informed else None
         )
-        if r != self.r[adapter]:
-            self.resize(adapter, r)
-        if places is None:
-            self.rosa_A[adapter].copy_(a)
-            self.rosa_B[adapter].copy_(b)
-        else:
-            self.rosa_A[adapter][places] = a.to(self.rosa_A[adapter])
-            self.rosa_B[adapter][:, places] = b.to(self.rosa_B[adapter])
+        self.rosa_A[adapter].copy_(a)
+        self.rosa_B[adapter].copy_(b)
         self.rosa_offset[adapter].draws += 1
         # From the factors as they are now stored: their rounding cancels too.
         drawn = self.learned(adapter)
-        if places is not None:
-            drawn = drawn[places]
         if config.directions == "zero":
             return LowRank(drawn.B[:, :0], drawn.A[:0])
         return LowRank(-drawn.B, drawn.A)
@@ -505,54 +451,33 @@ class RosaLayer(BaseTunerLayer):
         return self._sketches.get(adapter)
 
     @torch.no_grad()
-    def resample(self, adapter: str, lasts: Tensor | None = None, rank: int | None = None) -> None:
+    def resample(self, adapter: str) -> None:
         """Merge the adapter's product into its offset and draw a new subspace.
 
         What the layer computes stays the same to rounding, and the factors stay the same
         Parameter objects. Use `rosa.resample`, which also clears the optimizer's state.
-
-        Args:
-            adapter: whose product.
-            lasts: which of its terms stay as they are, as `rosa.drawing.lasting` finds them: (r,),
-                of bool.
-            rank: of the new subspace, if it is not r; without `lasts`.
         """
         self.settle()
         factors = self.rosa_A[adapter], self.rosa_B[adapter]
         before = [factor.detach().clone() for factor in factors]
-        entry, r = self.rosa_offset[adapter], self.r[adapter]
+        entry = self.rosa_offset[adapter]
         terms, draws = entry.terms, entry.draws
         try:
-            self._merge_and_draw(adapter, lasts, rank)
+            self._merge_and_draw(adapter)
         except BaseException:  # the layer is as it was
-            if self.r[adapter] != r:
-                self.resize(adapter, r)
             for factor, values in zip(factors, before, strict=True):
                 factor.copy_(values)
             entry.terms, entry.draws = terms, draws
             raise
 
-    def _merge_and_draw(self, adapter: str, lasts: Tensor | None, rank: int | None) -> None:
-        entry, r = self.rosa_offset[adapter], self.r[adapter]
-        learned, weight = self.learned(adapter), self._weight()
-        spent = None
-        if lasts is not None and lasts.any():
-            spent = torch.arange(r)[~lasts]
-            learned = learned[spent]
-            drawing.leave_lasting(self, adapter, self._sketches[adapter], lasts)
-        start = self._draw(adapter, weight.to(self._work_dtype()), learned, rank, spent)
+    def _merge_and_draw(self, adapter: str) -> None:
+        entry, weight = self.rosa_offset[adapter], self._weight()
+        learned = self.learned(adapter)
+        start = self._draw(adapter, weight.to(self._work_dtype()), learned)
         change = (learned + start).joined()
-        if spent is None:
-            terms, last = entry.terms + change.to("cpu"), start.rank
-        else:
-            begun, fresh = entry.terms[-r:], start.to("cpu")  # see `drawn`
-            begun_now = LowRank(
-                begun.B.index_copy(1, spent, fresh.B), begun.A.index_copy(0, spent, fresh.A)
-            )
-            terms = entry.terms[:-r] + begun[spent] + learned.to("cpu") + begun_now
-            terms, last = terms.joined(), r
+        terms = entry.terms + change.to("cpu")
         if terms.rank > _MOST_TERMS * min(self.out_features, self.in_features):
-            settled = terms.rank - last
+            settled = terms.rank - start.rank  # what was drawn stays last: see `drawn`
             terms = terms[:settled].compressed() + terms[settled:]
         entry.terms = terms
         if self._pretrained is None and entry.in_weight is not None:

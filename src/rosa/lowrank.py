@@ -91,8 +91,8 @@ class LowRank:
         total._parts = self._parts + other._parts
         return total
 
-    def __getitem__(self, terms: slice | Tensor) -> LowRank:
-        """Some of the terms, by their places or as a mask, in the order asked for."""
+    def __getitem__(self, terms: slice) -> LowRank:
+        """Some of the terms."""
         return LowRank(self.B[:, terms], self.A[terms])
 
     def joined(self) -> LowRank:

@@ -48,12 +48,7 @@ def _rosa(settings: RunSettings, rank: int, shared: dict[str, Any]) -> PeftConfi
         r=rank,
         alpha=settings.alpha,
         directions=settings.directions,
-        triplets=settings.triplets,
-        split=settings.split,
-        informed=settings.informed,
-        temperature=settings.temperature,
         side=settings.side,
-        allocate=settings.allocate,
         seed=settings.seed,
         **shared,
     )

@@ -53,34 +53,17 @@ OPTIONS = {
         "ROSA: svd (singular triplets), orthonormal (random), gradient (where the loss falls) or "
         "zero.",
     ),
-    "triplets": Option(METHOD, "ROSA with svd: which triplets: random, top, bottom or gradient."),
-    "split": Option(METHOD, "ROSA: which factor holds the scale: B, even or A."),
-    "informed": Option(METHOD, "ROSA: share of directions that the gradient decides; rest random."),
-    "temperature": Option(METHOD, "ROSA by the gradient: 0 takes the strongest; above, by chance."),
     "side": Option(
         METHOD, "ROSA by the gradient: of the outputs' side (left), the inputs' (right), both."
     ),
     "resample_every": Option(
         METHOD, "ROSA: draw new subspaces every: auto, epoch, never, 200 (steps), 0.5epochs."
     ),
-    "allocate": Option(
-        METHOD, "ROSA by the gradient: draws give weights with more of it more rank."
-    ),
     "moments": Option(METHOD, f"ROSA: the optimizer's, at a resample: {', '.join(MOMENTS)}."),
-    "spent": Option(
-        METHOD,
-        "ROSA: directions that hold this share of the gradient that fresh ones would hold stay at "
-        "a resample (auto: a look every 32 steps); all are drawn if left out.",
-    ),
     "first_draw": Option(
         METHOD,
         "ROSA: step of the first draw by the gradient; default: 32, or a tenth of a shorter "
         "training.",
-    ),
-    "watch": Option(METHOD, "ROSA: steps that the gradient is watched before a draw."),
-    "rewarm": Option(METHOD, "ROSA: steps over which the rate rises again after a resample."),
-    "decay_toward": Option(
-        METHOD, "ROSA: what weight decay pulls its factors to: drawn (their start), zero."
     ),
     "target_modules": Option(
         METHOD, "Layers to adapt: attention, all-linear, or names (repeat the option)."

@@ -10,27 +10,24 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from rosa.allocation import allocate
-from rosa.drawing import lasting
 from rosa.errors import UserError
 from rosa.linear import RosaLinear, rosa_layers
 from rosa.lowrank import are_finite
-from rosa.moments import check_moments, clear, project
+from rosa.moments import check_moments, clear
 from rosa.optimizers import State, averages, check_optimizer, forget_curvature, states_of
 from rosa.sharding import check_unsharded, is_sharded
 
 
 def watch(model: nn.Module) -> int:
-    """Begin to look where the loss falls, for the next draw that the gradient has a say in.
-
-    That is one with ``directions="gradient"`` or ``triplets="gradient"``: an informed one.
+    """Begin to look where the loss falls, for the next draw with ``directions="gradient"``.
 
     From now on every ordinary backward pass adds a projection of each weight's loss gradient to a
     small sum (see `rosa.sketch`), until the next `resample` draws from it. A few steps are enough;
     each costs, while it is watched, about what a LoRA of rank r + 8 would add.
 
     Returns:
-        The number of weights that are watched: those of active adapters with that setting.
+        The number of weights that are watched: those of active adapters with that setting, whose
+        draws are informed.
 
     Raises:
         ValueError: as `resample` does.
@@ -46,7 +43,6 @@ def resample(
     optimizer: Any = None,
     *,
     moments: str = "clear",
-    spent: float | None = None,
     batches: Iterable[Any] = (),
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
 ) -> int:
@@ -65,60 +61,42 @@ def resample(
             copies of the factors (DeepSpeed, master weights, offloading) is refused. None if the
             model is not being trained.
         moments: what becomes of the optimizer's moments of the factors, which belong to the old
-            subspace: ``"clear"`` begins anew, ``"keep"`` goes on with them as they are,
-            ``"project"`` moves Adam's into the new subspace (see `rosa.moments`). A schedule-free
-            optimizer needs ``"clear"``: its average goes on from where the factors are.
-        spent: of informed draws, the terms of a product that still hold at least this share of the
-            gradient's energy that fresh ones would hold stay, with their part of the optimizer's
-            state; the others are drawn. None draws all.
-        batches: for informed draws, batches to find the gradient with, instead of what
-            was seen since `watch`; about four. All other parameters' gradients stay as they are,
+            subspace: ``"clear"`` begins anew, ``"keep"`` goes on with them as they are. A
+            schedule-free optimizer needs ``"clear"``: its average goes on from where the factors
+            are.
+        batches: for draws by the gradient, batches to find it with, instead of what was seen since
+            `watch`; about four. All other parameters' gradients stay as they are,
             and so does the model's mode: in eval mode the gradient is found without dropout.
         loss: takes the model and a batch and returns the loss; None is ``model(**batch).loss``.
 
     Returns:
-        The number of weights whose subspace was drawn, or a part of it.
+        The number of weights whose subspace was drawn.
 
     Raises:
         ValueError: the model has no ROSA, or is merged or disabled; a factor is NaN; the optimizer
-            does not hold the factors, or keeps copies of them, or holds what cannot be projected
-            or kept; the weights are sharded or offloaded; a batch gives no loss;
-            `spent` is no share, or no adapter looks at the gradient, or it hands out ranks
-            (`RosaConfig.allocate`), as it cannot in data-parallel processes. Nothing has been
-            changed then.
+            does not hold the factors, or keeps copies of them, or holds what cannot be kept; the
+            weights are sharded or offloaded; a batch gives no loss. Nothing has been changed then.
     """
     jobs = check(model, optimizer)
     informed = [job for job in jobs if is_informed(job)]
-    check_spent(spent, informed)
-    check_allocating(informed, spent)
     states = check_state(moments, optimizer, jobs)
     _check_finite(jobs)
     if batches and informed:
         look(model, informed, batches, loss)
     _agree(informed)
     _warn_of_blind(informed)
-    ranks = allocate([job for job in informed if hands_out_ranks(job)])
-    drawn = 0
-    for name, layer, adapter in jobs:
-        lasts = None if spent is None else lasting(layer, adapter, spent)
-        if lasts is not None and lasts.all():
-            layer.forget(adapter)
-            continue
-        drawn += 1
-        a, b = factors_of(layer, adapter)
-        rank = layer.r[adapter]
-        old_a, old_b = (a.detach().clone(), b.detach().clone()) if moments == "project" else (a, b)
-        layer.resample(adapter, lasts, ranks.get((name, adapter)))
-        a.grad = b.grad = None
-        for state in states:
-            if moments == "clear" or layer.r[adapter] != rank:
-                clear(state, a, b, lasts)
-            elif moments == "project":
-                project(state, a, b, old_a, old_b)
-    if drawn and moments == "clear":
+    for _, layer, adapter in jobs:
+        layer.resample(adapter)
+        factors = factors_of(layer, adapter)
+        for factor in factors:
+            factor.grad = None
+        if moments == "clear":
+            for state in states:
+                clear(state, factors)
+    if moments == "clear":
         forget_curvature(optimizer)
     torch.clear_autocast_cache()  # else an autocast around the call would go on with old factors
-    return drawn
+    return len(jobs)
 
 
 Job = tuple[str, RosaLinear, str]
@@ -128,38 +106,6 @@ def is_informed(job: Job) -> bool:
     """Whether a layer's adapter draws where the gradient lies."""
     _, layer, adapter = job
     return layer.rosa_config[adapter].is_informed
-
-
-def hands_out_ranks(job: Job) -> bool:
-    """Whether a layer's adapter gets its rank by the gradient."""
-    _, layer, adapter = job
-    return layer.rosa_config[adapter].allocate
-
-
-def check_allocating(informed: list[Job], spent: float | None) -> None:
-    """Raise ValueError where ranks are to be handed out and cannot be."""
-    if not any(map(hands_out_ranks, informed)):
-        return
-    if spent is not None:
-        raise UserError("ranks are handed out in whole draws: leave spent or allocate out")
-    if in_processes():
-        raise UserError(
-            "ranks cannot move in data-parallel processes, whose buffers are of fixed sizes: let "
-            "one process find them, and give its rank_pattern to a config without allocate"
-        )
-
-
-def check_spent(spent: float | None, informed: list[Job] | None = None) -> None:
-    """Raise ValueError for a share of no use, and where no job looks at the gradient."""
-    if spent is None:
-        return
-    if not 0 < spent <= 1:
-        raise UserError(f"spent is a share above 0, up to 1, or None; got {spent}")
-    if informed is not None and not informed:
-        raise UserError(
-            "spent is a share of the gradient, and none of the active adapters looks at it: use "
-            "directions='gradient', or leave spent out"
-        )
 
 
 def factors_of(layer: RosaLinear, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
@@ -225,15 +171,10 @@ def _own_loss(model: nn.Module, batch: Any) -> Tensor:
     return getattr(model(**batch), "loss", None)  # type: ignore[return-value]  # is checked
 
 
-def in_processes() -> bool:
-    """Whether this is one of several data-parallel processes."""
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return there and torch.distributed.get_world_size() > 1
-
-
 def _agree(jobs: list[Job]) -> None:
     """Sum what data-parallel processes have seen, so that all draw the same."""
-    if in_processes():
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if there and torch.distributed.get_world_size() > 1:
         for _, layer, adapter in jobs:
             if (sketch := layer.watched(adapter)) is not None:
                 for total in sketch.sums.values():

@@ -26,10 +26,9 @@ class RunSettings:
     `lr` None takes the method's own. `resample_every` is "auto" (see `RosaCallback`), "epoch",
     "never", a number of optimizer steps, or epochs as in "0.5epochs". `target_modules` is
     "attention" (the paper's choice: the projections of attention), "all-linear", or names. `warmup`
-    is a share of all steps. `rank` None takes 8 where the method has a rank. `rewarm` is a number
-    of steps. `steps` counts optimizer steps, and takes the place of `epochs`. For `moments`,
-    `spent`, `decay_toward` and `watch` see `RosaCallback`, of which `first_draw` is `first`; for
-    what a draw takes, and `allocate`, see `RosaConfig`.
+    is a share of all steps. `rank` None takes 8 where the method has a rank. `steps` counts
+    optimizer steps, and takes the place of `epochs`. For `moments` see `rosa.resample`; for
+    `first_draw` see `first` of `RosaCallback`; for what a draw takes see `RosaConfig`.
     """
 
     model: str
@@ -47,19 +46,10 @@ class RunSettings:
     rank: int | None = None
     alpha: float | None = None
     directions: str = "gradient"
-    triplets: str = "random"
-    split: str = "A"
-    informed: float = 1.0
-    temperature: float = 0.0
     side: str = "left"
-    allocate: bool = False
     resample_every: str = "auto"
     moments: str = "clear"
-    spent: float | None = None
     first_draw: int | None = None
-    watch: int = 4
-    rewarm: int = 0
-    decay_toward: str = "drawn"
     target_modules: tuple[str, ...] = ("attention",)
     lr: float | None = None
     epochs: float = 3.0
@@ -129,11 +119,7 @@ def schedule(settings: RunSettings) -> RosaCallback:
     return RosaCallback(
         parse_period(settings.resample_every),
         moments=settings.moments,
-        spent=settings.spent,
-        rewarm=settings.rewarm,
         first=settings.first_draw,
-        watch=settings.watch,
-        decay_toward=settings.decay_toward,
     )
 
 

@@ -78,108 +78,20 @@ class Sketch:
         """Whether no gradient was seen."""
         return not any(total.any() for total in self.sums.values())
 
-    def directions(
-        self, side: str, count: int, temperature: float, generator: torch.Generator
-    ) -> Tensor:
-        """Singular directions of G, (out, k) or (in, k), with orthonormal columns; k <= `count`.
+    def directions(self, side: str, count: int) -> Tensor:
+        """The largest singular directions of G, (out, k) or (in, k), with orthonormal columns.
 
-        k is smaller where the gradient has fewer directions, and 0 where none was seen.
+        k is `count`; smaller where the gradient has fewer directions, and 0 where none was seen.
 
         Args:
             side: "left" or "right"; one of those that the sketch was made for.
             count: how many are wanted.
-            temperature: 0 takes the largest. Above, a direction is taken with a chance that falls
-                with its energy to the power of one over the temperature, without replacement.
-            generator: draws by that chance.
         """
         total = self.sums[side]
         # Of the tall one: LAPACK is four times faster there than on the wide one.
         columns, sizes, _ = torch.linalg.svd(total.T, full_matrices=False)
         there = int((sizes > sizes[0] * torch.finfo(sizes.dtype).eps * max(total.shape)).sum())
-        chosen = _choose(sizes[:there].square(), min(count, there), temperature, generator)
-        return columns.index_select(1, chosen.to(columns.device))
-
-    def places(
-        self,
-        bases: Mapping[str, Tensor],
-        count: int,
-        temperature: float,
-        generator: torch.Generator,
-    ) -> Tensor:
-        """Which columns of a basis hold the most of G's energy: places, (k,), on the CPU.
-
-        k is `count`, or fewer where fewer hold any.
-
-        Args:
-            bases: orthonormal columns by side, (out, n) of "left" and (in, n) of "right", whose
-                shares of the energy are added up where the sketch was made for both sides.
-            count: how many are wanted.
-            temperature: see `directions`.
-            generator: see `directions`.
-        """
-        held = [
-            (total @ bases[side].to(total.dtype)).square().sum(0)
-            / total.square().sum().clamp_min(torch.finfo(total.dtype).tiny)
-            for side, total in self.sums.items()
-        ]
-        energies = torch.stack(held).sum(0)
-        there = int((energies > 0).sum())
-        return _choose(energies, min(count, there), temperature, generator)
-
-    def energies(self) -> Tensor:
-        """Squares of G's largest singular values, estimated: falling, as many as were asked for."""
-        total = next(iter(self.sums.values()))
-        return torch.linalg.svdvals(total).square() / total.shape[0]
-
-    def lasting(self, side: str, factor: Tensor, share: float) -> Tensor:
-        """Which columns of a factor still hold as much of G's energy as a fresh direction would.
-
-        The column with the most energy is held against the largest singular direction of G; what
-        both that column and the others hold is counted once, and of the others the one with the
-        most is next, against the second largest, and so on.
-
-        Args:
-            side: see `directions`.
-            factor: (out, k) for the left side, (in, k) for the right one.
-            share: of a singular direction's energy, from 0 to 1.
-
-        Returns:
-            (k,), of bool, on the CPU.
-        """
-        rest = self.sums[side].clone()
-        columns = factor.to(rest.dtype)
-        lengths = torch.linalg.vector_norm(columns, dim=0)
-        # To the nearest that rounding tells apart: a direction that G lacks need not be held.
-        eps = torch.finfo(rest.dtype).eps * max(rest.shape)
-        lasts = torch.zeros(factor.shape[1], dtype=torch.bool)
-        best = torch.linalg.svdvals(rest).square()[: len(lasts)]
-        for wanted in share * best - eps * best[0]:
-            left = torch.linalg.vector_norm(columns, dim=0)
-            unit = torch.where(left > eps * lengths, columns / left, 0.0)
-            energies = (rest @ unit).square().sum(0)
-            energies[lasts.to(energies.device)] = -1.0
-            place = int(energies.argmax())
-            if energies[place] >= wanted:
-                lasts[place] = True
-                found = unit[:, place]
-                rest = rest - torch.outer(rest @ found, found)
-                columns = columns - torch.outer(found, found @ columns)
-        return lasts
-
-    def without(self, side: str, factor: Tensor) -> None:
-        """Take what lies in a factor's columns, (out, k) or (in, k), out of a side's sums."""
-        total = self.sums[side]
-        basis = torch.linalg.qr(factor.to(total.dtype)).Q
-        total -= (total @ basis) @ basis.T
-
-
-def _choose(energies: Tensor, count: int, temperature: float, generator: torch.Generator) -> Tensor:
-    """Places of the largest, or a draw by chance; see `Sketch.directions`."""
-    scores = energies.log().cpu()
-    if temperature:  # the Gumbel trick: the largest of log p + noise are a draw by p
-        uniform = torch.rand(len(scores), generator=generator, dtype=scores.dtype)
-        scores = scores / temperature - uniform.log().neg().log()
-    return scores.topk(count).indices
+        return columns[:, : min(count, there)]
 
 
 class Watch(torch.autograd.Function):

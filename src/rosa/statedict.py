@@ -92,19 +92,10 @@ def before_load(layer: RosaLinear, state_dict: dict[str, Any], prefix: str, *_: 
             arrived.marks[adapter] = int(mark)
     arrived.weight |= brings_weight
     if arrived.weight or arrived.parts or arrived.marks:
-        _resize(layer, state_dict, prefix)
         layer.bare(overwritten=brings_weight)
         layer.arrived = arrived
     if in_place:
         layer.expect_write()
-
-
-def _resize(layer: RosaLinear, state_dict: dict[str, Any], prefix: str) -> None:
-    """Give factors the ranks that are loaded, where draws may have changed them."""
-    for adapter, factor in layer.rosa_A.items():
-        loaded = state_dict.get(f"{prefix}rosa_A.{adapter}", factor)
-        if layer.rosa_config[adapter].allocate and len(loaded) != layer.r[adapter]:
-            layer.resize(adapter, len(loaded))
 
 
 def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal, get_args
 
@@ -24,21 +24,11 @@ from rosa.lowrank import LowRank, full_precision
 from rosa.triplets import singular_triplets
 
 Directions = Literal["svd", "orthonormal", "gradient", "zero"]
-Triplets = Literal["random", "top", "bottom", "gradient"]
-Split = Literal["B", "even", "A"]
 
 DIRECTIONS: tuple[str, ...] = get_args(Directions)
-TRIPLETS: tuple[str, ...] = get_args(Triplets)
-SPLITS: tuple[str, ...] = get_args(Split)
 SIDES = ("left", "right", "both")
 
-Choose = Callable[[Mapping[str, Tensor]], Tensor]
-"""Takes all singular vectors by side, (out, k) of "left" and (in, k) of "right"; gives places."""
-
 NOTHING_KNOWN: Mapping[str, Tensor] = MappingProxyType({})
-
-# The share of the scale that each split gives to B; A takes the rest.
-_SHARE_OF_B = {"B": 1.0, "even": 0.5, "A": 0.0}
 
 
 def rank_of_sides(side: str, rank: int) -> dict[str, int]:
@@ -75,52 +65,25 @@ def orthonormal_basis(
     return torch.linalg.qr(columns).Q
 
 
-def _svd_directions(
-    weight: Tensor,
-    rank: int,
-    triplets: Triplets,
-    choose: Choose | None,
-    generator: torch.Generator,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Pick singular triplets of the weight (the paper's choice is a uniform random subset)."""
-    count = min(weight.shape)
-    if choose is not None:
-        u, sizes, vh = torch.linalg.svd(weight, full_matrices=False)
-        chosen = choose({"left": u, "right": vh.T})
-        others = torch.randperm(count, generator=generator)
-        others = others[~torch.isin(others, chosen)][: rank - len(chosen)]
-        chosen = torch.cat([chosen, others]).to(weight.device)
-        return u[:, chosen], sizes[chosen], vh[chosen]
-    if triplets in ("random", "gradient"):
-        chosen = torch.randperm(count, generator=generator)[:rank].sort().values
-    elif triplets == "top":
-        chosen = torch.arange(rank)
-    else:
-        chosen = torch.arange(count - rank, count)
-    return singular_triplets(weight, chosen)
-
-
 def _orthonormal_factors(
     weight: Tensor,
     change: LowRank | None,
     bases: Mapping[str, Tensor],
     size: float,
-    share: float,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
     """A and B of the part of the weight, with the change, in directions of one side or of both.
 
-    With U of the left side and V of the right one that is ``U U^T W + (I - U U^T) W V V^T``. Each
-    direction takes the weight's root-mean-square singular value as its size, so that it learns at
-    the speed of a typical singular triplet. On the smaller side the part carries
-    rank / min(out, in) of the weight's energy, as random triplets do.
+    With U of the left side and V of the right one that is ``U U^T W + (I - U U^T) W V V^T``. B has
+    U as it is; A has V in the size given, so that B learns at the speed that a typical singular
+    triplet gives it. On the smaller side the part carries rank / min(out, in) of the weight's
+    energy, as random triplets do.
 
     Args:
         weight: (out, in).
         change: added to it first.
         bases: orthonormal columns by side, (out, k) of "left" and (in, l) of "right".
-        size: of each direction, over `scaling`.
-        share: B's share of it.
+        size: of a direction of the right side.
         scaling: see `draw`.
     """
     # The weight and the change are projected one by one: their sum is never written down.
@@ -129,16 +92,16 @@ def _orthonormal_factors(
         rows = u.T @ weight
         if change is not None:
             rows.addmm_(u.T @ change.B, change.A)
-        a.append(rows / (size**share * scaling))
-        b.append(u * size**share)
+        a.append(rows / scaling)
+        b.append(u)
     if (v := bases.get("right")) is not None:
         columns = weight @ v
         if change is not None:
             columns.addmm_(change.B, change.A @ v)
         if u is not None and rows is not None:
             columns.addmm_(u, rows @ v, alpha=-1)  # what both sides hold is taken once
-        a.append((v * size ** (1 - share)).T)
-        b.append(columns.div_(size ** (1 - share) * scaling))
+        a.append((v * size).T)
+        b.append(columns.div_(size * scaling))
     return (a[0], b[0]) if len(a) == 1 else (torch.cat(a), torch.cat(b, dim=1))
 
 
@@ -153,36 +116,31 @@ def draw(
     rank: int,
     *,
     directions: Directions = "svd",
-    triplets: Triplets = "random",
-    split: Split = "A",
     scaling: float = 1.0,
     change: LowRank | None = None,
     size: float | None = None,
     sides: Mapping[str, int] | None = None,
     known: Mapping[str, Tensor] = NOTHING_KNOWN,
-    choose: Choose | None = None,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Draw a subspace of a weight: ``scaling * B @ A`` is the weight's part in it.
 
+    A holds the scale, as in the authors' code.
+
     Args:
         weight: (out, in), in float32 or float64.
         rank: r, at most min(out, in).
-        directions: singular triplets of the weight; random orthonormal directions; orthonormal
-            directions of the loss gradient (`known`); or "zero", which takes nothing of the weight:
-            a random A and a zero B, as LoRA starts.
-        triplets: which triplets, for ``directions="svd"``; "gradient" leaves it to `choose`.
-        split: where the scale goes: all on A (the authors' code), half on each, all on B.
+        directions: singular triplets of the weight, a uniform random subset; random orthonormal
+            directions; orthonormal directions of the loss gradient (`known`); or "zero", which
+            takes nothing of the weight: a random A and a zero B, as LoRA starts.
         scaling: the factor s that the layer multiplies the product with.
         change: to be added to the weight first, such as what was learned since the last draw.
-        size: the size of an orthonormal direction; None takes the root mean square of the weight's
-            singular values.
+        size: that A gives a direction of the inputs' side, times `scaling`; None takes the root
+            mean square of the weight's singular values.
         sides: how many of the orthonormal directions are the outputs' ("left") and the inputs'
             ("right"), as `rank_of_sides` says; None takes the smaller side's.
         known: orthonormal directions that the subspace shall have, by side, (out, k) for "left" and
             (in, k) for "right"; random ones complete them. For ``directions="gradient"``.
-        choose: for ``triplets="gradient"``, finds the places of those to take among all triplets;
-            random ones complete them, and take its place where it is None.
         generator: see `generator`.
 
     Returns:
@@ -200,16 +158,11 @@ def draw(
         bound = weight.shape[1] ** -0.5  # as torch initialises a linear layer, and LoRA its A
         a = torch.rand(rank, weight.shape[1], generator=generator, dtype=weight.dtype) * 2 - 1
         return (a * bound).to(weight.device), weight.new_zeros(weight.shape[0], rank)
-    share = _SHARE_OF_B[split]
     if directions == "svd":
         whole = weight if change is None else torch.addmm(weight, change.B, change.A)
-        u, sizes, v = _svd_directions(whole, rank, triplets, choose, generator)
-        sizes = sizes / scaling
-        if share == 0.5:
-            # A triplet of size 0 split evenly would have two zero factors, which get no gradient.
-            largest = float(sizes.max())
-            sizes = sizes.clamp_min(largest * torch.finfo(sizes.dtype).eps if largest > 0 else 1.0)
-        return sizes.pow(1 - share)[:, None] * v, u * sizes.pow(share)
+        chosen = torch.randperm(min(weight.shape), generator=generator)[:rank].sort().values
+        u, sizes, v = singular_triplets(whole, chosen)
+        return (sizes / scaling)[:, None] * v, u
     if size is None:
         whole = weight if change is None else weight + change.dense()
         size = root_mean_square_size(float(torch.linalg.vector_norm(whole)), weight.shape)
@@ -220,7 +173,7 @@ def draw(
         for name, length in zip(("left", "right"), weight.shape, strict=True)
         if sides[name]
     }
-    return _orthonormal_factors(weight, change, bases, size / scaling, share, scaling)
+    return _orthonormal_factors(weight, change, bases, size / scaling, scaling)
 
 
 @full_precision()
