@@ -6,18 +6,14 @@ import time
 import warnings
 from typing import Any
 
-from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rosa.decay import DecayTowardDrawn
 from rosa.errors import UserError, UserTypeError
 from rosa.moments import check_moments
-from rosa.optimizers import groups_of
 from rosa.resample import (
     Job,
     check,
-    check_allocating,
-    check_spent,
     check_state,
     factors_of,
     is_informed,
@@ -29,8 +25,8 @@ ROUNDS, SHORTEST_ROUND = 5, 1024
 """What "auto" goes by: subspaces in a training, and the fewest optimizer steps for each."""
 FIRST = 32
 """Optimizer steps before the first draw by the gradient, in a training of ten times that."""
-LOOK = 32
-"""Optimizer steps from one look at what is spent to the next, with "auto"."""
+WATCHED = 4
+"""Optimizer steps that are watched before a draw by the gradient."""
 
 
 class RosaCallback(TrainerCallback):
@@ -40,33 +36,23 @@ class RosaCallback(TrainerCallback):
     schedule is the Trainer's own step count) and with `load_best_model_at_end`. Nothing is drawn
     before the first step or after the last one.
 
-    With ``directions="gradient"``, or ``triplets="gradient"``, the first draw comes early, at the
-    step `first`, and the others a period after one another; the steps before each are watched. A
-    run that is resumed between the two watches anew, so it draws up to `watch` steps later than it
-    would have.
+    With ``directions="gradient"`` the first draw comes early, at the step `first`, and the others a
+    period after one another; the four steps before each are watched. A run that is resumed between
+    the two watches anew, so it draws up to four steps later than it would have.
 
     Args:
         every: ``"auto"``, an epoch or a fifth of the training, whichever is shorter, but 1024
             optimizer steps at least, since a subspace needs some to learn; or ``"epoch"``; or a
             whole number of optimizer steps; or a fraction or multiple of an epoch as a float, such
-            as 0.5; or ``"never"``, which leaves the gradient's first draw. With
-            `spent`, ``"auto"`` looks every 32 steps, and draws what is spent.
+            as 0.5; or ``"never"``, which leaves the gradient's first draw.
         moments: see `rosa.resample`.
-        spent: see `rosa.resample`; a share above 0, up to 1, or None.
-        rewarm: optimizer steps over which the learning rate rises again after a resample, linearly
-            up to the schedule's own; 0 leaves the schedule alone.
-        decay_toward: what weight decay pulls the factors to: what they were ``"drawn"`` as, or
-            ``"zero"``, which wears away the part of the pretrained weight that they hold. See
-            `rosa.decay`; it is AdamW's decay that is meant.
         first: optimizer steps before the first draw by the gradient; None takes 32, or a tenth of
             a shorter training, and at most half a period. Random directions are trained until then:
             what the gradient tells at the very start is about an untrained head.
-        watch: optimizer steps that are watched before a draw by the gradient; at most half a
-            period.
 
     Attributes:
-        resamples: how many times it has drawn in this process, or looked at what is spent.
-        drawn_at: the steps that began with one of those.
+        resamples: how many times it has drawn in this process.
+        drawn_at: the steps that began with a draw.
         drawn: how many weights it has drawn, in all of them.
         seconds: the time that took.
         period: optimizer steps from one draw to the next, known once training has begun; None for
@@ -81,11 +67,7 @@ class RosaCallback(TrainerCallback):
         every: str | int | float = "auto",
         *,
         moments: str = "clear",
-        spent: float | None = None,
-        rewarm: int = 0,
-        decay_toward: str = "drawn",
         first: int | None = None,
-        watch: int = 4,
     ) -> None:
         message = f"every must be 'auto', 'epoch', 'never' or a number, got {every!r}"
         if isinstance(every, str) and every not in ("auto", "epoch", "never"):
@@ -94,23 +76,12 @@ class RosaCallback(TrainerCallback):
             raise UserTypeError(message)
         if not isinstance(every, str) and not 0 < every < float("inf"):
             raise UserError(f"every must be positive, got {every}")
-        if rewarm < 0:
-            raise UserError(f"rewarm must not be negative, got {rewarm}")
         check_moments(moments)
-        check_spent(spent)
-        if decay_toward not in ("drawn", "zero"):
-            raise UserError(f"decay_toward must be 'drawn' or 'zero', got {decay_toward!r}")
-        if watch < 1:
-            raise UserError(f"watch must be at least 1, got {watch}")
         if first is not None and first < 1:
             raise UserError(f"first must be at least 1, got {first}")
         self.every = every
         self.moments = moments
-        self.spent = spent
-        self.rewarm = rewarm
-        self.decay_toward = decay_toward
         self.first = first
-        self.watch = watch
         self.resamples = 0
         self.drawn_at: list[int] = []
         self.drawn = 0
@@ -121,9 +92,7 @@ class RosaCallback(TrainerCallback):
         self._draw_at: int | None = None
         self._last_step = -1
         self._decay: DecayTowardDrawn | None = None
-        self._factors: list[Tensor] = []
         self._jobs: list[Job] = []  # until the first step has shown which of them run
-        self._rates: list[tuple[dict[str, Any], float]] = []  # the schedule's own, to be put back
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -131,21 +100,18 @@ class RosaCallback(TrainerCallback):
         """Check model and optimizer before any work, and fix the period in steps."""
         jobs = check(kwargs["model"], kwargs.get("optimizer"))
         check_state(self.moments, kwargs.get("optimizer"), jobs)
-        self._factors = [f for _, layer, a in jobs for f in factors_of(layer, a)]
         self._jobs = jobs
         self._last_step, self._draw_at = -1, None
         self.period = self._period_in_steps(args, state, kwargs.get("train_dataloader"))
         informed = [job for job in jobs if is_informed(job)]
-        check_spent(self.spent, informed)
-        check_allocating(informed, self.spent)
         self._first, self._watched = self.period, 0
         if informed:
-            soon = min(FIRST, max(state.max_steps // 10, self.watch))
+            soon = min(FIRST, max(state.max_steps // 10, WATCHED))
             half = soon if self.period is None else max(self.period // 2, 1)
             self._first = min(soon, half) if self.first is None else self.first
-            self._watched = min(self.watch, self._first, half)
+            self._watched = min(WATCHED, self._first, half)
         self.on_train_end()
-        if self.decay_toward == "drawn" and kwargs.get("optimizer") is not None:
+        if kwargs.get("optimizer") is not None:
             self._decay = DecayTowardDrawn(kwargs["optimizer"], jobs)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
@@ -161,8 +127,6 @@ class RosaCallback(TrainerCallback):
             return self.every
         if self.every == "never":
             return None
-        if self.every == "auto" and self.spent is not None:
-            return LOOK
         batches = _length(dataloader)
         epoch = None
         if batches is not None:
@@ -186,18 +150,12 @@ class RosaCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Watch or resample if it is time to; lower the rate after a resample."""
+        """Watch or resample if it is time to."""
         step = state.global_step
         if step != self._last_step:
             resumed = self._last_step < 0 and step > 0
             self._last_step = step
             self._begin_step(step, resumed, kwargs["model"], kwargs.get("optimizer"))
-        since = self._steps_since_draw(step)
-        if since is not None and since < self.rewarm:
-            groups = groups_of(kwargs["optimizer"], self._factors)
-            self._rates = [(group, group["lr"]) for group in groups]
-            for group in groups:
-                group["lr"] = group["lr"] * (since + 1) / (self.rewarm + 1)
 
     def _begin_step(self, step: int, resumed: bool, model: Any, optimizer: Any) -> None:
         ahead = self._steps_to_draw(step)
@@ -207,7 +165,7 @@ class RosaCallback(TrainerCallback):
             self._draw_at = step + self._watched
         if step == self._draw_at:
             started = time.perf_counter()
-            self.drawn += resample(model, optimizer, moments=self.moments, spent=self.spent)
+            self.drawn += resample(model, optimizer, moments=self.moments)
             if self._decay is not None:
                 self._decay.refresh()
             self.seconds += time.perf_counter() - started
@@ -221,11 +179,6 @@ class RosaCallback(TrainerCallback):
         if step <= self._first:
             return self._first - step
         return None if self.period is None else (self._first - step) % self.period
-
-    def _steps_since_draw(self, step: int) -> int | None:
-        if self._first is None or step < self._first:
-            return None
-        return step - self._first if self.period is None else (step - self._first) % self.period
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -245,14 +198,6 @@ class RosaCallback(TrainerCallback):
                 "see. Unless that is so, leave them out with exclude_modules",
                 stacklevel=2,
             )
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Put the schedule's learning rates back, before the schedule goes on."""
-        for group, rate in self._rates:
-            group["lr"] = rate
-        self._rates = []
 
 
 def _length(dataloader: Any) -> int | None:
