@@ -129,11 +129,7 @@ def schedule(settings: RunSettings) -> RosaCallback:
     return RosaCallback(
         parse_period(settings.resample_every),
         moments=settings.moments,
-        spent=settings.spent,
-        rewarm=settings.rewarm,
         first=settings.first_draw,
-        watch=settings.watch,
-        decay_toward=settings.decay_toward,
     )
 
 

@@ -113,8 +113,7 @@ def train(
         "epochs": trainer.state.epoch,
         "steps": trainer.state.global_step,
         "train_seconds": seconds,
-        # Counted from the steps: the callback knows of this process only, not of one resumed.
-        "resamples": callback.draws_before(trainer.state.global_step) if callback else 0,
+        "resamples": len(callback.drawn_at) if callback else 0,
         "resample_seconds": callback.seconds if callback else 0.0,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "peak_memory_mib": _peak_memory_mib(),
