@@ -86,9 +86,11 @@ def adapt(
         "task_type": base.task_type,
         "modules_to_save": base.fresh or None,
     }
-    shapes = list(_target_shapes(model, shared).values())
-    config = method.config(settings, settings.rank or 0, shared, shapes)
+    shapes = _target_shapes(model, shared)
+    config = method.config(settings, settings.rank or 0, shared, list(shapes.values()))
     if settings.method == "lora_ga":
+        # PEFT looks for the gradients before it makes names of "all-linear".
+        config.target_modules = set(shapes)  # type: ignore[attr-defined]
         kind = "language" if base.task_type == "CAUSAL_LM" else "classification"
         _find_gradients(model, config, batches(), item_counter(kind, model))
     with blame(
