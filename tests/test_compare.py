@@ -119,7 +119,7 @@ def test_another_comparisons_folder_is_not_written_to(comparison, files, tmp_pat
         (["--lrs", "full=1e-5"], "'full' is none of the methods compared"),
         (["--lrs", "-1"], "lr must be positive"),
         (["--methods", "rosa+colour=red"], "'colour=red' is not setting=value"),
-        (["--methods", "rosa+rewarm=few"], "rewarm takes int, got 'few'"),
+        (["--methods", "rosa+first_draw=few"], "first_draw takes int, got 'few'"),
         (["--methods", "rosa+directions=up"], "directions must be one of"),
         (["--jobs", "0"], "jobs must be at least 1"),
         (["--task", "colla"], "unknown task 'colla'"),
@@ -141,10 +141,10 @@ def test_what_is_not_a_comparison_makes_no_report(tmp_path, capsys):
 
 def test_a_variant_holds_its_own_settings_and_rates():
     grid = make_grid(
-        ["rosa", "rosa+split=even+rewarm=5", "full"], [2, 4], ["1e-3", "full=1e-5,3e-5"], [0]
+        ["rosa", "rosa+split=even+first_draw=5", "full"], [2, 4], ["1e-3", "full=1e-5,3e-5"], [0]
     )
     _, variant, full = grid.variants
-    assert variant.options == {"split": "even", "rewarm": 5}
+    assert variant.options == {"split": "even", "first_draw": 5}
     assert grid.rates(variant) == (1e-3,)
     assert grid.rates(full) == (1e-5, 3e-5)
     assert [rank for _, rank in grid.groups()] == [2, 4, 2, 4, None]

@@ -21,7 +21,7 @@ from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 from rosa import RosaCallback, RosaConfig, resample
 from rosa.decay import DecayTowardDrawn
 from rosa.linear import rosa_layers
-from rosa.optimizers import groups_of, states_of
+from rosa.optimizers import states_of
 from rosa.resample import check
 from tests.models import Mlp
 
@@ -375,20 +375,6 @@ def test_decay_toward_what_was_drawn_reaches_the_optimizer_inside(wrap):
     decay.stop()
     optimizer.step()
     assert not any(torch.equal(p, v) for p, v in zip(trained(model), values, strict=True))
-
-
-@pytest.mark.parametrize("build", [accelerated, layerwise, lambda m: Several(*halves(m))])
-def test_the_rate_rises_again_in_every_optimizer_inside(build, tmp_path):
-    model = adapted()
-    optimizer = build(model)
-    callback = RosaCallback(every=5, rewarm=3)
-    arguments, state = begin(callback, model, optimizer, tmp_path)
-    before = [group["lr"] for group in groups_of(optimizer)]
-    state.global_step = 5
-    callback.on_step_begin(arguments, state, TrainerControl(), model=model, optimizer=optimizer)
-    assert [group["lr"] for group in groups_of(optimizer)] == [rate / 4 for rate in before]
-    callback.on_optimizer_step(arguments, state, TrainerControl())
-    assert [group["lr"] for group in groups_of(optimizer)] == before
 
 
 # -- other libraries' -----------------------------------------------------------------------------

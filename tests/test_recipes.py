@@ -39,8 +39,6 @@ OF_BENCHMARK = {"glue": {"rank": 8, "epochs": 10.0}, "e2e": {"rank": 4, "epochs"
 ABSENT = {
     "alpha": None,
     "allocate": False,
-    "spent": None,
-    "rewarm": 0,
     "weight_decay": 0.0,
     "gradient_accumulation": 1,
     "limit_train": None,
@@ -90,7 +88,6 @@ def test_a_recipe_of_the_papers_has_its_settings(name, settings_by):
     assert not config.alpha_pattern
     callback = schedule(settings)
     assert (callback.every, callback.moments) == ("epoch", "clear")
-    assert (callback.spent, callback.rewarm) == (None, 0)
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -185,7 +182,7 @@ def test_robertas_path(name, tmp_path, trainers):
     }
     assert trained(trainer) == factors | head
     if name in PAPERS:  # two epochs of two steps: one draw, as the second begins
-        assert (callback.period, callback.resamples) == (2, 1)
+        assert (callback.period, callback.drawn_at) == (2, [2])
 
 
 @pytest.mark.parametrize("name", ["e2e/gpt2.yaml", "paper/e2e/gpt2.yaml"])

@@ -120,7 +120,8 @@ class RosaCallback(TrainerCallback, ExportableState):
         """What the checkpoint that is gone on from holds, if it does."""
         if state.global_step == 0:
             return {}
-        found: Any = (state.stateful_callbacks or {}).get(type(self).__name__, {})  # a dict by then
+        saved: Any = state.stateful_callbacks or {}  # a dict, once it comes from a file
+        found = saved.get(type(self).__name__, {})
         found = found[0] if isinstance(found, list) else found
         return found.get("attributes", {})
 

@@ -45,6 +45,7 @@ class ItemCounter:
 
 def _summed(total: Tensor) -> Tensor:
     from accelerate import PartialState
-    from accelerate.utils import reduce
 
-    return reduce(total.to(PartialState().device), reduction="sum").cpu()
+    total = total.to(PartialState().device)
+    torch.distributed.all_reduce(total)
+    return total.cpu()

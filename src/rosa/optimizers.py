@@ -76,12 +76,6 @@ def _is_optimizer(value: Any) -> bool:
     )
 
 
-def groups_of(optimizer: Any, factors: Iterable[Tensor] = ()) -> list[dict[str, Any]]:
-    """The parameter groups of an optimizer and of all that it wraps, each once."""
-    found = [group for one in optimizers_in(optimizer, factors) for group in _groups(one)]
-    return list({id(group): group for group in found}.values())
-
-
 def states_of(optimizer: Any, factors: Iterable[Tensor] = ()) -> list[State]:
     """The states, by parameter, of an optimizer and of all that it wraps, each once."""
     found = [getattr(one, "state", None) for one in optimizers_in(optimizer, factors)]

@@ -67,20 +67,10 @@ OPTIONS = {
         METHOD, "ROSA by the gradient: draws give weights with more of it more rank."
     ),
     "moments": Option(METHOD, f"ROSA: the optimizer's, at a resample: {', '.join(MOMENTS)}."),
-    "spent": Option(
-        METHOD,
-        "ROSA: directions that hold this share of the gradient that fresh ones would hold stay at "
-        "a resample (auto: a look every 32 steps); all are drawn if left out.",
-    ),
     "first_draw": Option(
         METHOD,
         "ROSA: step of the first draw by the gradient; default: 32, or a tenth of a shorter "
         "training.",
-    ),
-    "watch": Option(METHOD, "ROSA: steps that the gradient is watched before a draw."),
-    "rewarm": Option(METHOD, "ROSA: steps over which the rate rises again after a resample."),
-    "decay_toward": Option(
-        METHOD, "ROSA: what weight decay pulls its factors to: drawn (their start), zero."
     ),
     "target_modules": Option(
         METHOD, "Layers to adapt: attention, all-linear, or names (repeat the option)."

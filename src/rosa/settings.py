@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rosa.errors import UserError
-from rosa.methods import find_method
+from rosa.methods import check_packages, find_method
 
 if TYPE_CHECKING:
     from rosa.callback import RosaCallback
@@ -26,10 +26,9 @@ class RunSettings:
     `lr` None takes the method's own. `resample_every` is "auto" (see `RosaCallback`), "epoch",
     "never", a number of optimizer steps, or epochs as in "0.5epochs". `target_modules` is
     "attention" (the paper's choice: the projections of attention), "all-linear", or names. `warmup`
-    is a share of all steps. `rank` None takes 8 where the method has a rank. `rewarm` is a number
-    of steps. `steps` counts optimizer steps, and takes the place of `epochs`. For `moments`,
-    `spent`, `decay_toward` and `watch` see `RosaCallback`, of which `first_draw` is `first`; for
-    what a draw takes, and `allocate`, see `RosaConfig`.
+    is a share of all steps. `rank` None takes 8 where the method has a rank. `steps` counts
+    optimizer steps, and takes the place of `epochs`. For `moments` see `RosaCallback`, of which
+    `first_draw` is `first`; for what a draw takes, and `allocate`, see `RosaConfig`.
     """
 
     model: str
@@ -55,11 +54,7 @@ class RunSettings:
     allocate: bool = False
     resample_every: str = "auto"
     moments: str = "clear"
-    spent: float | None = None
     first_draw: int | None = None
-    watch: int = 4
-    rewarm: int = 0
-    decay_toward: str = "drawn"
     target_modules: tuple[str, ...] = ("attention",)
     lr: float | None = None
     epochs: float = 3.0
@@ -92,6 +87,7 @@ def check(settings: RunSettings) -> RunSettings:
     from rosa.config import check_rank
 
     method = find_method(settings.method)
+    check_packages(settings.method)
     if method.has_rank:
         settings = replace(settings, rank=8 if settings.rank is None else settings.rank)
         check_rank("rank", settings.rank)
@@ -110,6 +106,10 @@ def check(settings: RunSettings) -> RunSettings:
         )
     if not settings.weight_decay >= 0:
         raise UserError(f"weight_decay must not be negative, got {settings.weight_decay}")
+    if settings.weight_decay and method.optim:  # transformers gives it none
+        raise UserError(
+            f"the optimizer of method {settings.method} has no weight decay: leave it 0"
+        )
     if not 0 <= settings.seed < 2**32:
         raise UserError(f"seed must be from 0 to 2**32 - 1, got {settings.seed}")
     if settings.max_length < 8:
@@ -118,7 +118,7 @@ def check(settings: RunSettings) -> RunSettings:
         raise UserError(f"precision must be one of {', '.join(PRECISIONS)}: {settings.precision}")
     schedule(settings)
     if settings.method in RESAMPLED:
-        method.config(settings, settings.rank, {})  # type: ignore[misc]  # checks its own settings
+        method.config(settings, settings.rank, {}, ())  # type: ignore[misc]  # checks its own
     return settings
 
 
