@@ -65,7 +65,7 @@ def settings_by(monkeypatch, tmp_path):
 
 
 def config_of(settings: RunSettings) -> RosaConfig:
-    config = find_method(settings.method).config(settings, settings.rank, {})
+    config = find_method(settings.method).config(settings, settings.rank, {}, ())
     assert isinstance(config, RosaConfig)
     return config
 

@@ -119,7 +119,7 @@ def train(
         "peak_memory_mib": _peak_memory_mib(),
         "train_examples": len(task.train),
         "validation_examples": len(task.validation),
-        "test_examples": _reported_examples(task),
+        "test_examples": _reported_examples(task, rows),
         "variant": variant or settings.method,
         "method": settings.method,
         **({} if settings.rank is None else {"rank": settings.rank}),
@@ -376,10 +376,10 @@ def _evaluate(
     return metrics
 
 
-def _reported_examples(task: Task) -> int:
+def _reported_examples(task: Task, rows: Mapping[str, Any]) -> int:
     if task.generation is not None:
         return len(task.generation.prompts)
-    return 0 if task.test is None else len(task.test)
+    return len(rows.get("test", ()))
 
 
 def _write_texts(
