@@ -119,7 +119,7 @@ def test_another_comparisons_folder_is_not_written_to(comparison, files, tmp_pat
         (["--lrs", "full=1e-5"], "'full' is none of the methods compared"),
         (["--lrs", "-1"], "lr must be positive"),
         (["--methods", "rosa+colour=red"], "'colour=red' is not setting=value"),
-        (["--methods", "rosa+first_draw=few"], "first_draw takes int, got 'few'"),
+        (["--methods", "rosa+first_draw=few"], "first_draw takes int | None, got 'few'"),
         (["--methods", "rosa+directions=up"], "directions must be one of"),
         (["--jobs", "0"], "jobs must be at least 1"),
         (["--task", "colla"], "unknown task 'colla'"),
@@ -197,7 +197,9 @@ def write_comparison(folder: Path, variants: list[str], model: str, told: bool) 
             place = folder / f"{name}-r{rank}-lr{rate:g}-s0"
             place.mkdir()
             record = {
-                **dict.fromkeys(("train_loss", "eval_loss", "train_seconds", "epochs"), 1.0),
+                **dict.fromkeys(
+                    ("train_loss", "eval_loss", "train_seconds", "epochs", "steps"), 1.0
+                ),
                 **dict.fromkeys(("resample_seconds", "adapter_bytes", "peak_memory_mib"), 1.0),
                 **dict.fromkeys(("trainable_parameters", "test_examples", "seed"), 0),
                 "method": text.split("+")[0],
