@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -18,6 +19,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.pytorch_utils import Conv1D
+
+from rosa.errors import UserError
+from rosa.methods import check_packages
 
 
 class Mlp(nn.Module):
@@ -83,3 +87,11 @@ def save_with_tokenizer(model: PreTrainedModel, folder: Path) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def needs_packages(method: str) -> None:
+    """Skip the test if the method's packages, which are an extra's, are not installed."""
+    try:
+        check_packages(method)
+    except UserError as error:
+        pytest.skip(str(error))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from pathlib import Path
 
@@ -10,11 +11,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from rosa import RosaCallback, RosaConfig, watch
+from rosa.counting import ItemCounter
 from rosa.linear import rosa_layers
-from tests.models import tiny_bert
+from tests.models import tiny_bert, tiny_gpt2
 
 
 @pytest.fixture(scope="module")
@@ -64,37 +67,74 @@ def train(
     return trainer, callback, draws.at
 
 
+NUMBERS = 2 * 2 * (16 + 16) * 2  # of query and value in two layers at rank 2
+
+
+@pytest.mark.parametrize("directions", ["svd", "gradient"])
 @pytest.mark.parametrize(
-    ("shortest", "options", "expected"),
+    ("shortest", "options", "period"),
     [
-        (2, {}, {4, 8, 12, 16}),  # a fifth of 18 steps
-        (2, {"num_train_epochs": 10}, set(range(6, 60, 6))),  # an epoch of 6
-        (9, {}, {9}),  # the shortest round
-        (1024, {}, set()),
+        (2, {}, NUMBERS // 16 // 4),  # a label an example, four examples a step
+        (2, {"gradient_accumulation_steps": 2}, NUMBERS // 16 // 8),
+        (20, {"per_device_train_batch_size": 8}, 20),  # the shortest round
     ],
 )
-def test_auto_is_an_epoch_or_a_fifth_but_no_short_round(
-    tmp_path, data, monkeypatch, shortest, options, expected
+def test_auto_goes_by_the_items_for_each_trained_number(
+    tmp_path, data, monkeypatch, directions, shortest, options, period
 ):
     monkeypatch.setattr("rosa.callback.SHORTEST_ROUND", shortest)
-    _, _, draws = train(tmp_path, data, "auto", **options)
-    steps = sorted(draws)
-    assert {s for s in steps if s and draws[s] > draws[s - 1]} == expected
+    monkeypatch.setattr("rosa.callback.ITEMS_A_NUMBER", 1 / 16)
+    monkeypatch.setattr("rosa.callback.COUNTED", 2)
+    _, callback, _ = train(
+        tmp_path, data, "auto", directions=directions, max_steps=period + 5, **options
+    )
+    assert callback.period == period
+    assert callback.drawn_at[0] == (period if directions == "svd" else min(shortest // 2, 4))
 
 
-def test_auto_with_a_bound_looks_often_and_draws_what_is_spent(tmp_path, data, monkeypatch):
-    monkeypatch.setattr("rosa.callback.LOOK", 6)
-    drawn = {}
-    for spent in (1e-6, 1.0):
-        _, callback, draws = train(
-            tmp_path, data, "auto", directions="gradient", how={"spent": spent}
-        )
-        assert callback.period == 6
-        assert callback.resamples == 3  # looks, at 3, 9 and 15
-        drawn[spent] = callback.drawn
-        if spent < 1:
-            assert len(set(draws.values())) == 1  # something of the gradient is always inside
-    assert drawn == {1e-6: 0, 1.0: 3 * 4}
+def test_auto_counts_the_tokens_that_a_decoder_learns(tmp_path):
+    ids = torch.randint(50, (16, 8))
+    labels = ids.clone()
+    labels[:, :3] = -100
+    rows = Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels.tolist()})
+    model = get_peft_model(tiny_gpt2(), RosaConfig(r=2, target_modules=["c_attn"]))
+    args = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=8, use_cpu=True, report_to="none", disable_tqdm=True
+    )
+    callback = RosaCallback()
+    Trainer(model, args, train_dataset=rows, callbacks=[callback]).train()
+    numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert callback.period == max(math.ceil(2 * numbers / (8 * 5)), 64)
+
+
+@pytest.mark.parametrize("batch", [{"input_ids": torch.zeros(3, 5)}, {}])
+def test_examples_are_counted_where_there_are_no_labels(batch):
+    class Model(nn.Module):
+        def forward(self, **batch):
+            return 0
+
+    model = Model()
+    counter = ItemCounter(model)
+    model(**batch)
+    model.eval()(**batch)
+    assert counter.stop() == (3 if batch else 1)
+    model.train()(**batch)
+    assert counter.stop() == (3 if batch else 1)  # it has stopped
+
+
+def test_a_compiled_model_is_counted_too():
+    class Model(nn.Module):
+        def forward(self, labels):
+            return labels * 2
+
+    model = Model()
+    counter = ItemCounter(model)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    labels = torch.tensor([[1, -100, 3], [4, 5, -100]])
+    for _ in range(2):
+        compiled(labels=labels)
+    assert counter.stop() == 8
+    torch.testing.assert_close(compiled(labels=labels), labels * 2)
 
 
 @pytest.mark.parametrize(
@@ -111,19 +151,17 @@ def test_auto_with_a_bound_looks_often_and_draws_what_is_spent(tmp_path, data, m
 def test_when_informed_subspaces_are_drawn(tmp_path, data, every, options, expected):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="no gradient was seen")
-        trainer, callback, draws = train(tmp_path, data, every, directions="gradient", **options)
+        _, callback, draws = train(tmp_path, data, every, directions="gradient", **options)
     steps = sorted(draws)
     assert {s for s in steps if s and draws[s] > draws[s - 1]} == expected
-    assert callback.resamples == len(expected)
-    assert callback.draws_before(trainer.state.global_step) == len(expected)
+    assert callback.drawn_at == sorted(expected)
 
 
 @pytest.mark.parametrize(
-    ("first", "watched", "steps", "drawn"),
-    [(None, 4, 60, 6), (None, 4, 400, 20), (None, 4, 30, 4), (9, 4, 60, 9), (50, 2, 100, 50)],
+    ("first", "steps", "drawn"), [(None, 60, 6), (None, 400, 20), (None, 30, 4), (9, 60, 9)]
 )
-def test_the_first_draw_waits_and_watches_the_steps_before_it(
-    tmp_path, data, monkeypatch, first, watched, steps, drawn
+def test_the_first_draw_waits_and_the_steps_before_it_are_watched(
+    tmp_path, data, monkeypatch, first, steps, drawn
 ):
     """Unless told, for a tenth of the training, and no more than half a period."""
     seen = []
@@ -132,11 +170,11 @@ def test_the_first_draw_waits_and_watches_the_steps_before_it(
         seen.append(watch(model))
 
     monkeypatch.setattr("rosa.callback.watch", note)
-    how = {"first": first, "watch": watched}
+    how = {"first": first}
     _, callback, draws = train(tmp_path, data, 40, directions="gradient", max_steps=steps, how=how)
     expected = set(range(drawn, steps, 40))
     assert {s for s in sorted(draws) if s and draws[s] > draws[s - 1]} == expected
-    assert callback.draws_before(steps) == len(expected) == callback.resamples
+    assert callback.drawn_at == sorted(expected)
     assert len(seen) == len(expected)
 
 
@@ -146,7 +184,7 @@ def test_an_informed_run_resumed_at_the_begin_of_a_period_is_the_same_run(tmp_pa
     whole, _, _ = train(tmp_path / "whole", data, **options)
     checkpoint = str(tmp_path / "whole" / "checkpoint-6")
     resumed, callback, _ = train(tmp_path / "resumed", data, resume=checkpoint, **options)
-    assert callback.resamples == 2
+    assert callback.drawn_at == [3, 9, 15]  # the first was before the checkpoint
     for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
@@ -179,7 +217,7 @@ def test_when_subspaces_are_drawn(tmp_path, data, every, options, expected):
     trainer, callback, draws = train(tmp_path, data, every, **options)
     steps = sorted(draws)
     assert {s for s in steps if s and draws[s] > draws[s - 1]} == expected
-    assert callback.resamples == len(expected)
+    assert callback.drawn_at == sorted(expected)
     (_, layer), *_ = rosa_layers(trainer.model)
     assert layer.rosa_offset["default"].draws == 1 + len(expected)  # nothing after the last step
 
@@ -220,7 +258,24 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path, data):
 def test_a_second_training_goes_on(tmp_path, data):
     trainer, callback, _ = train(tmp_path, data)
     trainer.train()
-    assert callback.resamples == 4
+    assert callback.drawn_at == [6, 12]
+    (_, layer), *_ = rosa_layers(trainer.model)
+    assert layer.rosa_offset["default"].draws == 1 + 4
+
+
+def test_a_resumed_run_draws_by_the_period_that_was_found(tmp_path, data, monkeypatch):
+    """Though the steps that it counts itself have other items."""
+    monkeypatch.setattr("rosa.callback.SHORTEST_ROUND", 2)
+    monkeypatch.setattr("rosa.callback.ITEMS_A_NUMBER", 0.05)
+    options = {"base": tiny_bert(), "save_strategy": "steps", "save_steps": 12}
+    _, whole, draws = train(tmp_path / "whole", data, "auto", max_steps=18, **options)
+    assert whole.drawn_at
+    checkpoint = str(tmp_path / "whole" / "checkpoint-12")
+    monkeypatch.setattr("rosa.callback.ITEMS_A_NUMBER", 1000)
+    how = {"resume": checkpoint, "max_steps": 18, **options}
+    _, resumed, later = train(tmp_path / "resumed", data, "auto", **how)
+    assert (resumed.period, resumed.drawn_at) == (whole.period, whole.drawn_at)
+    assert later == {step: n for step, n in draws.items() if step >= 12}
 
 
 @pytest.mark.parametrize("every", ["epochs", 0, -1, True, None, float("nan")])
@@ -232,11 +287,8 @@ def test_a_period_that_makes_no_sense_is_refused(every):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"spent": 2.0}, "spent is a share above 0"),
         ({"moments": "some"}, "moments must be one of"),
-        ({"watch": 0}, "watch must be at least 1"),
         ({"first": 0}, "first must be at least 1"),
-        ({"rewarm": -1}, "rewarm must not be negative"),
     ],
 )
 def test_other_settings_that_make_no_sense_are_refused(options, message):
@@ -251,39 +303,3 @@ def test_a_model_without_rosa_is_refused_before_training(tmp_path, data):
     with pytest.raises(ValueError, match="has no ROSA layers"):
         trainer.train()
     assert trainer.state.global_step == 0
-
-
-def test_the_rate_rises_again_after_a_resample_and_the_schedule_goes_on(tmp_path, data):
-    class Rates(TrainerCallback):
-        """Notes the learning rates that the optimizer steps with, and those of the schedule."""
-
-        def __init__(self):
-            self.used, self.scheduled = [], []
-
-        def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            self.used.append(kwargs["optimizer"].param_groups[0]["lr"])
-
-        def on_step_end(self, args, state, control, **kwargs):
-            self.scheduled.append(kwargs["lr_scheduler"].get_last_lr()[0])
-
-    found = {}
-    for rewarm in (0, 3):
-        config = RosaConfig(
-            r=2, directions="orthonormal", target_modules=["query"], task_type="SEQ_CLS"
-        )
-        args = TrainingArguments(
-            output_dir=str(tmp_path),
-            max_steps=12,
-            use_cpu=True,
-            report_to="none",
-            learning_rate=1.0,
-        )
-        rates = Rates()
-        callbacks = [RosaCallback(5, rewarm=rewarm), rates]
-        model = get_peft_model(tiny_bert(), config)
-        Trainer(model, args, train_dataset=data, callbacks=callbacks).train()
-        found[rewarm] = rates
-    plain, warmed = found[0].used, found[3].used
-    expected = [1.0] * 5 + [0.25, 0.5, 0.75, 1, 1] + [0.25, 0.5]
-    assert warmed == pytest.approx([a * b for a, b in zip(plain, expected, strict=True)])
-    assert found[3].scheduled == found[0].scheduled

@@ -25,7 +25,7 @@ from transformers import (
 
 from rosa import cli
 from rosa.methods import METHODS
-from tests.models import WORDS, save_with_tokenizer, tiny_bert, tiny_gpt2
+from tests.models import WORDS, needs_packages, save_with_tokenizer, tiny_bert, tiny_gpt2
 
 
 def run(*arguments: object) -> None:
@@ -90,6 +90,7 @@ QUICK = ["--epochs", 2, "--batch-size", 8, "--lr", 0.01, "--resample-every", "ep
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_of_each_method(basics, tmp_path, method, capsys):
+    needs_packages(method)
     out = tmp_path / "run"
     rank = ["--rank", 2] if METHODS[method].has_rank else []
     run("train", *basics, *QUICK, *rank, "--method", method, "--output", out)
@@ -102,7 +103,7 @@ def test_a_run_of_each_method(basics, tmp_path, method, capsys):
     assert [e["epoch"] for e in history["epochs"]] == [1, 2]
     assert metrics["resamples"] == {"rosa": 2, "relora": 1}.get(method, 0)
     assert json.loads((out / "settings.json").read_text())["method"] == method
-    place = out / ("model" if method in ("full", "head") else "adapter")
+    place = out / ("adapter" if METHODS[method].config else "model")
     assert (place / "README.md").read_text().startswith("---")
     assert (place / "tokenizer.json").exists()
 

@@ -199,7 +199,9 @@ def write_comparison(folder: Path, variants: list[str], model: str, told: bool) 
             place = folder / f"{name}-r{rank}-lr{rate:g}-s0"
             place.mkdir()
             record = {
-                **dict.fromkeys(("train_loss", "eval_loss", "train_seconds", "epochs"), 1.0),
+                **dict.fromkeys(
+                    ("train_loss", "eval_loss", "train_seconds", "epochs", "steps"), 1.0
+                ),
                 **dict.fromkeys(("resample_seconds", "adapter_bytes", "peak_memory_mib"), 1.0),
                 **dict.fromkeys(("trainable_parameters", "test_examples", "seed"), 0),
                 "method": text.split("+")[0],

@@ -144,7 +144,7 @@ def test_in_the_trainer(tmp_path):
     callback = RosaCallback(4)
     trainer = NoLoss(model, args, train_dataset=data, callbacks=[callback])
     trainer.train()
-    assert callback.resamples == 2
+    assert callback.drawn_at == [4, 8]
     for _, layer in rosa_layers(model):
         drawn, learned = layer.drawn("default"), layer.learned("default")
         torch.testing.assert_close(learned.A, drawn.A, rtol=1e-4, atol=1e-6)

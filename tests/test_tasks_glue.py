@@ -121,7 +121,7 @@ def test_the_benchmarks_own_files(tmp_path, name, nested):
 
 
 def test_every_task_can_be_named():
-    assert set(tasks.TASKS) == {*TASKS, *DIAGNOSTICS, "e2e", "demo"}
+    assert set(tasks.TASKS) == {*TASKS, *DIAGNOSTICS, "e2e", "corpus", "demo"}
 
 
 @pytest.mark.parametrize(("name", "folder"), [("axb", "AX-b"), ("axg", "AX-g")])

@@ -75,6 +75,8 @@ def adapt(
     if method.config is None:
         if settings.method == "head":
             _train_head_only(model, base.fresh)
+        if method.optim is not None:
+            projected_weights(settings, model, base.task_type)  # raises where there are none
         return model, recorder
     from peft import get_peft_model
     from peft.utils.error import NoMatchingPeftModuleError
@@ -84,16 +86,56 @@ def adapt(
         "task_type": base.task_type,
         "modules_to_save": base.fresh or None,
     }
-    config = method.config(settings, settings.rank or 0, shared)
+    shapes = _target_shapes(model, shared)
+    config = method.config(settings, settings.rank or 0, shared, list(shapes.values()))
     if settings.method == "lora_ga":
+        # PEFT looks for the gradients before it makes names of "all-linear".
+        config.target_modules = set(shapes)  # type: ignore[attr-defined]
         kind = "language" if base.task_type == "CAUSAL_LM" else "classification"
         _find_gradients(model, config, batches(), item_counter(kind, model))
-    with blame(f"{settings.method} cannot be put into {type(model).__name__}", ValueError):
+    with blame(
+        f"{settings.method} cannot be put into {type(model).__name__}", ValueError, TypeError
+    ):
         try:
             return get_peft_model(model, config), recorder
         except NoMatchingPeftModuleError as error:  # ROSA raises it too, as every method of PEFT
             names = " ".join(settings.target_modules)
             raise UserError(f"--target-modules {names}: {error}") from error
+
+
+def projected_weights(settings: RunSettings, model: nn.Module, task_type: str) -> list[str]:
+    """Names of the layers whose gradients the method's optimizer projects; UserError if none."""
+    from torch import nn
+
+    targets = find_targets(model, settings.target_modules)
+    found = _target_shapes(model, {"target_modules": targets, "task_type": task_type})
+    names = [name for name in found if isinstance(model.get_submodule(name), nn.Linear)]
+    if not names:
+        raise UserError(
+            f"method {settings.method} works on torch.nn.Linear layers, and --target-modules "
+            f"{' '.join(settings.target_modules)} names none of {type(model).__name__}'s"
+        )
+    return names
+
+
+def _target_shapes(model: nn.Module, shared: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """(in, out) of the weights that PEFT takes the shared arguments to mean, by their names."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    from rosa import RosaConfig
+    from rosa.targets import is_target, resolve_all_linear
+
+    config = RosaConfig(**shared)
+    resolve_all_linear(config, model)
+    shapes = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)) and is_target(config, name):
+            sides = module.weight.shape
+            shapes[name] = (
+                (sides[0], sides[1]) if isinstance(module, Conv1D) else (sides[1], sides[0])
+            )
+    return shapes
 
 
 def _find_gradients(

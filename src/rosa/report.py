@@ -284,8 +284,8 @@ def write_report(folder: Path, say: Any, output: Path | None = None) -> None:
     output = output or folder
     output.mkdir(parents=True, exist_ok=True)
     names = columns(comparison)
-    narrow = ("method", "rank", "lr", "score", "spread", "trainable", "seconds")
-    narrow = (*narrow, *names[len(COLUMNS) :])
+    further = names[len(COLUMNS) :] or ("seconds",)
+    narrow = ("method", "rank", "lr", "score", "spread", "trainable", *further)
     places = [names.index(name) for name in narrow]
     rows = [[cells[i] for i in places] for cells in shown_rows(comparison)]
     say.print(comparison_table(str(folder), narrow, rows))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rosa.errors import UserError
-from rosa.methods import find_method
+from rosa.methods import check_packages, find_method
 
 if TYPE_CHECKING:
     from rosa.callback import RosaCallback
@@ -82,6 +82,7 @@ def check(settings: RunSettings) -> RunSettings:
     from rosa.config import check_rank
 
     method = find_method(settings.method)
+    check_packages(settings.method)
     if method.has_rank:
         settings = replace(settings, rank=8 if settings.rank is None else settings.rank)
         check_rank("rank", settings.rank)
@@ -100,6 +101,10 @@ def check(settings: RunSettings) -> RunSettings:
         )
     if not settings.weight_decay >= 0:
         raise UserError(f"weight_decay must not be negative, got {settings.weight_decay}")
+    if settings.weight_decay and method.optim:  # transformers gives it none
+        raise UserError(
+            f"the optimizer of method {settings.method} has no weight decay: leave it 0"
+        )
     if not 0 <= settings.seed < 2**32:
         raise UserError(f"seed must be from 0 to 2**32 - 1, got {settings.seed}")
     if settings.max_length < 8:
@@ -108,7 +113,7 @@ def check(settings: RunSettings) -> RunSettings:
         raise UserError(f"precision must be one of {', '.join(PRECISIONS)}: {settings.precision}")
     schedule(settings)
     if settings.method in RESAMPLED:
-        method.config(settings, settings.rank, {})  # type: ignore[misc]  # checks its own settings
+        method.config(settings, settings.rank, {}, ())  # type: ignore[misc]  # checks its own
     return settings
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rosa import runs, tasks
-from rosa.building import adapt, load_base
+from rosa.building import adapt, load_base, projected_weights
 from rosa.errors import UserError
 from rosa.methods import find_method
 from rosa.processes import join, say
@@ -113,14 +113,13 @@ def train(
         "epochs": trainer.state.epoch,
         "steps": trainer.state.global_step,
         "train_seconds": seconds,
-        # Counted from the steps: the callback knows of this process only, not of one resumed.
-        "resamples": callback.draws_before(trainer.state.global_step) if callback else 0,
+        "resamples": len(callback.drawn_at) if callback else 0,
         "resample_seconds": callback.seconds if callback else 0.0,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "peak_memory_mib": _peak_memory_mib(),
         "train_examples": len(task.train),
         "validation_examples": len(task.validation),
-        "test_examples": _reported_examples(task),
+        "test_examples": _reported_examples(task, rows),
         "variant": variant or settings.method,
         "method": settings.method,
         **({} if settings.rank is None else {"rank": settings.rank}),
@@ -234,6 +233,12 @@ def build_trainer(
             **{f"{name}_strategy": "steps" for name in ("eval", "save")},
             **{f"{name}_steps": period for name in ("eval", "save")},
         }
+    method = find_method(settings.method)
+    optim: dict[str, Any] = {}
+    if method.optim is not None:
+        task_type = "CAUSAL_LM" if task.kind == "language" else "SEQ_CLS"
+        optim |= method.optim(settings, settings.rank or 0)
+        optim["optim_target_modules"] = projected_weights(settings, model, task_type)
     args = TrainingArguments(
         output_dir=str(settings.output / runs.CHECKPOINTS),
         num_train_epochs=settings.epochs,
@@ -260,6 +265,7 @@ def build_trainer(
         remove_unused_columns=True,
         dataloader_pin_memory=torch.cuda.is_available(),
         train_sampling_strategy="group_by_length" if settings.group_by_length else "random",
+        **optim,
     )
 
     def compute(prediction: Any) -> dict[str, float]:
@@ -282,6 +288,8 @@ def build_trainer(
     )
     if settings.method == "adalora":
         trainer.add_callback(_rank_allocation(model, steps))
+    if method.optim is not None:
+        trainer.add_callback(_projections_beside_weights())
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(EpochProgress())
     trainer.pop_callback(PrinterCallback)  # what is there without a bar prints every loss
@@ -314,6 +322,20 @@ def _log_period(steps: int) -> int:
     """About ten losses between evaluations, and one exactly at each: a divisor of the steps."""
     longest = max(steps // 10, 1)
     return max(n for n in range(1, longest + 1) if steps % n == 0)
+
+
+def _projections_beside_weights() -> Any:
+    """Moves what a resumed optimizer projects with to its weight: torch moves tensors alone."""
+    from transformers import TrainerCallback
+
+    class Mover(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            for weight, values in kwargs["optimizer"].state.items():
+                projector = values.get("projector")
+                if projector is not None:
+                    projector.ortho_matrix = projector.ortho_matrix.to(weight.device)
+
+    return Mover()
 
 
 def _last_checkpoint(output: Path) -> str | None:
@@ -354,10 +376,10 @@ def _evaluate(
     return metrics
 
 
-def _reported_examples(task: Task) -> int:
+def _reported_examples(task: Task, rows: Mapping[str, Any]) -> int:
     if task.generation is not None:
         return len(task.generation.prompts)
-    return 0 if task.test is None else len(task.test)
+    return len(rows.get("test", ()))
 
 
 def _write_texts(

@@ -1,0 +1,51 @@
+"""How many items a training step shows a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+IGNORED = -100
+"""The label that a loss leaves out, in torch and transformers."""
+
+
+class ItemCounter:
+    """Counts what the loss is a mean of, while a model runs forward in training mode.
+
+    That is labels, but those that the loss ignores; of a batch without labels, its examples.
+
+    Args:
+        model: its calls are counted, until `stop`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._counts: list[Tensor | int] = []
+        self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not model.training:
+            return
+        labels = kwargs.get("labels")
+        if isinstance(labels, Tensor):
+            self._counts.append((labels != IGNORED).sum().detach())
+            return
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() > 0]
+        self._counts.append(len(tensors[0]) if tensors else 1)
+
+    def stop(self) -> int:
+        """How many there were, in all data-parallel processes; counts no more."""
+        self._hook.remove()
+        total = torch.stack([torch.as_tensor(n).float().cpu() for n in self._counts or [0]]).sum()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            total = _summed(total)
+        return int(total)
+
+
+def _summed(total: Tensor) -> Tensor:
+    from accelerate import PartialState
+
+    total = total.to(PartialState().device)
+    torch.distributed.all_reduce(total)
+    return total.cpu()
