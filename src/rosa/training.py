@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
 
-EVALUATIONS = 10
+EVALUATIONS = 5
 """Evaluations in a training whose length is given in steps."""
 FIRST_STEPS = 4
 """Steps' batches that a method sees which begins with the training data's gradient."""
