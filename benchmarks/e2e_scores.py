@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from rosa.tasks.generation_metrics import e2e_scores
+from rosa.bench.tasks.generation_metrics import e2e_scores
 
 NAMES = {"BLEU": "bleu", "NIST": "nist", "METEOR": "meteor", "ROUGE_L": "rouge_l", "CIDEr": "cider"}
 

@@ -27,12 +27,12 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, TrainerCallback, set_seed
 
-from rosa.building import adapt, load_base
-from rosa.reading import longest_input
-from rosa.settings import RunSettings, check
-from rosa.tasks.demo import model_folder
-from rosa.tokenizing import tokenize
-from rosa.training import build_trainer, load_task
+from rosa.bench.building import adapt, load_base
+from rosa.bench.reading import longest_input
+from rosa.bench.settings import RunSettings, check
+from rosa.bench.tasks.demo import model_folder
+from rosa.bench.tokenizing import tokenize
+from rosa.bench.training import build_trainer, load_task
 
 VARIANTS = {
     "LoRA": {"method": "lora"},

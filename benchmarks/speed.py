@@ -37,7 +37,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 import rosa
-from rosa.linear import rosa_layers
+from rosa.layers.linear import rosa_layers
 
 RANK = 8
 ATTENTION = ["query", "key", "value", "attention.output.dense"]

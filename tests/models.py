@@ -20,8 +20,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from rosa.bench.methods import check_packages
 from rosa.errors import UserError
-from rosa.methods import check_packages
 
 
 class Mlp(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rosa import RosaConfig, export_lora, export_merged, resample, watch
 from rosa.errors import ExportError
-from rosa.linear import rosa_layers
+from rosa.layers.linear import rosa_layers
 from rosa.targets import is_trained_in_full
 from tests.architectures import ARCHITECTURES, Architecture, loss_of, outputs_of
 

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from torch import multiprocessing
 from transformers import TrainerCallback
 
-from rosa import building, training
-from rosa.methods import METHODS
-from rosa.settings import RunSettings
+from rosa.bench import building, training
+from rosa.bench.methods import METHODS
+from rosa.bench.settings import RunSettings
 from tests.models import WORDS, needs_packages, save_with_tokenizer, tiny_bert, tiny_gpt2
 
 EFFECTIVE = 16

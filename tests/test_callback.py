@@ -15,8 +15,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from rosa import RosaCallback, RosaConfig, watch
-from rosa.counting import ItemCounter
-from rosa.linear import rosa_layers
+from rosa.layers.linear import rosa_layers
+from rosa.resampling.counting import ItemCounter
 from tests.models import tiny_bert, tiny_gpt2
 
 
@@ -82,9 +82,9 @@ NUMBERS = 2 * 2 * (16 + 16) * 2  # of query and value in two layers at rank 2
 def test_auto_goes_by_the_items_for_each_trained_number(
     tmp_path, data, monkeypatch, directions, shortest, options, period
 ):
-    monkeypatch.setattr("rosa.callback.SHORTEST_ROUND", shortest)
-    monkeypatch.setattr("rosa.callback.ITEMS_A_NUMBER", 1 / 16)
-    monkeypatch.setattr("rosa.callback.COUNTED", 2)
+    monkeypatch.setattr("rosa.resampling.callback.SHORTEST_ROUND", shortest)
+    monkeypatch.setattr("rosa.resampling.callback.ITEMS_A_NUMBER", 1 / 16)
+    monkeypatch.setattr("rosa.resampling.callback.COUNTED", 2)
     _, callback, _ = train(
         tmp_path, data, "auto", directions=directions, max_steps=period + 5, **options
     )
@@ -169,7 +169,7 @@ def test_the_first_draw_waits_and_the_steps_before_it_are_watched(
     def note(model):
         seen.append(watch(model))
 
-    monkeypatch.setattr("rosa.callback.watch", note)
+    monkeypatch.setattr("rosa.resampling.callback.watch", note)
     how = {"first": first}
     _, callback, draws = train(tmp_path, data, 40, directions="gradient", max_steps=steps, how=how)
     expected = set(range(drawn, steps, 40))
@@ -265,13 +265,13 @@ def test_a_second_training_goes_on(tmp_path, data):
 
 def test_a_resumed_run_draws_by_the_period_that_was_found(tmp_path, data, monkeypatch):
     """Though the steps that it counts itself have other items."""
-    monkeypatch.setattr("rosa.callback.SHORTEST_ROUND", 2)
-    monkeypatch.setattr("rosa.callback.ITEMS_A_NUMBER", 0.05)
+    monkeypatch.setattr("rosa.resampling.callback.SHORTEST_ROUND", 2)
+    monkeypatch.setattr("rosa.resampling.callback.ITEMS_A_NUMBER", 0.05)
     options = {"base": tiny_bert(), "save_strategy": "steps", "save_steps": 12}
     _, whole, draws = train(tmp_path / "whole", data, "auto", max_steps=18, **options)
     assert whole.drawn_at
     checkpoint = str(tmp_path / "whole" / "checkpoint-12")
-    monkeypatch.setattr("rosa.callback.ITEMS_A_NUMBER", 1000)
+    monkeypatch.setattr("rosa.resampling.callback.ITEMS_A_NUMBER", 1000)
     how = {"resume": checkpoint, "max_steps": 18, **options}
     _, resumed, later = train(tmp_path / "resumed", data, "auto", **how)
     assert (resumed.period, resumed.drawn_at) == (whole.period, whole.drawn_at)

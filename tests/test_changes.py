@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from rosa import RosaConfig, resample
-from rosa.changes import ChangeRecorder
+from rosa.bench.changes import ChangeRecorder
 from tests.models import Mlp
 
 TARGETS = ["first", "middle"]

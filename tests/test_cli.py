@@ -23,8 +23,8 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from rosa import cli
-from rosa.methods import METHODS
+from rosa.bench.methods import METHODS
+from rosa.cli import commands as cli
 from tests.models import WORDS, needs_packages, save_with_tokenizer, tiny_bert, tiny_gpt2
 
 
@@ -527,13 +527,13 @@ BUGS = [TypeError, RuntimeError, KeyError, ValueError, AttributeError, IndexErro
 @pytest.mark.parametrize(
     "place",
     [
-        "rosa.training.load_base",
-        "rosa.training.tokenize",
-        "rosa.building.find_targets",
+        "rosa.bench.training.load_base",
+        "rosa.bench.training.tokenize",
+        "rosa.bench.building.find_targets",
         "rosa.model.RosaModel._create_and_replace",
-        "rosa.training.build_trainer",
-        "rosa.training._save",
-        "rosa.report.metrics_table",
+        "rosa.bench.training.build_trainer",
+        "rosa.bench.training._save",
+        "rosa.bench.report.tables.metrics_table",
     ],
 )
 def test_a_bug_is_told_from_a_mistake_of_the_user(
@@ -556,8 +556,8 @@ def test_a_missing_package_is_named_and_a_wrong_import_of_ours_is_a_bug(
     assert "sklearn" in message
     assert "pip install 'rosa-finetune[cli]'" in message
     monkeypatch.undo()
-    monkeypatch.setitem(sys.modules, "rosa.reading", None)
-    monkeypatch.setitem(sys.modules, "rosa.training", None)
+    monkeypatch.setitem(sys.modules, "rosa.bench.reading", None)
+    monkeypatch.setitem(sys.modules, "rosa.bench.training", None)
     breaks(capsys, "train", *basics, *out)
 
 

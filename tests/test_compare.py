@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from rosa import runs
-from rosa.compare import Cell, Variant, make_grid
-from rosa.report import read_comparison, table_rows
+from rosa.bench import runs
+from rosa.bench.compare import Cell, Variant, make_grid
+from rosa.bench.report.tables import read_comparison, table_rows
 from tests.models import save_with_tokenizer, tiny_bert
 from tests.test_cli import fails, run, write_csv
 

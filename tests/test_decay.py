@@ -11,9 +11,9 @@ from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from rosa import RosaCallback, RosaConfig, resample
-from rosa.decay import DecayTowardDrawn
-from rosa.linear import rosa_layers
-from rosa.resample import check
+from rosa.layers.linear import rosa_layers
+from rosa.resampling.decay import DecayTowardDrawn
+from rosa.resampling.resample import check
 from tests.models import Mlp, tiny_bert
 
 LR, DECAY = 0.05, 0.4

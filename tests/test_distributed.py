@@ -11,7 +11,7 @@ from torch import multiprocessing, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from rosa import RosaConfig, resample, watch
-from rosa.linear import rosa_layers
+from rosa.layers.linear import rosa_layers
 from tests.models import tiny_bert
 
 pytestmark = pytest.mark.skipif(

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from rosa import RosaCallback, RosaConfig, resample, watch
-from rosa.linear import rosa_layers
+from rosa.layers.linear import rosa_layers
 
 
 class Reading(nn.Module):
@@ -77,7 +77,7 @@ def test_a_model_that_reads_weights_trains_like_one_that_calls_layers(options):
 
 def test_reading_what_a_weight_is_like_computes_nothing(monkeypatch):
     model, _ = pair()
-    monkeypatch.setattr("rosa.effective._product", None)
+    monkeypatch.setattr("rosa.layers.effective._product", None)
     for _, layer in rosa_layers(model):
         weight, base = layer.weight, layer.base_layer.weight
         assert (weight.shape, weight.dtype, weight.device) == (base.shape, base.dtype, base.device)

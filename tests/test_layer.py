@@ -10,8 +10,9 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from rosa import RosaConfig, resample, subspace
-from rosa.linear import rosa_layers
+from rosa import RosaConfig, resample
+from rosa.algebra import subspace
+from rosa.layers.linear import rosa_layers
 from tests.models import Mlp
 from tests.reference import ReferenceRosa
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rosa.lowrank import LowRank, are_finite
+from rosa.algebra.lowrank import LowRank, are_finite
 
 
 def test_compression_loses_nothing_and_finds_the_rank():

@@ -20,11 +20,12 @@ from transformers import (
     Trainer,
 )
 
-from rosa import cli, methods, training
-from rosa.building import Base, adapt
+from rosa.bench import methods, training
+from rosa.bench.building import Base, adapt
+from rosa.bench.methods import METHODS
+from rosa.bench.settings import RunSettings, check
+from rosa.cli import commands as cli
 from rosa.errors import UserError
-from rosa.methods import METHODS
-from rosa.settings import RunSettings, check
 from tests.models import WORDS, needs_packages, save_with_tokenizer, tiny_gpt2
 
 ADAPTERS = [name for name, method in METHODS.items() if method.config is not None]

@@ -9,7 +9,7 @@ import torch
 from peft import get_peft_model
 
 from rosa import RosaConfig, resample
-from rosa.linear import rosa_layers
+from rosa.layers.linear import rosa_layers
 from tests.models import Mlp
 
 

@@ -19,10 +19,10 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from rosa import RosaCallback, RosaConfig, resample
-from rosa.decay import DecayTowardDrawn
-from rosa.linear import rosa_layers
-from rosa.optimizers import states_of
-from rosa.resample import check
+from rosa.layers.linear import rosa_layers
+from rosa.resampling.decay import DecayTowardDrawn
+from rosa.resampling.optimizers import states_of
+from rosa.resampling.resample import check
 from tests.models import Mlp
 
 X = torch.randn(8, 7)

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
 from rosa import RosaConfig, resample
-from rosa.linear import rosa_layers
+from rosa.layers.linear import rosa_layers
 from tests.models import Mlp
 
 TARGETS = [["first"], ["middle", "last"], ["first", "middle", "last"]]

@@ -11,7 +11,7 @@ from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_mo
 from torch import nn
 
 from rosa import RosaConfig
-from rosa.reading import longest_input
+from rosa.bench.reading import longest_input
 from tests.models import tiny_bert, tiny_gpt2
 
 SMALL = {

@@ -11,10 +11,11 @@ import torch
 import yaml
 from transformers import GPT2LMHeadModel, RobertaConfig, RobertaForMaskedLM
 
-from rosa import RosaCallback, RosaConfig, tasks
-from rosa.methods import find_method
-from rosa.settings import RunSettings, check, schedule
-from rosa.tasks.e2e import prompt
+from rosa import RosaCallback, RosaConfig
+from rosa.bench import tasks
+from rosa.bench.methods import find_method
+from rosa.bench.settings import RunSettings, check, schedule
+from rosa.bench.tasks.e2e import prompt
 from tests.models import save_with_tokenizer, tiny_gpt2
 from tests.test_cli import fails, run, write_csv
 from tests.test_tasks_e2e import write as write_e2e
@@ -54,7 +55,9 @@ def settings_by(monkeypatch, tmp_path):
     def of(name: str) -> RunSettings:
         taken = []
         with monkeypatch.context() as patch:
-            patch.setattr("rosa.training.train", lambda settings, **_: taken.append(settings) or {})
+            patch.setattr(
+                "rosa.bench.training.train", lambda settings, **_: taken.append(settings) or {}
+            )
             run("train", "--recipe", RECIPES / name, "--output", tmp_path / "run")
         return check(taken[0])
 
@@ -110,7 +113,7 @@ def test_there_are_two_for_every_task_of_the_papers():
 @pytest.fixture
 def trainers(monkeypatch):
     """The trainers of the runs, with their callbacks."""
-    from rosa import training
+    from rosa.bench import training
 
     built, build = [], training.build_trainer
 

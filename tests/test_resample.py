@@ -8,9 +8,10 @@ from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from rosa import RosaConfig, resample, subspace
-from rosa.linear import rosa_layers
-from rosa.lowrank import LowRank
+from rosa import RosaConfig, resample
+from rosa.algebra import subspace
+from rosa.algebra.lowrank import LowRank
+from rosa.layers.linear import rosa_layers
 from tests.models import Mlp
 from tests.reference import best_rank_r
 

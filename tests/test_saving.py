@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from rosa import RosaConfig, export_lora, resample
-from rosa.linear import rosa_layers
+from rosa.layers.linear import rosa_layers
 from tests.models import Mlp, tiny_bert, tiny_gpt2
 
 TARGETS = ["first", "middle", "last"]

@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from rosa import RosaConfig, resample, watch
-from rosa.linear import rosa_layers
-from rosa.sketch import Sketch
-from rosa.subspace import generator
+from rosa.algebra.sketch import Sketch
+from rosa.algebra.subspace import generator
+from rosa.layers.linear import rosa_layers
 from tests.models import Mlp, tiny_bert
 
 NAMES = ["first", "middle", "last"]

@@ -15,8 +15,8 @@ from safetensors.torch import load_model, save_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rosa import RosaConfig, resample
-from rosa.linear import rosa_layers
-from rosa.lowrank import LowRank
+from rosa.algebra.lowrank import LowRank
+from rosa.layers.linear import rosa_layers
 from tests.models import tiny_gpt2
 
 IDS = torch.randint(1, 50, (3, 9))

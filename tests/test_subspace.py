@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 
-from rosa import subspace
-from rosa.lowrank import LowRank
-from rosa.subspace import DIRECTIONS
+from rosa.algebra import subspace
+from rosa.algebra.lowrank import LowRank
+from rosa.algebra.subspace import DIRECTIONS
 
 FACTORING = [name for name in DIRECTIONS if name != "zero"]  # "zero" takes nothing of the weight
 SHAPES = [(6, 6), (5, 11), (12, 4), (1, 7)]

@@ -9,8 +9,8 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from rosa import synthetic
-from rosa.synthetic import Run, best_lr, experiment, summary, train
+from rosa.bench import synthetic
+from rosa.bench.synthetic import Run, best_lr, experiment, summary, train
 from tests.test_cli import fails, run
 
 

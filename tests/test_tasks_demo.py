@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rosa.tasks import demo
-from rosa.tasks.demo import MASK, PACKAGES, Demo, Passage
+from rosa.bench.tasks import demo
+from rosa.bench.tasks.demo import MASK, PACKAGES, Demo, Passage
 
 
 @pytest.fixture(scope="module")

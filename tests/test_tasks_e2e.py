@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from rosa.generation import generate
-from rosa.tasks import DataSettings, load
-from rosa.tasks.generation_metrics import bleu, e2e_scores, nist
+from rosa.bench.generation import generate
+from rosa.bench.tasks import DataSettings, load
+from rosa.bench.tasks.generation_metrics import bleu, e2e_scores, nist
 from tests.models import save_with_tokenizer, tiny_gpt2
 from tests.test_cli import fails, run
 

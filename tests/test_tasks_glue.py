@@ -10,10 +10,10 @@ import datasets
 import numpy as np
 import pytest
 
-from rosa import tasks
-from rosa.tasks import DataSettings, load
-from rosa.tasks.glue import DIAGNOSTICS, TASKS
-from rosa.tasks.metrics import (
+from rosa.bench import tasks
+from rosa.bench.tasks import DataSettings, load
+from rosa.bench.tasks.glue import DIAGNOSTICS, TASKS
+from rosa.bench.tasks.metrics import (
     accuracy_and_f1,
     accuracy_and_macro_f1,
     matthews_and_accuracy,

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from rosa import tasks
-from rosa.tasks import DataSettings
-from rosa.tasks.files import read_table
+from rosa.bench import tasks
+from rosa.bench.tasks import DataSettings
+from rosa.bench.tasks.files import read_table
 
 BOM = "\ufeff"
 

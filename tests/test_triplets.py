@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rosa import triplets
-from rosa.triplets import singular_triplets
+from rosa.algebra import triplets
+from rosa.algebra.triplets import singular_triplets
 
 
 def residuals(weight, left, sizes, right):

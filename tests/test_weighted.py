@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from rosa import RosaConfig, resample
-from rosa.linear import rosa_layers
+from rosa.layers.linear import rosa_layers
 from tests.models import Mlp
 
 NAMES = ["first", "middle", "last"]

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from rosa.config import RosaConfig
 from rosa.export import export_lora, export_merged
 from rosa.model import RosaModel
-from rosa.resample import resample, watch
+from rosa.resampling.resample import resample, watch
 
 if TYPE_CHECKING:
-    from rosa.callback import RosaCallback
+    from rosa.resampling.callback import RosaCallback
 
 __version__ = "0.1.0"
 
@@ -30,7 +30,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """`RosaCallback`, when it is first asked for: it needs transformers' Trainer."""
     if name == "RosaCallback":
-        from rosa.callback import RosaCallback
+        from rosa.resampling.callback import RosaCallback
 
         return RosaCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

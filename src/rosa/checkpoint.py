@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from rosa.algebra.lowrank import are_finite
+from rosa.algebra.subspace import same_fingerprint
 from rosa.errors import UserError
-from rosa.linear import RosaLinear
-from rosa.lowrank import are_finite
-from rosa.subspace import same_fingerprint
+from rosa.layers.linear import RosaLinear
 
 
 def is_rosa_key(key: str) -> bool:

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from peft import PeftConfig
 
+from rosa.algebra.subspace import DIRECTIONS, SIDES
 from rosa.errors import UserError, UserTypeError
 from rosa.registration import ROSA
-from rosa.subspace import DIRECTIONS, SIDES
 
 HINT = "a ROSA adapter: pip install rosa-finetune, and import rosa before PEFT loads it"
 _CARD = """

@@ -32,11 +32,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rosa.algebra.lowrank import LowRank
 from rosa.checkpoint import is_rosa_key
 from rosa.config import RosaConfig
 from rosa.errors import ExportError, UserError, UserTypeError
-from rosa.linear import rosa_layers
-from rosa.lowrank import LowRank
+from rosa.layers.linear import rosa_layers
 
 _PREFIX = "base_model.model."
 FORMS = ("merged", "lora")
@@ -460,7 +460,7 @@ def export_folder(folder: Path, form: str, output: Path, model: str | None = Non
         ValueError, FileNotFoundError: nothing to export there, or `output` is in use.
         ExportError: what is loaded from it computes something else; nothing is left in `output`.
     """
-    from rosa import runs
+    from rosa.bench import runs
 
     if form not in FORMS:
         raise UserError(f"--to must be one of {', '.join(FORMS)}; got {form!r}")

@@ -31,11 +31,11 @@ from rosa.checkpoint import (
 )
 from rosa.config import RosaConfig, as_rosa_config
 from rosa.errors import UserError
-from rosa.layer import RosaLayer
-from rosa.linear import RosaLinear, layers_of, rosa_layers
-from rosa.memory import make_private, place, tenants, weight_owners
+from rosa.layers.base import RosaLayer
+from rosa.layers.linear import RosaLinear, layers_of, rosa_layers
+from rosa.layers.memory import make_private, place, tenants, weight_owners
+from rosa.layers.sharding import check_unsharded
 from rosa.names import COMPILED, check_adapter_name, check_modules_to_save
-from rosa.sharding import check_unsharded
 from rosa.targets import (
     adaptable_weight,
     all_in_full,

@@ -23,14 +23,14 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from rosa.algebra.lowrank import are_finite
+from rosa.algebra.subspace import fingerprint
 from rosa.config import RosaConfig, as_rosa_config
 from rosa.errors import UserError
-from rosa.layer import SUPPORTED_DTYPES, RosaLayer, check_in_memory
-from rosa.linear import rosa_layers
-from rosa.lowrank import are_finite
+from rosa.layers.base import SUPPORTED_DTYPES, RosaLayer, check_in_memory
+from rosa.layers.linear import rosa_layers
+from rosa.layers.sharding import is_sharded
 from rosa.names import COMPILED
-from rosa.sharding import is_sharded
-from rosa.subspace import fingerprint
 
 # The heads that PEFT's classes for a task train in full; some add them to the config only once the
 # layers have been replaced.

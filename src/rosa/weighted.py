@@ -9,10 +9,10 @@ import re
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 
+from rosa.algebra.lowrank import LowRank, are_finite
 from rosa.config import RosaConfig, as_rosa_config
 from rosa.errors import UserError
-from rosa.linear import RosaLinear, layers_of
-from rosa.lowrank import LowRank, are_finite
+from rosa.layers.linear import RosaLinear, layers_of
 
 
 def check_weighted(

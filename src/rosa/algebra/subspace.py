@@ -1,0 +1,208 @@
+"""The mathematics of ROSA on plain tensors: what a subspace is, and how one is drawn.
+
+Nothing here knows of layers or models. Shapes follow a linear layer: a weight is (out, in), the
+factor ``A`` is (r, in) and the factor ``B`` is (out, r), so that ``B @ A`` has the weight's shape.
+
+Source: Abdel Hameed et al., "ROSA: Random Subspace Adaptation for Efficient Fine-Tuning",
+arXiv 2407.07802, section 3. The paper writes a layer as x W and ``W = W_fixed + A B``: its W is
+ours transposed, and its A, which holds the singular values, is our A.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from rosa.algebra.lowrank import LowRank, full_precision
+from rosa.algebra.triplets import singular_triplets
+from rosa.errors import UserError
+
+Directions = Literal["svd", "orthonormal", "gradient", "zero"]
+
+DIRECTIONS: tuple[str, ...] = get_args(Directions)
+SIDES = ("left", "right", "both")
+
+NOTHING_KNOWN: Mapping[str, Tensor] = MappingProxyType({})
+
+
+def rank_of_sides(side: str, rank: int) -> dict[str, int]:
+    """How many of a subspace's directions are the outputs' ("left") and the inputs' ("right")."""
+    left = {"left": rank, "right": 0, "both": rank - rank // 2}[side]
+    return {"left": left, "right": rank - left}
+
+
+def generator(seed: int, name: str, draws: int) -> torch.Generator:
+    """A random generator of a layer's own (`name`), for its draw number `draws`.
+
+    It depends on nothing but its arguments: not on torch's global state, the order of the layers,
+    the process or the device. So a run repeats, every data-parallel rank draws the same subspace,
+    and the random state that a checkpoint needs is the count of draws.
+    """
+    digest = hashlib.sha256(f"{seed}\n{name}\n{draws}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+
+
+def orthonormal_basis(
+    size: int, rank: int, generator: torch.Generator, like: Tensor, known: Tensor | None = None
+) -> Tensor:
+    """Orthonormal columns, (size, rank): some that are known, and random ones.
+
+    The random ones are uniform over all subspaces (orthogonal to what is known), and drawn on the
+    CPU, so that every device gets the same, then moved to the device of `like`.
+    """
+    count = rank if known is None else rank - known.shape[1]
+    if known is not None and count == 0:
+        return known
+    columns = torch.randn(size, count, generator=generator, dtype=like.dtype).to(like.device)
+    if known is not None:
+        columns = torch.cat([known, columns], dim=1)
+    return torch.linalg.qr(columns).Q
+
+
+def _orthonormal_factors(
+    weight: Tensor,
+    change: LowRank | None,
+    bases: Mapping[str, Tensor],
+    size: float,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """A and B of the part of the weight, with the change, in directions of one side or of both.
+
+    With U of the left side and V of the right one that is ``U U^T W + (I - U U^T) W V V^T``. B has
+    U as it is; A has V in the size given, so that B learns at the speed that a typical singular
+    triplet gives it. On the smaller side the part carries rank / min(out, in) of the weight's
+    energy, as random triplets do.
+
+    Args:
+        weight: (out, in).
+        change: added to it first.
+        bases: orthonormal columns by side, (out, k) of "left" and (in, l) of "right".
+        size: of a direction of the right side.
+        scaling: see `draw`.
+    """
+    # The weight and the change are projected one by one: their sum is never written down.
+    a, b, rows = [], [], None
+    if (u := bases.get("left")) is not None:
+        rows = u.T @ weight
+        if change is not None:
+            rows.addmm_(u.T @ change.B, change.A)
+        a.append(rows / scaling)
+        b.append(u)
+    if (v := bases.get("right")) is not None:
+        columns = weight @ v
+        if change is not None:
+            columns.addmm_(change.B, change.A @ v)
+        if u is not None and rows is not None:
+            columns.addmm_(u, rows @ v, alpha=-1)  # what both sides hold is taken once
+        a.append((v * size).T)
+        b.append(columns.div_(size * scaling))
+    return (a[0], b[0]) if len(a) == 1 else (torch.cat(a), torch.cat(b, dim=1))
+
+
+def root_mean_square_size(norm: float, shape: Sequence[int]) -> float:
+    """The root mean square of a weight's singular values, from its Frobenius norm; 1 for zero."""
+    return norm / min(shape) ** 0.5 or 1.0
+
+
+@full_precision()
+def draw(
+    weight: Tensor,
+    rank: int,
+    *,
+    directions: Directions = "svd",
+    scaling: float = 1.0,
+    change: LowRank | None = None,
+    size: float | None = None,
+    sides: Mapping[str, int] | None = None,
+    known: Mapping[str, Tensor] = NOTHING_KNOWN,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Draw a subspace of a weight: ``scaling * B @ A`` is the weight's part in it.
+
+    A holds the scale, as in the authors' code.
+
+    Args:
+        weight: (out, in), in float32 or float64.
+        rank: r, at most min(out, in).
+        directions: singular triplets of the weight, a uniform random subset; random orthonormal
+            directions; orthonormal directions of the loss gradient (`known`); or "zero", which
+            takes nothing of the weight: a random A and a zero B, as LoRA starts.
+        scaling: the factor s that the layer multiplies the product with.
+        change: to be added to the weight first, such as what was learned since the last draw.
+        size: that A gives a direction of the inputs' side, times `scaling`; None takes the root
+            mean square of the weight's singular values.
+        sides: how many of the orthonormal directions are the outputs' ("left") and the inputs'
+            ("right"), as `rank_of_sides` says; None takes the smaller side's.
+        known: orthonormal directions that the subspace shall have, by side, (out, k) for "left" and
+            (in, k) for "right"; random ones complete them. For ``directions="gradient"``.
+        generator: see `generator`.
+
+    Returns:
+        A (r, in) and B (out, r), in the dtype and on the device of the weight.
+
+    Raises:
+        ValueError: the rank does not fit the weight.
+    """
+    if not 1 <= rank <= min(weight.shape):
+        raise UserError(
+            f"rank {rank} does not fit a weight of shape {tuple(weight.shape)}: "
+            f"choose 1 to {min(weight.shape)}"
+        )
+    if directions == "zero":
+        bound = weight.shape[1] ** -0.5  # as torch initialises a linear layer, and LoRA its A
+        a = torch.rand(rank, weight.shape[1], generator=generator, dtype=weight.dtype) * 2 - 1
+        return (a * bound).to(weight.device), weight.new_zeros(weight.shape[0], rank)
+    if directions == "svd":
+        whole = weight if change is None else torch.addmm(weight, change.B, change.A)
+        chosen = torch.randperm(min(weight.shape), generator=generator)[:rank].sort().values
+        u, sizes, v = singular_triplets(whole, chosen)
+        return (sizes / scaling)[:, None] * v, u
+    if size is None:
+        whole = weight if change is None else weight + change.dense()
+        size = root_mean_square_size(float(torch.linalg.vector_norm(whole)), weight.shape)
+    if sides is None:
+        sides = rank_of_sides("left" if weight.shape[0] <= weight.shape[1] else "right", rank)
+    bases = {
+        name: orthonormal_basis(length, sides[name], generator, weight, known.get(name))
+        for name, length in zip(("left", "right"), weight.shape, strict=True)
+        if sides[name]
+    }
+    return _orthonormal_factors(weight, change, bases, size / scaling, scaling)
+
+
+@full_precision()
+def fingerprint(weight: Tensor) -> tuple[float, float]:
+    """Two numbers that tell one weight from another: ||W||_F and u^T W v for fixed random u, v.
+
+    Unlike a hash they hardly change when the same weight is stored in another precision or
+    computed on another device, so they can be compared within a tolerance; see `same_fingerprint`.
+    """
+    u, v = _fixed_vectors(*weight.shape)
+    weight = weight.detach().float()
+    projection = u.to(weight.device) @ (weight @ v.to(weight.device))
+    return float(torch.linalg.vector_norm(weight)), float(projection)
+
+
+@functools.lru_cache(maxsize=64)
+def _fixed_vectors(out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
+    fixed = torch.Generator().manual_seed(0)
+    # On the CPU, whatever device is torch's default while they are made: they are kept.
+    u, v = (torch.randn(n, generator=fixed, device="cpu") for n in (out_features, in_features))
+    return u, v
+
+
+def same_fingerprint(
+    first: tuple[float, float], second: tuple[float, float], eps: float, least: float = 1e-4
+) -> bool:
+    """Whether two fingerprints can be of the same weight, stored with a relative error of `eps`.
+
+    `least` is the error between two devices or libraries, which is always allowed for.
+    """
+    tolerance = max(eps, least) * max(first[0], second[0])
+    return abs(first[0] - second[0]) <= tolerance and abs(first[1] - second[1]) <= tolerance

@@ -1,0 +1,1 @@
+"""Comparisons read back: tables, pictures, a page."""

@@ -1,0 +1,207 @@
+"""What is learned: a task is its data, its labels and its metrics. One file per family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rosa.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from datasets import Dataset
+
+Metrics = Callable[["np.ndarray", "np.ndarray"], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a decoder writes after training, and how that is scored.
+
+    Attributes:
+        prompts: the texts to continue.
+        references: for each prompt the texts that would be right.
+        score: metrics from the model's texts and the references.
+        metric: the one that is reported.
+    """
+
+    prompts: tuple[str, ...]
+    references: tuple[tuple[str, ...], ...]
+    score: Callable[[Sequence[str], Sequence[Sequence[str]]], dict[str, float]]
+    metric: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task, ready to be tokenized.
+
+    Attributes:
+        name: as on the command line.
+        kind: `classification` has `text_columns` and `label` (int), `regression` the same with a
+            number; `language` has one text column, or `prompt` and `completion`, of which only the
+            completion is learned.
+        train, validation: the data; a `test` split is reported if there is one.
+        more: further sets that are reported, by name.
+        generation: what to write and score after training, for a decoder.
+        packed: the texts of a set are one text, to be cut into pieces of equal length.
+        text_columns: one, or two for pairs.
+        labels: names of the classes, by id.
+        metric: what the best model is chosen by; `greater_is_better` says how.
+        compute: metrics from predicted and true class ids (or numbers), each (examples,).
+    """
+
+    name: str
+    kind: Literal["classification", "regression", "language"]
+    train: Dataset
+    validation: Dataset
+    text_columns: tuple[str, ...]
+    metric: str
+    greater_is_better: bool = True
+    labels: tuple[str, ...] = ()
+    compute: Metrics | None = None
+    test: Dataset | None = None
+    more: Mapping[str, Dataset] = field(default_factory=dict)
+    generation: Generation | None = None
+    packed: bool = False
+
+    @property
+    def reported(self) -> str:
+        """The metric that a comparison reports, as it is called in a run's record."""
+        if self.generation is not None:
+            return self.generation.metric
+        return self.metric if self.test is None else f"test_{self.metric}"
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where a task's data lies; see `rosa train --help`.
+
+    With `hold_out` a tenth of the training data is the validation set, and the task's own
+    validation set is what is reported (`test_`): settings are then chosen on other data.
+    """
+
+    task: str | None = None
+    data: Path | None = None
+    train: Path | None = None
+    validation: Path | None = None
+    text_columns: Sequence[str] = ("text",)
+    label_column: str = "label"
+    limit_train: int | None = None
+    limit_test: int | None = None
+    hold_out: bool = False
+    seed: int = 0
+
+
+def load(settings: DataSettings, decoder: bool) -> Task:
+    """The task that the settings name; `decoder` says that the model is one.
+
+    Raises:
+        ValueError, FileNotFoundError: the data is missing or of no use; says what to do.
+    """
+    for name in ("limit_train", "limit_test"):
+        limit = getattr(settings, name)
+        if limit is not None and limit < 1:
+            raise UserError(f"{name} must be at least 1, got {limit}")
+    if settings.task is not None:
+        if settings.train is not None:
+            raise UserError("give a task by name or a training file of your own, not both")
+        if settings.validation is not None:
+            raise UserError(f"task {settings.task} has its own validation data: no --validation")
+        if settings.task not in TASKS:
+            raise UserError(f"unknown task {settings.task!r}; there are: {', '.join(TASKS)}")
+        if decoder and settings.task not in LANGUAGE_TASKS:
+            raise UserError(f"task {settings.task} is a classification: it needs an encoder")
+        if not decoder and settings.task in LANGUAGE_TASKS:
+            raise UserError(f"task {settings.task} writes text: it needs a decoder, such as gpt2")
+        task = TASKS[settings.task](settings)
+    elif settings.data is not None:
+        raise UserError("--data is the folder of a task's files: name the task with --task")
+    elif settings.train is None:
+        raise UserError("no data: give --train <file>, or a --task by name")
+    elif decoder:
+        from rosa.bench.tasks.language import load_language
+
+        task = load_language(settings)
+    else:
+        from rosa.bench.tasks.text import load_text
+
+        task = load_text(settings)
+    if settings.hold_out and task.test is None and task.generation is None:
+        from rosa.bench.tasks.text import split_off
+
+        # One split for every seed: what is chosen on it must not have been trained on.
+        train, validation = split_off(task.train, 0, stratify=task.kind == "classification")
+        task = replace(task, train=train, validation=validation, test=task.validation)
+    if settings.limit_train is not None and settings.limit_train < len(task.train):
+        rows = task.train.shuffle(seed=settings.seed).select(range(settings.limit_train))
+        task = replace(task, train=rows)
+    if settings.limit_test is not None and task.test is not None:
+        task = replace(task, test=task.test.select(range(min(settings.limit_test, len(task.test)))))
+    return task
+
+
+def load_validation(settings: DataSettings, decoder: bool, labels: tuple[str, ...]) -> Task:
+    """The task to evaluate a trained model on: by name, or a validation file with its labels.
+
+    Raises:
+        ValueError, FileNotFoundError: as `load`; also if the file's labels are not the model's.
+    """
+    if settings.task is not None:
+        return load(settings, decoder)
+    if settings.validation is None:
+        raise UserError("no data: give --validation <file>, or a --task by name")
+    if decoder:
+        return load(replace(settings, train=settings.validation), decoder)
+    from rosa.bench.tasks.text import load_text
+
+    return load_text(replace(settings, train=settings.validation), labels)
+
+
+def _glue(name: str, settings: DataSettings) -> Task:
+    from rosa.bench.tasks.glue import load_glue
+
+    return load_glue(name, settings)
+
+
+def _e2e(settings: DataSettings) -> Task:
+    from rosa.bench.tasks.e2e import load_e2e
+
+    return load_e2e(settings)
+
+
+def _corpus(settings: DataSettings) -> Task:
+    from rosa.bench.tasks.corpus import load_corpus
+
+    return load_corpus(settings)
+
+
+def _demo(settings: DataSettings) -> Task:
+    from rosa.bench.tasks import demo
+    from rosa.bench.tasks.metrics import accuracy_and_macro_f1
+
+    data = demo.load()  # one split for every seed of a run, or evaluating would leak
+    return Task(
+        name="demo",
+        kind="classification",
+        train=data.train,
+        validation=data.validation,
+        test=data.test,
+        text_columns=("text",),
+        labels=data.labels,
+        metric="accuracy",
+        compute=accuracy_and_macro_f1,
+    )
+
+
+GLUE_TASKS = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
+LANGUAGE_TASKS = ("e2e", "corpus")
+SUPER_GLUE_TASKS = ("boolq", "cb", "wic", "axb", "axg")
+TASKS: dict[str, Callable[[DataSettings], Any]] = {
+    **{name: partial(_glue, name) for name in (*GLUE_TASKS, *SUPER_GLUE_TASKS)},
+    "e2e": _e2e,
+    "corpus": _corpus,
+    "demo": _demo,
+}

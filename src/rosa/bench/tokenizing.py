@@ -1,0 +1,117 @@
+"""Token ids and labels from a task's texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+from rosa.bench.processes import say
+from rosa.bench.settings import RunSettings
+from rosa.bench.tasks import Task
+from rosa.errors import UserError
+
+
+def tokenize(
+    settings: RunSettings, task: Task, reads: int | None, tokenizer: Any
+) -> dict[str, Any]:
+    """The task's splits as token ids with labels, none longer than the model can read.
+
+    `reads` is how many tokens that are: see `reading.longest_input`; None for any number.
+
+    Raises:
+        ValueError: a text is shorter than one piece; no completion is within the longest length.
+    """
+    longest = min(settings.max_length, reads or settings.max_length, tokenizer.model_max_length)
+    if longest < 1:
+        raise UserError(
+            f"method {settings.method} leaves no place for a text: the model has {-longest} too "
+            "few for the tokens that the method puts before it; choose another model or method"
+        )
+    if longest < settings.max_length:
+        say(f"the model reads {longest} tokens at most: longer texts are cut there")
+    if task.packed:
+        return {name: _packed(name, part, tokenizer, longest) for name, part in _parts(task)}
+    encode = _tokenize_language if task.kind == "language" else _tokenize
+    rows = {name: encode(part, task, tokenizer, longest) for name, part in _parts(task)}
+    cut = sum(len(ids) >= longest for ids in rows["train"]["input_ids"])
+    if cut:
+        say(f"{cut} of {len(rows['train'])} training texts reach {longest} tokens (--max-length)")
+    return rows
+
+
+def _parts(task: Task) -> list[tuple[str, Any]]:
+    parts = [("train", task.train), ("validation", task.validation), ("test", task.test)]
+    parts += task.more.items()
+    return [(name, part) for name, part in parts if part is not None]
+
+
+def _tokenize(rows: Any, task: Task, tokenizer: Any, longest: int) -> Any:
+    def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
+        texts = [batch[name] for name in task.text_columns]
+        encoded = tokenizer(*texts, truncation=True, max_length=longest)
+        return {**encoded, "labels": batch["label"]}
+
+    return rows.map(encode, batched=True, remove_columns=rows.column_names, desc="Tokenizing")
+
+
+def _packed(name: str, rows: Any, tokenizer: Any, length: int) -> Any:
+    """A text's token ids in pieces of one length, from its first token on; what is over is left."""
+
+    def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        return {"input_ids": tokenizer(batch["text"], add_special_tokens=False)["input_ids"]}
+
+    def cut(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+        ids = list(chain.from_iterable(batch["input_ids"]))
+        pieces = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+        return {
+            "input_ids": pieces,
+            "attention_mask": [[1] * length for _ in pieces],
+            "labels": [list(piece) for piece in pieces],
+        }
+
+    with _no_warning_of_length(tokenizer):
+        encoded = rows.map(
+            encode, batched=True, remove_columns=rows.column_names, desc="Tokenizing"
+        )
+    pieces = encoded.map(cut, batched=True, batch_size=None, desc="Cutting")
+    if len(pieces) == 0:
+        raise UserError(
+            f"the {name} text has fewer than {length} tokens: give more, or lower --max-length"
+        )
+    return pieces
+
+
+@contextmanager
+def _no_warning_of_length(tokenizer: Any) -> Iterator[None]:
+    """Rows are tokenized whole and cut afterwards: that they are long is no news."""
+    before, tokenizer.model_max_length = tokenizer.model_max_length, 2**62
+    try:
+        yield
+    finally:
+        tokenizer.model_max_length = before
+
+
+def _tokenize_language(rows: Any, task: Task, tokenizer: Any, longest: int) -> Any:
+    """Token ids with labels; a prompt's labels are -100, which the loss leaves out."""
+
+    def encode(row: dict[str, str]) -> dict[str, list[int]]:
+        prompt, text = row.get("prompt", ""), row.get("text", row.get("completion", ""))
+        if prompt and not prompt[-1].isspace() and not text[:1].isspace():
+            text = " " + text
+        before = tokenizer(prompt)["input_ids"] if prompt else []
+        if before and before[-1] == tokenizer.eos_token_id:
+            before = before[:-1]
+        after = tokenizer(text, add_special_tokens=not before)["input_ids"]
+        if not after or after[-1] != tokenizer.eos_token_id:
+            after = [*after, tokenizer.eos_token_id]
+        ids = [*before, *after][:longest]
+        labels = [*[-100] * len(before), *after][:longest]
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+    encoded = rows.map(encode, remove_columns=rows.column_names, desc="Tokenizing")
+    learned = encoded.filter(lambda row: any(label != -100 for label in row["labels"]))
+    if len(learned) == 0:
+        raise UserError(f"no completion is within the first {longest} tokens: raise --max-length")
+    return learned

@@ -1,0 +1,476 @@
+"""One run: a model, a task and a method in; a trained model and a result record out."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rosa.bench import runs, tasks
+from rosa.bench.building import adapt, load_base, projected_weights
+from rosa.bench.methods import find_method
+from rosa.bench.processes import join, say
+from rosa.bench.reading import longest_input
+from rosa.bench.settings import RESAMPLED, RunSettings, check, in_bf16, schedule
+from rosa.bench.tasks import DataSettings, Generation, Task
+from rosa.bench.tokenizing import tokenize
+from rosa.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import TrainerCallback
+
+
+EVALUATIONS = 5
+"""Evaluations in a training whose length is given in steps."""
+FIRST_STEPS = 4
+"""Steps' batches that a method sees which begins with the training data's gradient."""
+
+
+def train(
+    settings: RunSettings,
+    resume: bool = False,
+    overwrite: bool = False,
+    variant: str | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> dict[str, Any]:
+    """Run one training; returns the result record, which is also `<output>/metrics.json`.
+
+    Of several processes (`torchrun`), the first writes and prints, and every one returns the record
+    once all is written.
+
+    Args:
+        settings: of the run.
+        resume: go on with the run in the output folder.
+        overwrite: replace the run in the output folder.
+        variant: what the record calls it; None takes the method's name.
+        callbacks: further ones for the Trainer.
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError: a setting, a file or the output folder is of no
+            use; said before any work is done.
+    """
+    import torch
+    from accelerate.utils import broadcast_object_list
+    from torch.utils.data import DataLoader
+    from transformers import set_seed
+
+    settings = check(settings)
+    runs.check_model(settings.model)
+    state = join()
+    if state.is_main_process:  # the only one that writes there
+        runs.check_output(settings.output, settings.to_json(), resume, overwrite)
+    if resume and (settings.output / runs.METRICS).is_file():
+        say(f"the run in {settings.output} is finished: nothing to resume")
+        return runs.read_json(settings.output / runs.METRICS)
+
+    task = load_task(settings)
+    tokenizer = runs.load_tokenizer(settings.model)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise UserError(f"{settings.model} has no tokenizer: save it beside the model")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    set_seed(settings.seed)
+    base = load_base(settings, task, tokenizer.pad_token_id)
+    reads = longest_input(base.model)
+    if reads is not None:
+        reads -= find_method(settings.method).virtual_tokens
+    rows = tokenize(settings, task, reads, tokenizer)
+
+    def batches() -> Iterable[dict[str, Any]]:
+        order = torch.Generator().manual_seed(settings.seed)
+        collate = _collator(task, tokenizer)
+        size = settings.batch_size
+        batches_a_step = settings.gradient_accumulation * state.num_processes
+        loader = DataLoader(rows["train"], size, shuffle=True, generator=order, collate_fn=collate)
+        return itertools.islice(loader, FIRST_STEPS * batches_a_step)
+
+    model, recorder = adapt(settings, base, batches)
+    if state.is_main_process:
+        runs.begin(settings.output, settings.to_json(), overwrite)  # nothing was written before
+    state.wait_for_everyone()
+    trainer, callback = build_trainer(settings, task, rows, model, tokenizer)
+    for further in (*callbacks, *([recorder] if recorder else [])):
+        trainer.add_callback(further)
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=_last_checkpoint(settings.output) if resume else None)
+    seconds = time.perf_counter() - started
+    metrics = _evaluate(settings, trainer, task, rows, tokenizer)
+    history: dict[str, Any] = _history(trainer.state.log_history)
+    if callback is not None:
+        history["drawn_at"] = callback.drawn_at
+    if recorder is not None:
+        history["changes"] = {"epochs": recorder.epochs, "spectra": recorder.spectra}
+    record = {
+        **metrics,
+        "train_loss": history["epochs"][-1]["train_loss"],
+        "epochs": trainer.state.epoch,
+        "steps": trainer.state.global_step,
+        "train_seconds": seconds,
+        "resamples": len(callback.drawn_at) if callback else 0,
+        "resample_seconds": callback.seconds if callback else 0.0,
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "peak_memory_mib": _peak_memory_mib(),
+        "train_examples": len(task.train),
+        "validation_examples": len(task.validation),
+        "test_examples": _reported_examples(task, rows),
+        "variant": variant or settings.method,
+        "method": settings.method,
+        **({} if settings.rank is None else {"rank": settings.rank}),
+        "lr": settings.lr,
+        "seed": settings.seed,
+        "metric": task.metric,
+        "reported": task.reported,
+    }
+    if state.is_main_process:
+        place = _save(settings, task, trainer.model, tokenizer, metrics)
+        record["adapter_bytes"] = sum(p.stat().st_size for p in place.glob("*.safetensors"))
+        runs.write_json(settings.output / runs.HISTORY, history)
+        runs.write_json(settings.output / runs.METRICS, record)
+    (record,) = broadcast_object_list([record])
+    return record
+
+
+def load_task(settings: RunSettings) -> Task:
+    """The data of a run; raises as `rosa.bench.tasks.load` does."""
+    config = runs.load_config(settings.model)
+    names = [f.name for f in fields(DataSettings)]
+    return tasks.load(DataSettings(**{n: getattr(settings, n) for n in names}), is_decoder(config))
+
+
+def evaluate(
+    folder: Path, data: DataSettings, model: str | None = None, max_length: int | None = None
+) -> dict[str, float]:
+    """The metrics of a trained model on validation data.
+
+    Args:
+        folder: a run's folder, an adapter's, or a plain model's.
+        data: a task by name, or a validation file.
+        model: the base model of an adapter, if not the one that it names.
+        max_length: longest text in tokens; None takes the run's own, or `RunSettings`' default.
+
+    Raises:
+        ValueError, FileNotFoundError: the folder or the data is of no use.
+    """
+    join()
+    trained, tokenizer = runs.load_trained(folder, model)
+    if tokenizer is None:
+        raise UserError(f"{folder} has no tokenizer: save it beside the model")
+    labels = tuple((trained.config.id2label or {}).values())
+    task = tasks.load_validation(data, is_decoder(trained.config), labels)
+    before = runs.settings_of(folder) or runs.settings_of(folder.parent)  # an adapter's is above
+    length = max_length or before.get("max_length") or RunSettings.max_length
+    with tempfile.TemporaryDirectory() as scratch:  # the Trainer wants a folder of its own
+        settings = RunSettings(
+            model=str(folder), output=Path(scratch), method="full", max_length=length
+        )
+        rows = tokenize(settings, task, longest_input(trained), tokenizer)
+        trainer, _ = build_trainer(settings, task, rows, trained, tokenizer)
+        return _evaluate(settings, trainer, task, rows, tokenizer)
+
+
+def evaluate_base(settings: RunSettings) -> dict[str, float]:
+    """The metrics of a run's pretrained model as it is, on the run's data.
+
+    Raises:
+        ValueError, FileNotFoundError: the model or the data is of no use.
+    """
+    settings = check(settings)
+    task, tokenizer = load_task(settings), runs.load_tokenizer(settings.model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = load_base(settings, task, tokenizer.pad_token_id).model
+    with tempfile.TemporaryDirectory() as scratch:  # the Trainer wants a folder of its own
+        settings = replace(settings, output=Path(scratch))
+        rows = tokenize(settings, task, longest_input(model), tokenizer)
+        trainer, _ = build_trainer(settings, task, rows, model, tokenizer)
+        return _evaluate(settings, trainer, task, rows, tokenizer)
+
+
+def is_decoder(config: Any) -> bool:
+    """Whether a model's configuration is of one that writes text."""
+    endings = ("ForCausalLM", "LMHeadModel")
+    return any(name.endswith(endings) for name in config.architectures or ())
+
+
+def build_trainer(
+    settings: RunSettings, task: Task, rows: dict[str, Any], model: nn.Module, tokenizer: Any
+) -> tuple[Any, Any]:
+    """Transformers' Trainer for the run, and its `RosaCallback` if it has one."""
+    import torch
+    from transformers import (
+        PrinterCallback,
+        ProgressCallback,
+        TrainingArguments,
+    )
+    from transformers.utils import logging
+
+    from rosa.bench.averaging import MeanTrainer, item_counter
+
+    class EpochProgress(ProgressCallback):
+        """A progress bar with a line per evaluation, not one per log of the loss."""
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if logs and "eval_loss" in logs:
+                super().on_log(args, state, control, logs=logs, **kwargs)
+
+    batches = -(-len(rows["train"]) // (settings.batch_size * join().num_processes))
+    steps_per_epoch = -(-batches // settings.gradient_accumulation)
+    steps = math.ceil(settings.epochs * steps_per_epoch)
+    evaluations: dict[str, Any] = {"eval_strategy": "epoch", "save_strategy": "epoch"}
+    period = steps_per_epoch
+    if settings.steps is not None:
+        steps = settings.steps
+        period = -(-steps // EVALUATIONS)
+        evaluations = {
+            "max_steps": steps,
+            **{f"{name}_strategy": "steps" for name in ("eval", "save")},
+            **{f"{name}_steps": period for name in ("eval", "save")},
+        }
+    method = find_method(settings.method)
+    optim: dict[str, Any] = {}
+    if method.optim is not None:
+        task_type = "CAUSAL_LM" if task.kind == "language" else "SEQ_CLS"
+        optim |= method.optim(settings, settings.rank or 0)
+        optim["optim_target_modules"] = projected_weights(settings, model, task_type)
+    args = TrainingArguments(
+        output_dir=str(settings.output / runs.CHECKPOINTS),
+        num_train_epochs=settings.epochs,
+        learning_rate=settings.lr,  # type: ignore[arg-type]
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.eval_batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        weight_decay=settings.weight_decay,
+        warmup_steps=settings.warmup,
+        lr_scheduler_type="linear",
+        bf16=in_bf16(settings),
+        use_cpu=not torch.accelerator.is_available(),  # without it, bf16 is refused on a CPU
+        seed=settings.seed,
+        **evaluations,
+        save_total_limit=2,
+        # PEFT cannot load an AdaLoRA of other ranks than the model's now: the last epoch's it is.
+        load_best_model_at_end=settings.method != "adalora",
+        metric_for_best_model=task.metric,
+        greater_is_better=task.greater_is_better,
+        logging_strategy="steps",
+        logging_steps=_log_period(period),
+        report_to=settings.report_to,
+        disable_tqdm=not logging.is_progress_bar_enabled(),
+        remove_unused_columns=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        train_sampling_strategy="group_by_length" if settings.group_by_length else "random",
+        **optim,
+    )
+
+    def compute(prediction: Any) -> dict[str, float]:
+        predicted, labels = prediction
+        if isinstance(predicted, tuple):  # encoder-decoders give hidden states too
+            predicted = predicted[0]
+        answers = predicted[:, 0] if task.kind == "regression" else predicted.argmax(-1)
+        return task.compute(answers, labels)  # type: ignore[misc]
+
+    callback = schedule(settings) if settings.method in RESAMPLED else None
+    trainer = MeanTrainer(
+        model=model,
+        count=item_counter(task.kind, model),
+        args=args,
+        data_collator=_collator(task, tokenizer),
+        train_dataset=rows["train"],
+        eval_dataset=rows["validation"],
+        compute_metrics=compute if task.compute else None,
+        callbacks=[callback] if callback else None,
+    )
+    if settings.method == "adalora":
+        trainer.add_callback(_rank_allocation(model, steps))
+    if method.optim is not None:
+        trainer.add_callback(_projections_beside_weights())
+    if trainer.pop_callback(ProgressCallback):
+        trainer.add_callback(EpochProgress())
+    trainer.pop_callback(PrinterCallback)  # what is there without a bar prints every loss
+    return trainer, callback
+
+
+def _collator(task: Task, tokenizer: Any) -> Any:
+    from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
+
+    return (DataCollatorForSeq2Seq if task.kind == "language" else DataCollatorWithPadding)(
+        tokenizer
+    )
+
+
+def _rank_allocation(model: Any, steps: int) -> Any:
+    """What AdaLoRA asks of the training loop: its schedule's length, and a call after each step."""
+    from transformers import TrainerCallback
+
+    config = model.base_model.rankallocator.peft_config
+    config.total_step, config.tinit, config.tfinal = steps, steps // 10, steps * 3 // 10
+
+    class RankAllocation(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            model.base_model.update_and_allocate(state.global_step)
+
+    return RankAllocation()
+
+
+def _log_period(steps: int) -> int:
+    """About ten losses between evaluations, and one exactly at each: a divisor of the steps."""
+    longest = max(steps // 10, 1)
+    return max(n for n in range(1, longest + 1) if steps % n == 0)
+
+
+def _projections_beside_weights() -> Any:
+    """Moves what a resumed optimizer projects with to its weight: torch moves tensors alone."""
+    from transformers import TrainerCallback
+
+    class Mover(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            for weight, values in kwargs["optimizer"].state.items():
+                projector = values.get("projector")
+                if projector is not None:
+                    projector.ortho_matrix = projector.ortho_matrix.to(weight.device)
+
+    return Mover()
+
+
+def _last_checkpoint(output: Path) -> str | None:
+    """The newest whole checkpoint: the Trainer writes its state last, so half a one lacks it."""
+    whole = (output / runs.CHECKPOINTS).glob("checkpoint-*/trainer_state.json")
+    steps = {int(state.parent.name.rpartition("-")[2]): state.parent for state in whole}
+    return str(steps[max(steps)]) if steps else None
+
+
+def _evaluate(
+    settings: RunSettings, trainer: Any, task: Task, rows: Mapping[str, Any], tokenizer: Any
+) -> dict[str, float]:
+    """Metrics of the best model: on validation, on further splits, and of the texts it writes."""
+    from accelerate.utils import broadcast_object_list
+
+    found = trainer.evaluate()
+    metrics = {"eval_loss": found["eval_loss"]}
+    further = [part for part in rows if part not in ("train", "validation")]
+    if task.compute is None:
+        metrics["loss"] = found["eval_loss"]
+        metrics["perplexity"] = math.exp(min(found["eval_loss"], 700))
+        for part in further:
+            tested = trainer.evaluate(rows[part], metric_key_prefix=part)
+            metrics[f"{part}_loss"] = tested[f"{part}_loss"]
+    else:
+        known = ("eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+        metrics.update(
+            {k.removeprefix("eval_"): v for k, v in found.items() if k not in (*known, "epoch")}
+        )
+        names = [name for name in metrics if name != "eval_loss"]
+        for part in further:
+            tested = trainer.predict(rows[part], metric_key_prefix=part).metrics
+            metrics.update({f"{part}_{name}": tested[f"{part}_{name}"] for name in names})
+    if task.generation is not None:
+        if trainer.is_world_process_zero():
+            metrics.update(_write_texts(settings, task.generation, trainer.model, tokenizer))
+        (metrics,) = broadcast_object_list([metrics])
+    return metrics
+
+
+def _reported_examples(task: Task, rows: Mapping[str, Any]) -> int:
+    if task.generation is not None:
+        return len(task.generation.prompts)
+    return len(rows.get("test", ()))
+
+
+def _write_texts(
+    settings: RunSettings, generation: Generation, model: Any, tokenizer: Any
+) -> dict[str, float]:
+    """Write texts after the task's prompts, keep them beside the scores, and return the scores."""
+    from rosa.bench.generation import generate
+
+    batch_size = max(settings.eval_batch_size // 4, 1)  # beams take the memory of several texts
+    texts = generate(model, tokenizer, generation.prompts, batch_size=batch_size)
+    rows = zip(generation.prompts, texts, generation.references, strict=True)
+    runs.write_json(
+        settings.output / runs.PREDICTIONS,
+        {"texts": [{"prompt": p, "text": t, "references": list(r)} for p, t, r in rows]},
+    )
+    return generation.score(texts, generation.references)
+
+
+def _history(log: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Training loss by step, and per epoch its mean with the validation metrics."""
+    steps = [
+        {"step": r["step"], "epoch": r["epoch"], "loss": r["loss"]} for r in log if "loss" in r
+    ]
+    epochs, begun = [], 0.0
+    for row in (r for r in log if "eval_loss" in r):
+        if epochs and row["step"] == epochs[-1]["step"]:
+            continue  # the evaluation of the best model after the last epoch
+        losses = [s["loss"] for s in steps if begun < s["step"] <= row["step"]]
+        epochs.append(
+            {
+                "epoch": row["epoch"],
+                "step": row["step"],
+                "train_loss": sum(losses) / len(losses) if losses else None,
+                **{k: v for k, v in row.items() if k.startswith("eval_") and "_per_" not in k},
+            }
+        )
+        begun = row["step"]
+    return {"steps": steps, "epochs": epochs}
+
+
+def _save(
+    settings: RunSettings, task: Task, model: Any, tokenizer: Any, metrics: dict[str, float]
+) -> Path:
+    """Save the trained model with its tokenizer and a model card; returns its folder."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    adapted = find_method(settings.method).config is not None
+    place = settings.output / (runs.ADAPTER if adapted else runs.MODEL)
+    model.save_pretrained(str(place))
+    model.config.save_pretrained(str(place))  # the names of the labels, for an adapter too
+    tokenizer.save_pretrained(str(place))
+    local = Path(settings.model).exists()
+    data = ModelCardData(
+        base_model=None if local else settings.model,
+        library_name="peft" if adapted else "transformers",
+        tags=[settings.method, "rosa-finetune"],
+    )
+    values = {k: v for k, v in settings.to_json().items() if k not in ("output", "versions")}
+    for name in ("data", "train", "validation") if local else ("data", "train"):
+        if values[name]:  # a card is for others: not where files lie on this machine
+            values[name] = Path(values[name]).name
+    values["model"] = runs.model_name(settings.model)
+    rows = "\n".join(f"| {k} | {v} |" for k, v in values.items() if v is not None)
+    scores = "\n".join(f"| {k} | {v:.4f} |" for k, v in metrics.items())
+    load = (
+        "import rosa  # registers the method with PEFT\n" if settings.method == "rosa" else ""
+    ) + "from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, folder)\n"
+    if not adapted:
+        name = type(model).__name__
+        load = f"from transformers import {name}\n\nmodel = {name}.from_pretrained(folder)\n"
+    text = (
+        f"---\n{data.to_yaml()}\n---\n\n# {settings.method} on {task.name}\n\n"
+        f"`{values['model']}` fine-tuned by `rosa train`.\n\n```python\n{load}```\n\n"
+        f"| metric | value |\n| --- | --- |\n{scores}\n\n"
+        f"| setting | value |\n| --- | --- |\n{rows}\n"
+    )
+    ModelCard(text).save(place / "README.md")
+    return place
+
+
+def _peak_memory_mib() -> float:
+    """The most memory so far in MiB: of the device if there is one, else of the process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    if sys.platform == "win32":
+        import psutil  # comes with accelerate
+
+        return psutil.Process().memory_info().peak_wset / 2**20
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -1,0 +1,5 @@
+"""The command line."""
+
+from rosa.cli.commands import main
+
+__all__ = ["main"]

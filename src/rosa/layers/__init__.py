@@ -1,0 +1,1 @@
+"""One weight's life: what stands in memory, its adapters, what it computes, what is saved."""

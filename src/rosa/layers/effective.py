@@ -1,0 +1,114 @@
+"""The effective weight of an adapted layer, for code that reads `.weight` instead of calling it.
+
+Some models do: attention that is computed by a function of its weights, state space models. Many
+only ask for its precision. So the weight is multiplied out when a value of it is first needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from rosa.algebra.lowrank import full_precision
+from rosa.algebra.sketch import Sketch
+from rosa.errors import UserError
+from rosa.layers.tracing import is_traced
+
+
+def effective_weight(
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    transposed: bool,
+    sketch: Sketch | None,
+    note: Callable[[], None],
+) -> Tensor:
+    """``W + s B A`` in the shape and precision of W; differentiable.
+
+    Args:
+        weight: W, (out, in), or (in, out) if `transposed`.
+        a: A, (r, in).
+        b: B, (out, r).
+        scaling: s.
+        transposed: as W is.
+        sketch: what is to see the gradient, if something is.
+        note: is called when a value is first needed.
+    """
+    if is_traced():
+        return _product(weight, a, b, scaling, transposed)
+    return _Read.apply(weight, a, b, scaling, transposed, sketch, note)  # type: ignore[return-value]
+
+
+@full_precision()
+def _product(weight: Tensor, a: Tensor, b: Tensor, scaling: float, transposed: bool) -> Tensor:
+    left, right = (a.T, b.T) if transposed else (b, a)
+    return weight + ((left * scaling) @ right).to(weight.dtype)
+
+
+class _Read(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        transposed: bool,
+        sketch: Sketch | None,
+        note: Callable[[], None],
+    ) -> Tensor:
+        ctx.save_for_backward(a, b)
+        ctx.scaling, ctx.transposed, ctx.sketch = scaling, transposed, sketch
+        return _Unread(note, weight.detach(), a.detach(), b.detach(), scaling, transposed)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        a, b = ctx.saved_tensors
+        (grad,) = grads
+        full = grad.T if ctx.transposed else grad
+        if ctx.sketch is not None:
+            with torch.no_grad():
+                ctx.sketch.add_gradient(full)
+        full = full.to(a.dtype)
+        grad_a, grad_b = ctx.scaling * (b.T @ full), ctx.scaling * (full @ a.T)
+        return grad if ctx.needs_input_grad[0] else None, grad_a, grad_b, None, None, None, None
+
+
+class _Unread(Tensor):
+    """The product as a tensor that is computed by the first operation on it, and then kept."""
+
+    @staticmethod
+    def __new__(cls, note: Callable[[], None], weight: Tensor, *_: Any) -> _Unread:
+        return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, weight.shape, strides=weight.stride(), dtype=weight.dtype, device=weight.device
+        )
+
+    def __init__(self, note: Callable[[], None], *how: Any) -> None:
+        self._note, self._how, self._read = note, how, None
+
+    def _value(self) -> Tensor:
+        if self._read is None:
+            self._note()
+            with torch.no_grad():
+                self._read = _product(*self._how)
+        return self._read
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        written = args[0] if func._schema.is_mutable and args else None
+        if isinstance(written, _Unread):
+            raise UserError(
+                "the weight of an adapted layer is a sum of the weight in memory and the factors: "
+                "it can be read but not written to. Write into its base_layer.weight inside "
+                "model.disable_adapter(), or merge the adapter first"
+            )
+        return func(*tree_map(_read, args), **tree_map(_read, kwargs or {}))
+
+
+def _read(value: Any) -> Any:
+    return value._value() if isinstance(value, _Unread) else value

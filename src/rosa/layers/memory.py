@@ -1,0 +1,69 @@
+"""Whose memory a weight lies in: ROSA changes weights in memory, and only its own model's."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter, defaultdict
+
+import torch
+from torch import Tensor, nn
+
+from rosa.layers.sharding import is_sharded
+
+
+def weight_owners(model: nn.Module) -> dict[tuple[int, int], list[str]]:
+    """The names of the modules that hold each weight, by where it lies in memory."""
+    owners = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners[place(parameter)].append(name.removesuffix(".weight"))
+    return owners
+
+
+def place(weight: Tensor) -> tuple[int, int]:
+    """Where a weight lies in memory; one that has no memory yet is told by its identity."""
+    pointer = _block(weight)
+    return (pointer, int(weight.storage_offset())) if pointer else (-1, id(weight))
+
+
+def tenants(model: nn.Module) -> Counter[int]:
+    """How many parameters and buffers of a model lie in each block of memory."""
+    there = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return Counter(map(_block, there.values()))
+
+
+def make_private(base: nn.Module, tenants: Counter[int]) -> None:
+    """Give a layer a weight of its own if anyone outside its model holds it or its memory.
+
+    Another model made from the same weights, a state dict that someone keeps: they would see each
+    change of the weight, and are left what they have.
+
+    Args:
+        base: a layer with a `weight`.
+        tenants: of its model; see `tenants`.
+    """
+    weight: nn.Parameter = base.weight  # type: ignore[assignment]
+    if not _block(weight):
+        return
+    usual = _holders(nn.Linear(1, 1))
+    del weight  # the names here count too
+    objects, users = _holders(base)
+    weight = base.weight  # type: ignore[assignment]
+    if objects <= usual[0] and users - usual[1] < max(tenants[_block(weight)], 1):
+        return
+    own = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+    vars(own).update(vars(weight))
+    base.weight = own
+
+
+def _holders(layer: nn.Module) -> tuple[int, int]:
+    """How many references there are to the weight, and how many tensors to its memory."""
+    weight = layer._parameters["weight"]
+    assert weight is not None
+    storage = weight.untyped_storage()
+    users = torch._C._storage_Use_Count(storage._cdata)  # type: ignore[attr-defined]
+    return sys.getrefcount(weight), users
+
+
+def _block(weight: Tensor) -> int:
+    """The address of the block of memory that a tensor lies in; 0 if it has none."""
+    return 0 if weight.is_meta or is_sharded(weight) else weight.untyped_storage().data_ptr()

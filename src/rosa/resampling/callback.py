@@ -1,0 +1,237 @@
+"""`RosaCallback`: draws new subspaces while transformers' Trainer trains."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from rosa.errors import UserError, UserTypeError
+from rosa.resampling.counting import ItemCounter
+from rosa.resampling.decay import DecayTowardDrawn
+from rosa.resampling.moments import check_moments
+from rosa.resampling.resample import (
+    Job,
+    check,
+    check_state,
+    factors_of,
+    is_informed,
+    resample,
+    watch,
+)
+
+ITEMS_A_NUMBER, SHORTEST_ROUND = 2, 64
+"""What "auto" goes by: items that a trained number is shown before the next draw, and the fewest
+optimizer steps between two draws."""
+FIRST, WATCHED, COUNTED = 32, 4, 8
+"""Optimizer steps before the first draw by the gradient, in a training of ten times that; those
+that are watched before each; and those whose items are counted."""
+
+
+class RosaCallback(TrainerCallback, ExportableState):
+    """Resamples the model's active ROSA adapters at the start of a step, every so often.
+
+    Right with gradient accumulation (steps are optimizer steps), with resuming (the place in the
+    schedule is the Trainer's own step count) and with `load_best_model_at_end`. Nothing is drawn
+    before the first step or after the last one.
+
+    With ``directions="gradient"`` the first draw comes early, at the step `first`, and the others a
+    period after one another; the 4 steps before each are watched. A run that is resumed between the
+    two watches anew, so it draws up to 4 steps later than it would have. Weight decay pulls the
+    factors toward what they were drawn as (`rosa.resampling.decay`).
+
+    Args:
+        every: ``"auto"``, when the model was shown twice as many items as it trains numbers, and 64
+            optimizer steps at least: a subspace that has learned as much as it can hold is worth
+            leaving, and one that has not is not. Items are what the loss is a mean of: tokens with
+            a label, or examples. Or ``"epoch"``; or a whole number of optimizer steps; or a
+            fraction or multiple of an epoch as a float, such as 0.5; or ``"never"``, which leaves
+            the gradient's first draw.
+        moments: see `rosa.resample`.
+        first: optimizer steps before the first draw by the gradient; None takes 32, or a tenth of
+            a shorter training, and at most half a period. Random directions are trained until then:
+            what the gradient tells at the very start is about an untrained head.
+
+    Attributes:
+        drawn_at: the steps that began with a draw, those before a resumed run's checkpoint too.
+        drawn: how many weights it has drawn, in all of them, in this process.
+        seconds: the time that took.
+        period: optimizer steps from one draw to the next; None for "never", and for "auto" until
+            the first steps have shown how many items there are.
+
+    Raises:
+        ValueError, TypeError: an argument is none of these.
+    """
+
+    def __init__(
+        self, every: str | int | float = "auto", *, moments: str = "clear", first: int | None = None
+    ) -> None:
+        message = f"every must be 'auto', 'epoch', 'never' or a number, got {every!r}"
+        if isinstance(every, str) and every not in ("auto", "epoch", "never"):
+            raise UserError(message)
+        if isinstance(every, bool) or not isinstance(every, (str, int, float)):
+            raise UserTypeError(message)
+        if not isinstance(every, str) and not 0 < every < float("inf"):
+            raise UserError(f"every must be positive, got {every}")
+        check_moments(moments)
+        if first is not None and first < 1:
+            raise UserError(f"first must be at least 1, got {first}")
+        self.every = every
+        self.moments = moments
+        self.first = first
+        self.drawn_at: list[int] = []
+        self.drawn = 0
+        self.seconds = 0.0
+        self.period: int | None = None
+        self._first: int | None = None  # the step that begins with the first draw
+        self._watched = 0  # steps that are watched before each draw
+        self._draw_at: int | None = None
+        self._last_step = -1
+        self._decay: DecayTowardDrawn | None = None
+        self._counter: ItemCounter | None = None
+        self._jobs: list[Job] = []
+        self._stepped = 0  # in this process
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer's checkpoints hold of it."""
+        return {
+            "args": {"every": self.every, "moments": self.moments, "first": self.first},
+            "attributes": {"period": self.period, "drawn_at": list(self.drawn_at)},
+        }
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check model and optimizer before any work, and fix the period in steps."""
+        self.on_train_end()
+        self._jobs = check(kwargs["model"], kwargs.get("optimizer"))
+        check_state(self.moments, kwargs.get("optimizer"), self._jobs)
+        self._stepped = 0
+        self._last_step, self._draw_at = -1, None
+        before = self._before(state)
+        self.drawn_at = [step for step in before.get("drawn_at", []) if step < state.global_step]
+        if self.every == "auto":
+            self.period = before.get("period")
+            if self.period is None:
+                self._counter = ItemCounter(kwargs["model"])
+        else:
+            self.period = self._period_in_steps(args, kwargs.get("train_dataloader"))
+        self._plan(state.max_steps)
+        if kwargs.get("optimizer") is not None:
+            self._decay = DecayTowardDrawn(kwargs["optimizer"], self._jobs)
+
+    def _before(self, state: TrainerState) -> dict[str, Any]:
+        """What the checkpoint that is gone on from holds, if it does."""
+        if state.global_step == 0:
+            return {}
+        saved: Any = state.stateful_callbacks or {}  # a dict, once it comes from a file
+        found = saved.get(type(self).__name__, {})
+        found = found[0] if isinstance(found, list) else found
+        return found.get("attributes", {})
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Leave the optimizer's weight decay and the model as they were."""
+        if self._decay is not None:
+            self._decay.stop()
+            self._decay = None
+        if self._counter is not None:
+            self._counter.stop()
+            self._counter = None
+
+    def _period_in_steps(self, args: TrainingArguments, dataloader: Any) -> int | None:
+        if isinstance(self.every, int):
+            return self.every
+        if self.every == "never":
+            return None
+        batches = _length(dataloader)
+        if batches is None:
+            raise UserError(
+                "the training data has no length, so an epoch has no number of steps: "
+                "use RosaCallback(every='auto') or every=<optimizer steps>"
+            )
+        epoch = max(-(-batches // args.gradient_accumulation_steps), 1)
+        return max(round((1.0 if self.every == "epoch" else float(self.every)) * epoch), 1)
+
+    def _plan(self, steps: int) -> None:
+        """Find the step of the first draw, and how many are watched."""
+        self._first, self._watched = self.period, 0
+        if any(map(is_informed, self._jobs)):
+            soon = min(FIRST, max(steps // 10, WATCHED))
+            shortest = SHORTEST_ROUND if self.every == "auto" else self.period
+            half = soon if shortest is None else max(shortest // 2, 1)
+            self._first = min(soon, half) if self.first is None else self.first
+            self._watched = min(WATCHED, self._first, half)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Watch or resample if it is time to."""
+        step = state.global_step
+        if step != self._last_step:
+            resumed = self._last_step < 0 and step > 0
+            self._last_step = step
+            self._begin_step(step, resumed, kwargs["model"], kwargs.get("optimizer"))
+
+    def _begin_step(self, step: int, resumed: bool, model: Any, optimizer: Any) -> None:
+        ahead = self._steps_to_draw(step)
+        if ahead is not None and (ahead == self._watched or (resumed and ahead < self._watched)):
+            if self._watched:
+                watch(model)
+            self._draw_at = step + self._watched
+        if step == self._draw_at:
+            started = time.perf_counter()
+            self.drawn += resample(model, optimizer, moments=self.moments)
+            if self._decay is not None:
+                self._decay.refresh()
+            self.seconds += time.perf_counter() - started
+            self.drawn_at.append(step)
+
+    def _steps_to_draw(self, step: int) -> int | None:
+        """Steps until the next draw, 0 if it is due; None if there is none any more."""
+        if self._first is None:
+            return None
+        if step <= self._first:
+            return self._first - step
+        return None if self.period is None else (self._first - step) % self.period
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Name the layers that the first step did not use; find auto's period after a few."""
+        self._stepped += 1
+        if self._stepped == 1:
+            _warn_of_idle(self._jobs)
+        if self._stepped == COUNTED and self._counter is not None:
+            counted, self._counter = self._counter.stop() / COUNTED, None
+            examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            numbers = sum(f.numel() for _, layer, a in self._jobs for f in factors_of(layer, a))
+            wanted = math.ceil(ITEMS_A_NUMBER * numbers / (counted or examples))
+            self.period = max(wanted, SHORTEST_ROUND)
+            self._plan(state.max_steps)
+
+
+def _warn_of_idle(jobs: list[Job]) -> None:
+    idle = [
+        layer.name
+        for _, layer, adapter in jobs
+        if all(f.requires_grad and f.grad is None for f in factors_of(layer, adapter))
+    ]
+    if 0 < len(idle) < len(jobs):  # where none has a gradient, it is kept elsewhere
+        warnings.warn(
+            f"{len(idle)} of {len(jobs)} adapted layers got no gradient in the first step, "
+            f"such as {', '.join(idle[:3])}: the model does not use them for these inputs "
+            "(experts or a branch that was not taken), or uses them in a way that ROSA cannot "
+            "see. Unless that is so, leave them out with exclude_modules",
+            stacklevel=3,
+        )
+
+
+def _length(dataloader: Any) -> int | None:
+    try:
+        return len(dataloader)
+    except TypeError:
+        return None

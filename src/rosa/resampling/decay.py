@@ -1,0 +1,98 @@
+"""Weight decay that pulls the factors toward what they were drawn as, not toward zero.
+
+Weight decay keeps small what a model learns. ROSA's factors begin as a part of the pretrained
+weight: decay toward zero wears that part away, and every draw exposes another one to it. Decay
+toward the drawn values holds back what was learned, as it does in other methods.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from rosa.layers.linear import RosaLinear
+from rosa.resampling.optimizers import stepping
+
+
+class DecayTowardDrawn:
+    """Moves the point that an optimizer's weight decay pulls the factors to.
+
+    AdamW takes ``lr * weight_decay * p`` from a parameter p at every step (Loshchilov and Hutter,
+    arXiv:1711.05101); a hook after the step gives ``lr * weight_decay * p0`` back, with p0 what was
+    drawn. A copy of p0 is kept, r (in + out) numbers a weight, and none without weight decay.
+
+    Args:
+        optimizer: see `rosa.resample`. One whose weight decay goes through the gradient
+            (Adam, SGD), or is unknown, is left as it is, with a warning if it decays the factors.
+        jobs: (name, layer, adapter) of what is trained.
+    """
+
+    def __init__(self, optimizer: Any, jobs: list[tuple[str, RosaLinear, str]]) -> None:
+        factors = [f for _, layer, a in jobs for f in (layer.rosa_A[a], layer.rosa_B[a])]
+        held = {id(factor) for factor in factors}
+        optimizers = [one for one in stepping(optimizer, factors) if _decaying(one, held)]
+        decayed = {i for one in optimizers for group in _decaying(one, held) for i in _ids(group)}
+        self._layers = [
+            (layer, adapter)
+            for _, layer, adapter in jobs
+            if decayed & {id(layer.rosa_A[adapter]), id(layer.rosa_B[adapter])}
+        ]
+        self._drawn: dict[nn.Parameter, Tensor] = {}
+        unknown = [one for one in optimizers if not _is_decoupled(one)]
+        if unknown:
+            kind = type(unknown[0]).__name__
+            warnings.warn(
+                f"the weight decay of {kind} pulls ROSA's factors toward zero, and they hold a "
+                "part of the pretrained weight: use torch's AdamW, or no weight decay",
+                stacklevel=2,
+            )
+            self._layers = []
+        self._hooks = [
+            one.register_step_post_hook(self._give_back) for one in optimizers if self._layers
+        ]
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take note of what was drawn; to be called after every draw."""
+        self._drawn = {}
+        for layer, adapter in self._layers:
+            a, b = layer.rosa_A[adapter], layer.rosa_B[adapter]
+            if (drawn := layer.drawn(adapter)) is not None:
+                self._drawn[a] = drawn.A.to(a)
+                self._drawn[b] = drawn.B.to(b) / layer.scaling[adapter]
+
+    @torch.no_grad()
+    def _give_back(self, optimizer: Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            share = float(group["lr"] * group.get("weight_decay", 0.0))
+            held = [p for p in group["params"] if p in self._drawn] if share else []
+            if held:
+                torch._foreach_add_(held, [self._drawn[p] for p in held], alpha=share)  # type: ignore[attr-defined]
+
+    def stop(self) -> None:
+        """Leave the optimizer as it was."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _ids(group: dict[str, Any]) -> list[int]:
+    return [id(p) for p in group["params"]]
+
+
+def _decaying(optimizer: Any, factors: set[int]) -> list[dict[str, Any]]:
+    """The parameter groups with weight decay that hold factors."""
+    groups = [group for group in optimizer.param_groups if group.get("weight_decay")]
+    return [group for group in groups if factors & set(_ids(group))]
+
+
+def _is_decoupled(optimizer: Any) -> bool:
+    groups = [group for group in optimizer.param_groups if group.get("weight_decay")]
+    return isinstance(optimizer, AdamW) or (
+        isinstance(optimizer, Optimizer)
+        and all(group.get("decoupled_weight_decay") for group in groups)
+    )
