@@ -37,7 +37,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 import rosa
-from rosa.layers.linear import rosa_layers
+from rosa.layers.kinds import rosa_layers
 
 RANK = 8
 ATTENTION = ["query", "key", "value", "attention.output.dense"]
@@ -84,7 +84,7 @@ def resample_jobs(count: int, width: int, rank: int, directions: str) -> Jobs:
         if directions == "gradient":  # as after a backward pass over 64 rows
             for _, layer in layers:
                 layer.watch("default")
-                layer.watched("default").add(rows, rows)
+                layer.adapters["default"].sketch.add(rows, rows)
         rosa.resample(model)
 
     def svd() -> None:

@@ -307,6 +307,22 @@ ARCHITECTURES = {
         "QUESTION_ANS",
         ["query", "dense", "qa_outputs"],
     ),
+    # embeddings
+    "bert-embeddings": Architecture(
+        "BertForSequenceClassification",
+        COMMON,
+        for_classes,
+        SEQ_CLS,
+        ["word_embeddings", "position_embeddings", "query"],
+    ),
+    "gpt2-positions": Architecture("GPT2LMHeadModel", GPT2, for_causal_lm, CAUSAL_LM, ["wpe"]),
+    "llama-embeddings": Architecture(
+        "LlamaForCausalLM",
+        DECODER | {"tie_word_embeddings": False},
+        for_causal_lm,
+        CAUSAL_LM,
+        ["embed_tokens", "q_proj"],
+    ),
     # decoders
     "gpt2": Architecture("GPT2LMHeadModel", GPT2, for_causal_lm, CAUSAL_LM),
     "gpt2-classes": Architecture(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rosa import RosaConfig, export_lora, export_merged, resample, watch
 from rosa.errors import ExportError
-from rosa.layers.linear import rosa_layers
+from rosa.layers.kinds import rosa_layers
 from rosa.targets import is_trained_in_full
 from tests.architectures import ARCHITECTURES, Architecture, loss_of, outputs_of
 
@@ -107,7 +107,7 @@ def check_training(case: Trained) -> None:
     assert names
     assert not [n for n in names if is_trained_in_full(RosaConfig(**case.options), n)]
     for _, layer in rosa_layers(case.model):
-        assert layer.rosa_offset["default"].draws == 3
+        assert layer.adapters["default"].draws == 3
 
 
 def check_life(case: Trained, folder: Any) -> None:
@@ -183,7 +183,7 @@ SETTINGS = {
     "svd": {"directions": "svd"},
     "orthonormal": {"directions": "orthonormal", "alpha": 3},
     "zero": {"directions": "zero"},
-    "right": {"side": "right", "split": "even"},
+    "right": {"side": "right"},
     "ranks": {"rank_pattern": {r".*(0|1)\..*": 3}, "bias": "rosa_only"},
     "half": {},
 }

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from rosa import RosaCallback, RosaConfig, watch
-from rosa.layers.linear import rosa_layers
+from rosa.layers.kinds import rosa_layers
 from rosa.resampling.counting import ItemCounter
 from tests.models import tiny_bert, tiny_gpt2
 
@@ -34,7 +34,7 @@ class Draws(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         (_, layer), *_ = rosa_layers(kwargs["model"])
-        self.at[state.global_step] = layer.rosa_offset["default"].draws
+        self.at[state.global_step] = layer.adapters["default"].draws
 
 
 def train(
@@ -219,7 +219,7 @@ def test_when_subspaces_are_drawn(tmp_path, data, every, options, expected):
     assert {s for s in steps if s and draws[s] > draws[s - 1]} == expected
     assert callback.drawn_at == sorted(expected)
     (_, layer), *_ = rosa_layers(trainer.model)
-    assert layer.rosa_offset["default"].draws == 1 + len(expected)  # nothing after the last step
+    assert layer.adapters["default"].draws == 1 + len(expected)  # nothing after the last step
 
 
 @pytest.mark.parametrize("checkpoint", [6, 8])
@@ -260,7 +260,7 @@ def test_a_second_training_goes_on(tmp_path, data):
     trainer.train()
     assert callback.drawn_at == [6, 12]
     (_, layer), *_ = rosa_layers(trainer.model)
-    assert layer.rosa_offset["default"].draws == 1 + 4
+    assert layer.adapters["default"].draws == 1 + 4
 
 
 def test_a_resumed_run_draws_by_the_period_that_was_found(tmp_path, data, monkeypatch):

@@ -11,9 +11,9 @@ from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from rosa import RosaCallback, RosaConfig, resample
-from rosa.layers.linear import rosa_layers
+from rosa.layers.kinds import rosa_layers
 from rosa.resampling.decay import DecayTowardDrawn
-from rosa.resampling.resample import check
+from tests.helpers import adapters_of
 from tests.models import Mlp, tiny_bert
 
 LR, DECAY = 0.05, 0.4
@@ -55,7 +55,7 @@ def close(found, expected):
 def test_the_factors_decay_toward_what_was_drawn_and_others_toward_zero():
     model, optimizer = adapted()
     drawn = [f.detach().clone() for f in factors(model)]
-    DecayTowardDrawn(optimizer, check(model, optimizer))
+    DecayTowardDrawn(optimizer, adapters_of(model, optimizer))
     move(model)
     moved = [f.detach().clone() for f in factors(model)]
     head = model.base_model.model.last.modules_to_save["default"].weight
@@ -68,7 +68,7 @@ def test_the_factors_decay_toward_what_was_drawn_and_others_toward_zero():
 
 def test_after_a_draw_it_is_toward_the_new_factors():
     model, optimizer = adapted()
-    decay = DecayTowardDrawn(optimizer, check(model, optimizer))
+    decay = DecayTowardDrawn(optimizer, adapters_of(model, optimizer))
     move(model)
     resample(model, optimizer)
     decay.refresh()
@@ -93,15 +93,15 @@ def test_what_was_drawn_is_known_from_a_file_and_after_the_offset_is_compressed(
     again, optimizer = adapted()
     again.load_state_dict(state)
     for i, (_, layer) in enumerate(rosa_layers(again)):
-        found = layer.drawn("default")
+        found = layer.adapters["default"].drawn()
         close(found.A, drawn[2 * i])
-        close(found.B, drawn[2 * i + 1] * layer.scaling["default"])
+        close(found.B, drawn[2 * i + 1] * layer.adapters["default"].scaling)
 
 
 def test_factors_drawn_at_zero_have_no_other_origin():
     model = get_peft_model(Mlp(), RosaConfig(directions="zero", target_modules=["first"]))
     ((_, layer),) = rosa_layers(model)
-    assert layer.drawn("default") is None
+    assert layer.adapters["default"].drawn() is None
 
 
 def test_a_decay_that_goes_through_the_gradient_is_left_with_a_warning():
@@ -110,12 +110,12 @@ def test_a_decay_that_goes_through_the_gradient_is_left_with_a_warning():
     drawn = [f.detach().clone() for f in factors(model)]
     optimizer = torch.optim.SGD(trained, lr=LR, weight_decay=DECAY)
     with pytest.warns(UserWarning, match="weight decay of SGD pulls"):
-        DecayTowardDrawn(optimizer, check(model, optimizer))
+        DecayTowardDrawn(optimizer, adapters_of(model, optimizer))
     step(model, optimizer)
     close([f.detach() for f in factors(model)], [d * (1 - LR * DECAY) for d in drawn])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        DecayTowardDrawn(torch.optim.SGD(trained, lr=LR), check(model))
+        DecayTowardDrawn(torch.optim.SGD(trained, lr=LR), adapters_of(model))
 
 
 def test_in_the_trainer(tmp_path):
@@ -146,6 +146,6 @@ def test_in_the_trainer(tmp_path):
     trainer.train()
     assert callback.drawn_at == [4, 8]
     for _, layer in rosa_layers(model):
-        drawn, learned = layer.drawn("default"), layer.learned("default")
+        drawn, learned = layer.adapters["default"].drawn(), layer.adapters["default"].learned()
         torch.testing.assert_close(learned.A, drawn.A, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(learned.B, drawn.B, rtol=1e-4, atol=1e-6)

@@ -11,7 +11,7 @@ from torch import multiprocessing, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from rosa import RosaConfig, resample, watch
-from rosa.layers.linear import rosa_layers
+from rosa.layers.kinds import rosa_layers
 from tests.models import tiny_bert
 
 pytestmark = pytest.mark.skipif(
@@ -61,7 +61,7 @@ def train(rank: int, store: str, directions: str) -> None:
         optimizer.step()
     parts = [p.detach().flatten() for p in model.parameters()]
     for _, layer in rosa_layers(model):
-        parts.append(layer.rosa_offset["default"].terms.A.flatten())
+        parts.append(layer.adapters["default"].terms.A.flatten())
     mine = torch.cat(parts)
     both = [torch.empty_like(mine) for _ in range(2)]
     torch.distributed.all_gather(both, mine)

@@ -16,7 +16,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from rosa import RosaCallback, RosaConfig, resample, watch
-from rosa.layers.linear import rosa_layers
+from rosa.layers.kinds import rosa_layers
+from tests.helpers import seen_by
 
 
 class Reading(nn.Module):
@@ -94,7 +95,7 @@ def test_what_is_read_is_a_tensor_like_any_other():
             layer.rosa_B["default"].add_(torch.randn_like(layer.rosa_B["default"]))
         change = layer.get_delta_weight("default")
         weight = layer.pretrained_weight()
-        expected = (weight.T if layer.fan_in_fan_out else weight) + change
+        expected = (weight.T if layer.base_weight.view.transposed else weight) + change
         for found in (
             layer.weight + 0,
             layer.weight.detach(),
@@ -156,7 +157,7 @@ def test_outputs_may_be_changed_in_place_while_watched(dropout, shape):
             if form == "hooked"
         ]
         model(x).square().sum().backward()
-        sums.append([layer.watched("default").sums["left"] for _, layer in rosa_layers(model)])
+        sums.append([seen_by(layer).sums["left"] for _, layer in rosa_layers(model)])
         for handle in handles:
             handle.remove()
     for one, two in zip(*sums, strict=True):

@@ -12,7 +12,7 @@ from torch import nn
 
 from rosa import RosaConfig, resample
 from rosa.algebra import subspace
-from rosa.layers.linear import rosa_layers
+from rosa.layers.kinds import rosa_layers
 from tests.models import Mlp
 from tests.reference import ReferenceRosa
 
@@ -97,7 +97,7 @@ def test_half_precision_bases_are_drawn_in_float32_and_keep_their_dtype(dtype):
     layer = layer_of(model, "first")
     assert layer.get_base_layer().weight.dtype == dtype
     assert layer.rosa_A["default"].dtype == torch.float32
-    assert layer.rosa_offset["default"].terms.A.dtype == torch.float32
+    assert layer.adapters["default"].terms.A.dtype == torch.float32
     assert model(x).dtype == dtype
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(model(x).float(), expected, rtol=8 * eps, atol=8 * eps)
@@ -362,9 +362,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
 
 def test_offsets_stay_in_main_memory_and_keep_their_precision():
     model = adapt(Mlp(torch.float32))
-    terms = layer_of(model, "first").rosa_offset["default"].terms
+    terms = layer_of(model, "first").adapters["default"].terms
     model.half()
-    assert layer_of(model, "first").rosa_offset["default"].terms is terms
+    assert layer_of(model, "first").adapters["default"].terms is terms
     assert not any("rosa_offset" in name for name, _ in model.named_buffers())
     assert any("rosa_offset" in name for name in model.state_dict())
 
@@ -376,7 +376,7 @@ def test_an_offset_does_not_grow_for_ever():
         with torch.no_grad():
             layer.rosa_B["default"].add_(torch.randn(5, 2))
         resample(model)
-        assert layer.rosa_offset["default"].terms.rank <= 1.5 * 5
+        assert layer.adapters["default"].terms.rank <= 1.5 * 5
 
 
 def test_a_model_made_in_inference_mode_can_be_disabled():
@@ -423,7 +423,7 @@ def test_dropout_drops_of_the_factors_input_alone():
     def plain(x):
         dropped = torch.nn.functional.dropout(x, 0.5)
         low_rank = dropped @ factors[0].T @ factors[1].T
-        return layer.base_layer(x) + layer.scaling["default"] * low_rank
+        return layer.base_layer(x) + layer.adapters["default"].scaling * low_rank
 
     results = []
     for compute in (layer, plain):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from rosa import RosaConfig, resample, watch
-from rosa.layers.linear import rosa_layers
+from rosa.layers.kinds import rosa_layers
 from rosa.registration import check_peft_version
 from tests.architectures import ARCHITECTURES
 from tests.models import Mlp, tiny_bert, tiny_gpt2
@@ -72,8 +72,8 @@ def test_ranks_and_alphas_by_pattern():
         alpha_pattern={"last": 1},
     )
     layers = dict(zip(names(model), (layer for _, layer in rosa_layers(model)), strict=True))
-    ranks = {name: layer.r["default"] for name, layer in layers.items()}
-    scalings = {name: layer.scaling["default"] for name, layer in layers.items()}
+    ranks = {name: layer.adapters["default"].r for name, layer in layers.items()}
+    scalings = {name: layer.adapters["default"].scaling for name, layer in layers.items()}
     assert ranks == {"first": 2, "middle": 4, "last": 2}
     assert scalings == {"first": 2.0, "middle": 1.0, "last": 0.5}
 
@@ -85,7 +85,7 @@ def test_a_rank_above_the_weights_is_capped_and_said_once():
     with pytest.warns(UserWarning, match=r"first \(64 to 7\), middle \(64 to 6\)") as caught:
         model = attach(base, r=64, target_modules=["first", "middle"])
     assert len([w for w in caught if "capped" in str(w.message)]) == 1
-    assert {layer.r["default"] for _, layer in rosa_layers(model)} == {6, 7}
+    assert {layer.adapters["default"].r for _, layer in rosa_layers(model)} == {6, 7}
     torch.testing.assert_close(model(x), expected)
     resample(model)
     torch.testing.assert_close(model(x), expected)

@@ -9,7 +9,7 @@ import torch
 from peft import get_peft_model
 
 from rosa import RosaConfig, resample
-from rosa.layers.linear import rosa_layers
+from rosa.layers.kinds import rosa_layers
 from tests.models import Mlp
 
 
@@ -45,4 +45,4 @@ def test_an_unknown_word_is_refused_before_anything_is_drawn():
     step(model, optimizer)
     with pytest.raises(ValueError, match="moments must be one of clear, keep; got 'drop'"):
         resample(model, optimizer, moments="drop")
-    assert all(layer.rosa_offset["default"].draws == 1 for _, layer in rosa_layers(model))
+    assert all(layer.adapters["default"].draws == 1 for _, layer in rosa_layers(model))

@@ -19,10 +19,10 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from rosa import RosaCallback, RosaConfig, resample
-from rosa.layers.linear import rosa_layers
+from rosa.layers.kinds import rosa_layers
+from rosa.resampling.active import active_adapters
 from rosa.resampling.decay import DecayTowardDrawn
 from rosa.resampling.optimizers import states_of
-from rosa.resampling.resample import check
 from tests.models import Mlp
 
 X = torch.randn(8, 7)
@@ -309,7 +309,7 @@ def test_what_keeps_copies_or_cannot_be_understood_is_refused_at_the_start(
         resample(model, optimizer)
     with pytest.raises(ValueError, match=message):
         begin(RosaCallback(), model, optimizer, tmp_path)
-    assert all(layer.rosa_offset["default"].draws == 1 for _, layer in rosa_layers(model))
+    assert all(layer.adapters["default"].draws == 1 for _, layer in rosa_layers(model))
     assert all(torch.equal(p, v) for p, v in zip(trained(model), values, strict=True))
 
 
@@ -356,7 +356,7 @@ def test_slow_weights_in_the_state_follow_what_is_drawn():
 def test_decay_toward_what_was_drawn_reaches_the_optimizer_inside(wrap):
     model = adapted()
     optimizer = wrap(model, lambda m: AdamW(trained(m), lr=0.1, weight_decay=0.5))
-    decay = DecayTowardDrawn(optimizer, check(model, optimizer))
+    decay = DecayTowardDrawn(optimizer, active_adapters(model, optimizer))
     values = [p.detach().clone() for p in trained(model)]
     for factor in trained(model):
         factor.grad = torch.zeros_like(factor)

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
 from rosa import RosaConfig, resample
-from rosa.layers.linear import rosa_layers
+from rosa.layers.kinds import rosa_layers
 from tests.models import Mlp
 
 TARGETS = [["first"], ["middle", "last"], ["first", "middle", "last"]]
@@ -168,10 +168,10 @@ class Orders(RuleBasedStateMachine):
         weights = dict(self.pretrained.named_parameters())
         for name, layer in rosa_layers(self.model):
             weight = weights[name.removeprefix("base_model.model.") + ".weight"]
-            weight = weight.T if layer.fan_in_fan_out else weight
+            weight = weight.T if layer.base_weight.view.transposed else weight
             torch.testing.assert_close(layer.pretrained_weight(), weight.detach())
             if self.disabled:
-                torch.testing.assert_close(layer._weight(), weight.detach())
+                torch.testing.assert_close(layer.base_weight.matrix, weight.detach())
 
 
 Orders.TestCase.settings = settings(

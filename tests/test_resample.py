@@ -11,7 +11,7 @@ from torch import nn
 from rosa import RosaConfig, resample
 from rosa.algebra import subspace
 from rosa.algebra.lowrank import LowRank
-from rosa.layers.linear import rosa_layers
+from rosa.layers.kinds import rosa_layers
 from tests.models import Mlp
 from tests.reference import best_rank_r
 
@@ -63,8 +63,8 @@ def test_the_theorem_of_the_paper_on_a_linear_model():
             weight = rosa.pretrained_weight() + rosa.whole_change("default").dense()
             left = torch.linalg.svd(optimum - weight)[0][:, :rank]
             a, b = left.T @ weight, left
-            old = rosa.rosa_offset["default"]
-            old.terms = old.terms + rosa.learned("default") + LowRank(-b, a)
+            old = rosa.adapters["default"]
+            old.terms = old.terms + rosa.adapters["default"].learned() + LowRank(-b, a)
             rosa.rosa_A["default"].copy_(a)
             rosa.rosa_B["default"].copy_(b)
             rosa.synchronize()
@@ -159,8 +159,8 @@ def test_only_the_active_adapter_is_drawn():
     model.add_adapter("second", RosaConfig(r=1, target_modules=["first"], seed=3))
     resample(model)
     (_, layer), *_ = rosa_layers(model)
-    assert layer.rosa_offset["default"].draws == 2
-    assert layer.rosa_offset["second"].draws == 1
+    assert layer.adapters["default"].draws == 2
+    assert layer.adapters["second"].draws == 1
     model.set_adapter("second")
     before = model(x)
     assert resample(model) == 1
@@ -170,10 +170,10 @@ def test_only_the_active_adapter_is_drawn():
 def test_an_adapter_made_for_inference_is_drawn_when_asked():
     model, x = adapted(inference_mode=True), torch.randn(3, 7).double()
     (_, layer), *_ = rosa_layers(model)
-    assert layer.rosa_offset["default"].draws == 0
+    assert layer.adapters["default"].draws == 0
     before = model(x)
     resample(model)
-    assert layer.rosa_offset["default"].draws == 1
+    assert layer.adapters["default"].draws == 1
     torch.testing.assert_close(model(x), before)
 
 
@@ -213,7 +213,7 @@ def test_a_diverged_factor_is_refused_before_anything_is_drawn():
     layers[-1].rosa_A["default"].data[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"layer .*last has NaN or infinity"):
         resample(model)
-    assert all(layer.rosa_offset["default"].draws == 1 for layer in layers)
+    assert all(layer.adapters["default"].draws == 1 for layer in layers)
 
 
 def test_factors_that_wait_for_a_file_are_refused():

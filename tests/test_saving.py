@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from rosa import RosaConfig, export_lora, resample
-from rosa.layers.linear import rosa_layers
+from rosa.layers.kinds import rosa_layers
 from tests.models import Mlp, tiny_bert, tiny_gpt2
 
 TARGETS = ["first", "middle", "last"]
@@ -68,9 +68,11 @@ def test_an_adapter_loads_as_it_was_saved(saved, low_memory, trainable):
     resample(loaded)
     torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=1e-5)
     for (_, one), (_, two) in zip(rosa_layers(model), rosa_layers(loaded), strict=True):
-        assert one.rosa_offset["default"].draws == two.rosa_offset["default"].draws == 4
-        product = one.learned("default").dense()
-        torch.testing.assert_close(two.learned("default").dense(), product, rtol=0, atol=1e-4)
+        assert one.adapters["default"].draws == two.adapters["default"].draws == 4
+        product = one.adapters["default"].learned().dense()
+        torch.testing.assert_close(
+            two.adapters["default"].learned().dense(), product, rtol=0, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("rounds", [1, 40])
@@ -247,7 +249,7 @@ def test_an_adapter_with_settings_that_are_no_more_loads_with_one_warning(tmp_pa
     with pytest.warns(UserWarning, match=re.escape(f"arguments {sorted(GONE)}")) as found:
         loaded = PeftModel.from_pretrained(base, str(tmp_path)).eval()
     assert len(found) == 1
-    assert [layer.r["default"] for _, layer in rosa_layers(loaded)] == [3, 2, 1]
+    assert [layer.adapters["default"].r for _, layer in rosa_layers(loaded)] == [3, 2, 1]
     torch.testing.assert_close(loaded(x), model(x))
     with pytest.warns(UserWarning, match="these are ignored"):
         config = RosaConfig.from_pretrained(str(tmp_path))

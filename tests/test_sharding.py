@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from rosa import RosaCallback, RosaConfig, resample, watch
-from rosa.layers.linear import rosa_layers
+from rosa.layers.kinds import rosa_layers
 from tests.models import Mlp, tiny_bert
 
 pytestmark = pytest.mark.skipif(
@@ -106,7 +106,7 @@ def refuses(model, optimizer, folder):
     ):
         with pytest.raises(ValueError, match=MESSAGE):
             call()
-    assert all(layer.rosa_offset["default"].draws == 1 for _, layer in rosa_layers(model))
+    assert all(layer.adapters["default"].draws == 1 for _, layer in rosa_layers(model))
 
 
 @pytest.mark.parametrize("as_buckets", [False, True])

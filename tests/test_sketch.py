@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from rosa import RosaConfig, resample, watch
 from rosa.algebra.sketch import Sketch
 from rosa.algebra.subspace import generator
-from rosa.layers.linear import rosa_layers
+from rosa.layers.kinds import rosa_layers
+from tests.helpers import seen_by
 from tests.models import Mlp, tiny_bert
 
 NAMES = ["first", "middle", "last"]
@@ -77,7 +78,7 @@ def weights_gradients(model, x):
     for weight in weights:
         weight.requires_grad_(False)
     return {
-        name: gradient.T if layer.fan_in_fan_out else gradient
+        name: gradient.T if layer.base_weight.view.transposed else gradient
         for (name, layer), gradient in zip(layers.items(), gradients, strict=True)
     }
 
@@ -114,7 +115,7 @@ def test_watched_backward_passes_find_the_full_gradients_directions(side):
     resample(model)
     check_against(model, gradients, side)
     torch.testing.assert_close(model(x), before)
-    assert all(layer.watched("default") is None for _, layer in rosa_layers(model))
+    assert all(seen_by(layer) is None for _, layer in rosa_layers(model))
 
 
 def test_batches_find_the_same_and_leave_gradients_alone():
@@ -163,7 +164,7 @@ def test_every_way_of_training_shows_the_same(way):
             x = inputs.clone().requires_grad_()
             out = checkpoint(model, x, use_reentrant=how == "reentrant")
             out.square().mean().backward()
-        sums.append([layer.watched("default").sums["left"] for _, layer in rosa_layers(model)])
+        sums.append([seen_by(layer).sums["left"] for _, layer in rosa_layers(model)])
     tolerance = 0.1 if way == "autocast" else 1e-12
     for one, other in zip(*sums, strict=True):
         assert (one - other).norm() <= tolerance * one.norm()
@@ -175,7 +176,7 @@ def test_nothing_is_watched_without_gradients():
     watch(model)
     with torch.no_grad():
         model(torch.randn(2, 7).double())
-    assert not any(layer.watched("default").sums["left"].any() for _, layer in rosa_layers(model))
+    assert not any(seen_by(layer).sums["left"].any() for _, layer in rosa_layers(model))
 
 
 def test_watching_changes_neither_outputs_nor_gradients():
@@ -226,10 +227,10 @@ def test_a_pass_that_overflows_is_left_out():
     model = adapted()
     watch(model)
     loss_of(model, x).backward()
-    good = [layer.watched("default").sums["left"].clone() for _, layer in rosa_layers(model)]
+    good = [seen_by(layer).sums["left"].clone() for _, layer in rosa_layers(model)]
     (loss_of(model, x) * float("inf")).backward()
     for (_, layer), expected in zip(rosa_layers(model), good, strict=True):
-        torch.testing.assert_close(layer.watched("default").sums["left"], expected)
+        torch.testing.assert_close(seen_by(layer).sums["left"], expected)
 
 
 @pytest.mark.parametrize(
@@ -242,11 +243,11 @@ def test_a_pass_that_overflows_is_left_out():
 )
 def test_batches_of_no_use_are_refused_and_nothing_changes(batches, loss, message):
     model = adapted()
-    before = [layer.rosa_offset["default"].draws for _, layer in rosa_layers(model)]
+    before = [layer.adapters["default"].draws for _, layer in rosa_layers(model)]
     with pytest.raises(ValueError, match=message):
         resample(model, batches=batches, loss=loss)
-    assert [layer.rosa_offset["default"].draws for _, layer in rosa_layers(model)] == before
-    assert all(layer.watched("default") is None for _, layer in rosa_layers(model))
+    assert [layer.adapters["default"].draws for _, layer in rosa_layers(model)] == before
+    assert all(seen_by(layer) is None for _, layer in rosa_layers(model))
 
 
 def test_other_directions_are_not_watched():

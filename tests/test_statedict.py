@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rosa import RosaConfig, resample
 from rosa.algebra.lowrank import LowRank
-from rosa.layers.linear import rosa_layers
+from rosa.layers.kinds import rosa_layers
 from tests.models import tiny_gpt2
 
 IDS = torch.randint(1, 50, (3, 9))
@@ -72,7 +72,7 @@ def check(other, model, base):
     with model.disable_adapter(), other.disable_adapter():
         assert far(other(IDS).logits, model(IDS).logits) == 0.0
     for (_, one), (_, two) in zip(rosa_layers(model), rosa_layers(other), strict=True):
-        assert one.rosa_offset["default"].draws == two.rosa_offset["default"].draws
+        assert one.adapters["default"].draws == two.adapters["default"].draws
     resample(other)  # and it goes on
     eps = 6e-2 if base.dtype == torch.bfloat16 else 1e-5
     assert far(other(IDS).logits, expected) <= eps * float(expected.abs().max())

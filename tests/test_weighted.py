@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from rosa import RosaConfig, resample
-from rosa.layers.linear import rosa_layers
+from rosa.layers.kinds import rosa_layers
 from tests.models import Mlp
 
 NAMES = ["first", "middle", "last"]
@@ -33,11 +33,7 @@ def trained_adapters(**second):
 def changes(model, weights):
     return {
         name: sum(
-            (
-                w * layer.whole_change(a).dense()
-                for a, w in weights.items()
-                if a in layer.rosa_offset
-            ),
+            (w * layer.whole_change(a).dense() for a, w in weights.items() if a in layer.adapters),
             torch.zeros(layer.out_features, layer.in_features, dtype=torch.float64),
         )
         for name, layer in rosa_layers(model)

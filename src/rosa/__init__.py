@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from rosa.config import RosaConfig
 from rosa.export import export_lora, export_merged
+from rosa.layers.base import RosaLayer
 from rosa.model import RosaModel
-from rosa.resampling.resample import resample, watch
+from rosa.resampling.resample import resample
+from rosa.resampling.watching import watch
 
 if TYPE_CHECKING:
     from rosa.resampling.callback import RosaCallback
@@ -18,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "RosaCallback",
     "RosaConfig",
+    "RosaLayer",
     "RosaModel",
     "__version__",
     "export_lora",

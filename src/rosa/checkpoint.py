@@ -11,7 +11,7 @@ import torch
 from rosa.algebra.lowrank import are_finite
 from rosa.algebra.subspace import same_fingerprint
 from rosa.errors import UserError
-from rosa.layers.linear import RosaLinear
+from rosa.layers.base import RosaLayer
 
 
 def is_rosa_key(key: str) -> bool:
@@ -27,7 +27,7 @@ def state_keys(layer_name: str, adapter_name: str) -> list[str]:
 
 
 def check_adapter_file(
-    layers: dict[str, RosaLinear], adapter_name: str, state_dict: dict[str, torch.Tensor]
+    layers: dict[str, RosaLayer], adapter_name: str, state_dict: dict[str, torch.Tensor]
 ) -> None:
     """Raise ValueError unless a state dict holds exactly these layers' adapter."""
     expected = {key for name in layers for key in state_keys(name, adapter_name)}
@@ -53,7 +53,7 @@ def check_adapter_file(
     wrong = []
     for name, layer in layers.items():
         a, b, offset_a, offset_b, draws = (state_dict[k] for k in state_keys(name, adapter_name))
-        r, out_features, in_features = layer.r[adapter_name], layer.out_features, layer.in_features
+        r, (out_features, in_features) = layer.adapters[adapter_name].r, layer.base_weight.shape
         if tuple(a.shape) != (r, in_features) or tuple(b.shape) != (out_features, r):
             wrong.append(
                 f"{name}: file A {tuple(a.shape)}, B {tuple(b.shape)}, "
@@ -73,7 +73,7 @@ def check_adapter_file(
         )
 
 
-def fingerprints_of(layers: dict[str, RosaLinear]) -> dict[str, Any]:
+def fingerprints_of(layers: dict[str, RosaLayer]) -> dict[str, Any]:
     """What tells the base weights that an adapter belongs to: see `RosaConfig.base_fingerprint`."""
     found = {layer.name: layer.base_fingerprint() for layer in layers.values()}
     dtypes = {str(layer.get_base_layer().weight.dtype) for layer in layers.values()}
@@ -83,7 +83,7 @@ def fingerprints_of(layers: dict[str, RosaLinear]) -> dict[str, Any]:
     }
 
 
-def warn_of_another_base(saved: dict[str, Any] | None, layers: dict[str, RosaLinear]) -> None:
+def warn_of_another_base(saved: dict[str, Any] | None, layers: dict[str, RosaLayer]) -> None:
     """Warn if the layers' base weights are others than those that an adapter was saved with."""
     if not saved:
         return

@@ -36,7 +36,7 @@ from rosa.algebra.lowrank import LowRank
 from rosa.checkpoint import is_rosa_key
 from rosa.config import RosaConfig
 from rosa.errors import ExportError, UserError, UserTypeError
-from rosa.layers.linear import rosa_layers
+from rosa.layers.kinds import layers_of, rosa_layers
 
 _PREFIX = "base_model.model."
 FORMS = ("merged", "lora")
@@ -141,14 +141,12 @@ def _write_lora(model: PeftModel, adapter: str, folder: Path) -> None:
     assert isinstance(config, RosaConfig)
     _check_called(model, adapter)
     state, ranks = {}, {}
-    for name, layer in rosa_layers(model):
-        if adapter not in layer.rosa_offset:
-            continue
+    for name, layer in layers_of(model, adapter).items():
         change = layer.whole_change(adapter).compressed()
         if change.rank == 0:  # LoRA has no rank 0
             change = LowRank(torch.zeros(layer.out_features, 1), torch.zeros(1, layer.in_features))
-        state[f"{name}.lora_A.weight"] = change.A
-        state[f"{name}.lora_B.weight"] = change.B
+        of_a, of_b = layer.lora_names
+        state[f"{name}.{of_a}"], state[f"{name}.{of_b}"] = change.A, change.B
         ranks[name.removeprefix(_PREFIX)] = change.rank
     others = _beside_layers(model, adapter)  # heads, biases: named alike by every method
     state.update({key: value.detach().cpu().contiguous() for key, value in others.items()})
@@ -183,7 +181,7 @@ def _check_called(model: PeftModel, adapter: str) -> None:
     Known once the model has run. Layers that no run has reached were not trained: they hold no
     change, however often their weight was looked at.
     """
-    layers = {n: layer for n, layer in rosa_layers(model) if adapter in layer.rosa_offset}
+    layers = layers_of(model, adapter)
     called = {name for name, layer in layers.items() if getattr(layer, "was_called", False)}
     read = [
         name.removeprefix(_PREFIX)
@@ -241,13 +239,17 @@ def _check_lora(model: PeftModel, adapter: str, others: dict[str, Tensor], folde
             )
         except Exception as error:
             raise _no_lora(f"PEFT cannot load it: {type(error).__name__}: {error}") from error
-        found_others = _beside_layers(loaded, "default")
+        # PEFT looks for embeddings' short names, and would leave these out of a file of its own.
+        held = loaded.state_dict()
+        found_others = {key: held[key] for key in others if key in held}
+        found_others.update(_beside_layers(loaded, "default"))
     factors = {}
     for name, layer in loaded.named_modules():
-        if isinstance(layer, LoraLayer) and "default" in layer.lora_A:
-            a, b = (f["default"].get_parameter("weight").data for f in (layer.lora_A, layer.lora_B))
+        if isinstance(layer, LoraLayer):
+            held = layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B
+            a, b = (p.data for d in held for p in d.parameters())
             factors[name] = LowRank(b * layer.scaling["default"], a)
-    layers = {name: layer for name, layer in rosa_layers(model) if adapter in layer.rosa_offset}
+    layers = layers_of(model, adapter)
     differ = [
         name
         for name, layer in layers.items()

@@ -32,9 +32,10 @@ from rosa.checkpoint import (
 from rosa.config import RosaConfig, as_rosa_config
 from rosa.errors import UserError
 from rosa.layers.base import RosaLayer
-from rosa.layers.linear import RosaLinear, layers_of, rosa_layers
+from rosa.layers.kinds import kind_of, layers_of, rosa_layers
 from rosa.layers.memory import make_private, place, tenants, weight_owners
 from rosa.layers.sharding import check_unsharded
+from rosa.layers.statedict import give_pretrained
 from rosa.names import COMPILED, check_adapter_name, check_modules_to_save
 from rosa.targets import (
     adaptable_weight,
@@ -110,9 +111,9 @@ class RosaModel(BaseTuner):
 
     def _remove_adapter(self, model: nn.Module, adapter_name: str) -> None:
         for name, layer in list(rosa_layers(model)):
-            if adapter_name in layer.rosa_offset:
+            if adapter_name in layer.adapters:
                 layer.delete_adapter(adapter_name)
-            if not layer.rosa_offset.keys():
+            if not layer.adapters:
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, layer.get_base_layer())
 
@@ -200,7 +201,9 @@ class RosaModel(BaseTuner):
         fingerprint = self._fingerprints.get(current_key)
         make_private(target, self._tenants)
         name = current_key.replace(COMPILED, "")
-        layer = RosaLinear(target, adapter_name, config, r, alpha, name, fingerprint)
+        kind = kind_of(target)
+        assert kind is not None  # else `_prepare_model` has refused it
+        layer = kind(target, adapter_name, config, r, alpha, name, fingerprint)
         if isinstance(parent, nn.TransformerEncoderLayer):
             # Its fast path reads the weights instead of calling the layers, unless one has a hook.
             layer.register_forward_pre_hook(_no_fast_path)
@@ -258,7 +261,7 @@ class RosaModel(BaseTuner):
         layers = {
             name: layer
             for name, layer in rosa_layers(self.model)
-            if any(adapter in layer.rosa_offset for adapter in adapters)
+            if any(adapter in layer.adapters for adapter in adapters)
         }
         self.peft_config[adapter_name] = weighted_config(self, adapters, layers)
         try:
@@ -290,7 +293,7 @@ class RosaModel(BaseTuner):
         layers = layers_of(model, adapter_name)
         for name, layer in layers.items():
             # PEFT saves the base weight of an adapted output embedding beside the adapter.
-            layer.give_pretrained_weight(state_dict, f"{name}.")
+            give_pretrained(layer, state_dict, f"{name}.")
         absent = [k for name in layers for k in state_keys(name, adapter_name) if k not in found]
         if absent:
             raise UserError(

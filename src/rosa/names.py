@@ -9,7 +9,7 @@ from torch import nn
 
 from rosa.config import RosaConfig
 from rosa.errors import UserError
-from rosa.layers.linear import layers_of
+from rosa.layers.kinds import layers_of
 
 # Names that files and layers use: of ROSA's own, and of what stands beside adapters in a model.
 _OURS = {"A", "B", "draws", "in_weight", "rosa", "rosa_A", "rosa_B", "rosa_offset", "rosa_dropout"}
@@ -22,7 +22,7 @@ COMPILED = "_orig_mod."
 def check_adapter_name(name: str, model: nn.Module) -> None:
     """Raise ValueError for a name that is taken, or that files could not tell from the model's."""
     layers = layers_of(model, name).values()
-    if not all(layer.is_untouched(name) for layer in layers):
+    if not all(layer.adapters[name].is_untouched() for layer in layers):
         raise UserError(
             f"the model already has a trained ROSA adapter {name!r}: choose another adapter_name, "
             "or delete_adapter it first (of a PeftModel; unload() takes all of them out)"

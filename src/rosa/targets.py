@@ -19,17 +19,17 @@ from peft.tuners.tuners_utils import (
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from rosa.algebra.lowrank import are_finite
 from rosa.algebra.subspace import fingerprint
 from rosa.config import RosaConfig, as_rosa_config
 from rosa.errors import UserError
-from rosa.layers.base import SUPPORTED_DTYPES, RosaLayer, check_in_memory
-from rosa.layers.linear import rosa_layers
+from rosa.layers.base import RosaLayer
+from rosa.layers.kinds import KINDS, kind_of, rosa_layers
+from rosa.layers.memory import check_in_memory
 from rosa.layers.sharding import is_sharded
+from rosa.layers.weight import SUPPORTED_DTYPES
 from rosa.names import COMPILED
 
 # The heads that PEFT's classes for a task train in full; some add them to the config only once the
@@ -59,7 +59,7 @@ def resolve_all_linear(config: RosaConfig, model: nn.Module) -> None:
     names = {n for n in found or () if not is_trained_in_full(config, n)}
     if not names:
         return
-    others = {n for n in names if not is_plain(model.get_submodule(n))}
+    others = {n for n in names if not _is_plain(model.get_submodule(n))}
     # PEFT looks at names alone: with such a head it saves the embeddings too, and fails there.
     others |= {n for n in names if n in EMBEDDING_LAYER_NAMES and not has_embeddings(model)}
     config.target_modules = list(names - others)
@@ -71,28 +71,11 @@ def resolve_all_linear(config: RosaConfig, model: nn.Module) -> None:
         )
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether a linear layer computes what one does; a subclass may do something else."""
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module computes what its kind of layer does; others are refused by name."""
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    forward = type(base).forward
-    if isinstance(base, NonDynamicallyQuantizableLinear):
-        return False
-    if not isinstance(base, nn.Linear) or forward is nn.Linear.forward or base.weight.is_meta:
-        return True
-    if base.weight.dtype not in SUPPORTED_DTYPES or not base.weight.numel():
-        return True  # refused for that, by name
-    probe = torch.linspace(-1, 1, base.in_features, device=base.weight.device)[None]
-    probe = probe.to(base.weight.dtype)
-    try:
-        with torch.no_grad():
-            found, expected = forward(base, probe), nn.Linear.forward(base, probe)
-    except Exception:  # it wants other arguments
-        return False
-    if not isinstance(found, torch.Tensor) or found.shape != expected.shape:
-        return False
-    eps = torch.finfo(expected.dtype).eps
-    close = float((found - expected).norm()) <= 32 * eps * float(expected.norm())
-    return close or not bool(expected.isfinite().all())  # a broken weight is refused by name
+    kind = kind_of(base)
+    return kind is None or kind.is_plain(base)
 
 
 def has_embeddings(model: nn.Module) -> bool:
@@ -131,7 +114,7 @@ def all_in_full(config: RosaConfig, model: nn.Module) -> str:
     """Says so if all that was named to be adapted is trained in full; else empty."""
     bare = copy.copy(config)
     bare.modules_to_save = bare.task_type = None
-    names = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
+    names = [n for n, m in model.named_modules() if kind_of(m)]
     full = [n for n in names if is_target(bare, n) and is_trained_in_full(config, n)]
     if not full:
         return ""
@@ -153,13 +136,12 @@ def adaptable_weight(name: str, module: nn.Module) -> torch.Tensor:
             f"{name} already carries another PEFT method ({type(module).__name__}): merge or "
             "unload it before you add ROSA"
         )
-    if not isinstance(base, (nn.Linear, Conv1D)) or isinstance(
-        base, NonDynamicallyQuantizableLinear
-    ):
+    kind = kind_of(base)
+    if kind is None:
         raise UserError(
             f"Target module {name} is a {type(base).__name__}, which is not supported: ROSA adapts "
-            "torch.nn.Linear and transformers' Conv1D. Name other target_modules, or leave it out "
-            "with exclude_modules"
+            f"{', '.join(each.adapts for each in KINDS)}. Name other target_modules, or leave it "
+            "out with exclude_modules"
         )
     if "weight" not in base._parameters:
         raise UserError(
@@ -168,32 +150,35 @@ def adaptable_weight(name: str, module: nn.Module) -> torch.Tensor:
             "Make it an ordinary weight first (remove_parametrizations, remove_weight_norm, "
             "prune.remove), or leave it out with exclude_modules"
         )
-    if not is_plain(base):
+    if not kind.is_plain(base):
         raise UserError(
             f"Target module {name} is a {type(base).__name__}, which is not supported: it computes "
-            "something else than a linear layer does. Leave it out with exclude_modules"
+            f"something else than {kind.adapts} do, or changes its weight. Leave it out with "
+            "exclude_modules"
         )
-    if base.weight.dtype not in SUPPORTED_DTYPES:
+    weight: torch.Tensor = base.weight  # type: ignore[assignment]
+    if weight.dtype not in SUPPORTED_DTYPES:
         raise UserError(
-            f"the weight of {name} is stored as {base.weight.dtype} (quantized?): ROSA needs "
+            f"the weight of {name} is stored as {weight.dtype} (quantized?): ROSA needs "
             "float32, float64, float16 or bfloat16 weights, since it changes them in place"
         )
     check_in_memory(name, base)
-    in_part = is_sharded(base.weight) or (
-        isinstance(base, nn.Linear) and base.weight.numel() < base.in_features * base.out_features
-    )
-    if base.weight.ndim != 2 or base.weight.numel() == 0 or in_part:
+    in_part = is_sharded(weight) or weight.numel() < (kind.numbers(base) or 0)
+    if weight.ndim != 2 or weight.numel() == 0 or in_part:
         raise UserError(
             f"the weight of {name} is empty or sharded over processes (shape "
-            f"{tuple(base.weight.shape)}): attach ROSA to the whole model, and train it "
+            f"{tuple(weight.shape)}): attach ROSA to the whole model, and train it "
             "data-parallel without sharding of the weights"
         )
-    return base.weight
+    return weight
 
 
 def fingerprint_of_sound(name: str, module: nn.Module, weight: torch.Tensor) -> tuple[float, float]:
     """Of the weight as it lies in memory; ValueError if it has NaN or infinity."""
-    found = fingerprint(weight.T if isinstance(module, Conv1D) else weight)
+    base = module.get_base_layer() if isinstance(module, RosaLayer) else module
+    kind = kind_of(base)
+    assert kind is not None
+    found = fingerprint(kind.view_of(base).matrix)
     # The norm has read the whole weight already; that of large numbers can overflow.
     if not math.isfinite(found[0]) and not are_finite([weight]):
         raise UserError(
@@ -207,9 +192,9 @@ def near_names(config: PeftConfig, model: nn.Module) -> str:
     """A sentence with the names of the model that come near what was not found."""
     wanted = getattr(config, "target_modules", None) or ()
     wanted = [wanted] if isinstance(wanted, str) else sorted(wanted)
-    linear = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
-    there = sorted({name.rpartition(".")[2] for name in linear})
+    known = [n for n, m in model.named_modules() if kind_of(m)]
+    there = sorted({name.rpartition(".")[2] for name in known})
     near = [n for w in wanted for n in difflib.get_close_matches(w.rpartition(".")[2], there)]
     if near:
         return f" Did you mean {', '.join(dict.fromkeys(near))}?"
-    return f" Linear layers of this model: {', '.join(there[:20])}." if there else ""
+    return f" Layers of this model: {', '.join(there[:20])}." if there else ""

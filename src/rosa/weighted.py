@@ -12,7 +12,8 @@ from peft.utils import AuxiliaryTrainingWrapper
 from rosa.algebra.lowrank import LowRank, are_finite
 from rosa.config import RosaConfig, as_rosa_config
 from rosa.errors import UserError
-from rosa.layers.linear import RosaLinear, layers_of
+from rosa.layers.base import RosaLayer
+from rosa.layers.kinds import layers_of
 
 
 def check_weighted(
@@ -42,7 +43,7 @@ def check_weighted(
         if not isinstance(config, RosaConfig):
             raise UserError(f"{adapter!r} is not a ROSA adapter: it cannot be a part of the sum")
         for layer in layers_of(model.model, adapter).values():
-            factors = [layer.rosa_A[adapter].detach(), layer.rosa_B[adapter].detach()]
+            factors = [factor.detach() for factor in layer.adapters[adapter].factors]
             if factors[0].is_meta or not are_finite(factors):
                 raise UserError(
                     f"the factors of {adapter!r} in layer {layer.name} are not in memory, or not "
@@ -59,14 +60,17 @@ def check_weighted(
 
 
 def weighted_config(
-    model: BaseTuner, adapters: list[str], layers: dict[str, RosaLinear]
+    model: BaseTuner, adapters: list[str], layers: dict[str, RosaLayer]
 ) -> RosaConfig:
     """The first one's, for all of the layers, each with its largest rank."""
     configs = [as_rosa_config(model.peft_config[adapter]) for adapter in adapters]
     config = copy.deepcopy(configs[0])
     config.r = max(each.r for each in configs)
     config.inference_mode, config.init_weights = False, True
-    ranks = {n: max(la.r[a] for a in adapters if a in la.rosa_offset) for n, la in layers.items()}
+    ranks = {
+        name: max(layer.adapters[each].r for each in adapters if each in layer.adapters)
+        for name, layer in layers.items()
+    }
     config.rank_pattern = {
         f"^{re.escape(name)}": rank
         for name, rank in ranks.items()
@@ -79,18 +83,18 @@ def weighted_config(
 
 
 def put_sum(
-    layers: dict[str, RosaLinear], adapters: list[str], weights: list[float], name: str
+    layers: dict[str, RosaLayer], adapters: list[str], weights: list[float], name: str
 ) -> None:
     """Let the offsets of a fresh adapter hold the sum of others' changes less what was drawn."""
     for layer in layers.values():
-        layer.rosa_A[name].requires_grad_(False)
-        layer.rosa_B[name].requires_grad_(False)
-        entry = layer.rosa_offset[name]
-        total = LowRank.zero(layer.out_features, layer.in_features, entry.terms.B.dtype)
+        one = layer.adapters[name]
+        for factor in one.factors:
+            factor.requires_grad_(False)
+        total = LowRank.zero(*one.shape, one.terms.dtype)
         for adapter, weight in zip(adapters, weights, strict=True):
-            if adapter in layer.rosa_offset:
+            if adapter in layer.adapters:
                 change = layer.whole_change(adapter)
                 total = total + LowRank(change.B * weight, change.A)
-        if total.rank > min(layer.out_features, layer.in_features):
+        if total.rank > min(one.shape):
             total = total.compressed()
-        entry.terms = (total + entry.terms).joined()
+        one.terms = (total + one.terms).joined()

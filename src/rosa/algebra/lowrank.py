@@ -64,6 +64,11 @@ class LowRank:
         )
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the factors."""
+        return self._parts[0][0].dtype
+
+    @property
     def B(self) -> Tensor:
         """The left factor, (out, k)."""
         return self._whole()[0]

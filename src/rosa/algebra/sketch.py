@@ -57,12 +57,24 @@ class Sketch:
                 self.sums[side] = like.new_zeros(width, seen)
 
     def add(self, grad: Tensor, x: Tensor) -> None:
-        """Add a backward pass: the gradient of the outputs (..., out) and the inputs (..., in)."""
+        """Add a backward pass.
+
+        Args:
+            grad: the gradient of the outputs, (..., out).
+            x: the inputs, (..., in); or the indices (...) of inputs that are one-hot.
+        """
         dtype = next(iter(self.tests.values())).dtype
         grad = grad.reshape(-1, grad.shape[-1]).to(dtype)
-        x = x.reshape(-1, x.shape[-1]).to(dtype)
+        one_hot = not x.is_floating_point()
+        x = x.flatten() if one_hot else x.reshape(-1, x.shape[-1]).to(dtype)
         for side, test in self.tests.items():
-            self._add(side, (x @ test).T @ grad if side == "left" else (grad @ test).T @ x)
+            if side == "left":
+                self._add(side, (test[x] if one_hot else x @ test).T @ grad)
+            elif one_hot:
+                sums = torch.zeros_like(self.sums[side])
+                self._add(side, sums.index_add_(1, x, (grad @ test).T))
+            else:
+                self._add(side, (grad @ test).T @ x)
 
     def add_gradient(self, gradient: Tensor) -> None:
         """Add a gradient of the weight itself, (out, in)."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
-from rosa.layers.base import RosaLayer
+from rosa import RosaLayer
 
 MOST_LAYERS = 12  # recorded, spread evenly over the model: an SVD of each at every evaluation
 TOLERANCE = 1e-4  # singular values below this share of the largest do not count for the rank
@@ -83,8 +83,7 @@ def _plain_weight(module: nn.Module) -> Tensor:
 def _change(module: nn.Module, before: Tensor) -> Tensor:
     """What the module's effective weight (out, in) differs by from what it was."""
     if isinstance(module, RosaLayer):  # known exactly
-        change = module.get_delta_weight(module.active_adapters[0]).float()
-        return change.T if module.fan_in_fan_out else change
+        return module.whole_change(module.active_adapters[0]).dense().float().to(before.device)
     if isinstance(module, BaseTunerLayer):
         module = copy.deepcopy(module)  # merging and unmerging would round the weight
         module.merge()

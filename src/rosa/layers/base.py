@@ -1,4 +1,4 @@
-"""The adapted layer: a linear layer whose weight is trained in a random subspace.
+"""`RosaLayer`: PEFT's verbs for one adapted weight. Each ends in bringing it to what is wanted.
 
 The weight in memory is ``W_0 + sum of offsets O`` of the adapters in use, and the forward pass adds
 ``s B A``; see `RosaLayer` for the invariant that every order of calls keeps.
@@ -8,122 +8,130 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from rosa.algebra import subspace
-from rosa.algebra.lowrank import LowRank, full_precision
-from rosa.algebra.sketch import Sketch
+from rosa.algebra.lowrank import LowRank
 from rosa.config import RosaConfig
 from rosa.errors import UserError
-from rosa.layers import drawing, statedict
-from rosa.layers.offset import Offset, OffsetDict
-from rosa.layers.versions import Versions, same_state
+from rosa.layers import statedict
+from rosa.layers.adapter import Adapter
+from rosa.layers.drawing import draw
+from rosa.layers.effective import effective_weight
+from rosa.layers.kind import Kind
+from rosa.layers.offset import OffsetDict
+from rosa.layers.versions import Unchanged
+from rosa.layers.weight import BaseWeight
 
-_HALF = (torch.float16, torch.bfloat16)
 # An offset is compressed when it has this many times the terms that any matrix of its shape needs:
 # not at every resample once it is of full rank, since that costs about as much as a full SVD.
 _MOST_TERMS = 1.5
-SUPPORTED_DTYPES = (*_HALF, torch.float32, torch.float64)
 
 
-class RosaLayer(BaseTunerLayer):
-    """The state of one adapted weight, and every change of it.
+class RosaLayer(nn.Module, BaseTunerLayer, Kind):
+    """The adapters of one weight. A kind of layer (`Kind`) is a subclass that computes with it.
 
-    Invariant: the weight in memory is W_0 plus `in_weight` of every adapter, where W_0 is the
-    pretrained weight. `synchronize` brings `in_weight` to what the layer's state asks for:
+    Invariant: what stands in the weight in memory (`BaseWeight`) is what the layer's state asks
+    for, which `synchronize` brings about:
 
     - merged: the whole change O + s B A of the merged adapters, and nothing of the others;
     - disabled: nothing, so the weight is the pretrained one;
     - else: the offset O of each active adapter; the forward pass adds s B A.
 
-    One adapter's offset goes in and out of a float32 weight without drift: what was added is taken
-    out again, and ((w + o) - o) is reached after the first round and stays (Knuth, The Art of
-    Computer Programming 2, 4.2.2, theorem D). That does not hold for several changes that take
-    turns, nor for the coarse rounding of half precision: there an exact copy of the pretrained
-    weight is kept in main memory while anything stands in the weight, and the weight in memory is
-    always that copy plus what is wanted, rounded once.
+    Args:
+        base_layer: what is adapted; of a kind that `matches`.
+        adapter_name: of its first adapter.
+        config: that adapter's settings.
+        r: its rank here.
+        alpha: its alpha here.
+        name: the module's name in the model, for the draws and for messages.
+        fingerprint: of the pretrained weight, if it is known.
+
+    Attributes:
+        adapters: what each adapter is here, by name.
     """
 
     adapter_layer_names = ("rosa_A", "rosa_B")
-    other_param_names = ("r", "alpha", "scaling", "rosa_dropout", "rosa_config", "rosa_offset")
+    other_param_names = ("rosa_dropout", "rosa_offset")
 
     base_layer: nn.Module
-    rosa_A: nn.ParameterDict
-    rosa_B: nn.ParameterDict
     arrived: statedict.Arrived | None = None  # by state dicts since the layer was last used
     cast_input_dtype_enabled = True  # which `peft.helpers.disable_input_dtype_casting` looks for
     was_called = False
     was_read = False  # its weight's values were, which a model may do instead
 
     def __init__(
-        self, base_layer: nn.Module, name: str, fingerprint: tuple[float, float] | None = None
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: RosaConfig,
+        r: int,
+        alpha: float | None,
+        name: str,
+        fingerprint: tuple[float, float] | None = None,
     ) -> None:
+        super().__init__()
         self.base_layer = base_layer
-        self.name = name  # the module's name in the model: for the draws and for messages
-        self.r: dict[str, int] = {}
-        self.alpha: dict[str, float | None] = {}
-        self.scaling: dict[str, float] = {}
-        self.rosa_config: dict[str, RosaConfig] = {}
+        self.name = name
+        self.adapters: dict[str, Adapter] = {}
         self.rosa_dropout = nn.ModuleDict()
         self.rosa_A = nn.ParameterDict()
         self.rosa_B = nn.ParameterDict()
-        self.rosa_offset = OffsetDict()
+        self.rosa_offset = OffsetDict(self.adapters)
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-
         base = self.get_base_layer()
-        self.fan_in_fan_out = isinstance(base, Conv1D)  # its weight is stored (in, out)
-        self.out_features, self.in_features = self._weight().shape
-        self._pretrained: Tensor | None = None  # the exact copy of W_0 (out, in), where one is kept
-        self._versions = Versions()
-        self._fingerprint = fingerprint
+        self._base_weight = BaseWeight(name, self.view_of(base), fingerprint)
         self.base_fingerprint()
-        self._sketches: dict[str, Sketch] = {}  # of the adapters that are watched
+        self._active_adapter = adapter_name
+        self.register_state_dict_post_hook(statedict.after_save)
+        self.register_load_state_dict_pre_hook(statedict.before_load)
+        self.register_load_state_dict_post_hook(statedict.after_load)
+        self.update_layer(adapter_name, r, alpha, config)
 
     # -- the weight in memory ------------------------------------------------------------------
 
-    def _weight(self) -> Tensor:
-        """The base layer's weight in memory as (out, in): a view, without gradient history."""
-        weight: Tensor = self.get_base_layer().weight.detach()  # type: ignore[assignment]
-        return weight.T if self.fan_in_fan_out else weight
+    @property
+    def base_weight(self) -> BaseWeight:
+        """The weight and what stands in it."""
+        base = self.get_base_layer()
+        if self._base_weight.view.module is not base:  # others have put it in its place
+            self._base_weight.view.module = base
+        return self._base_weight
 
     @property
-    def parameter(self) -> Tensor:
-        """The parameter that the weight in memory is."""
-        return self.get_base_layer().weight  # type: ignore[return-value]
+    def out_features(self) -> int:
+        """The rows of the weight as a matrix."""
+        return self._base_weight.shape[0]
 
-    def _work_dtype(self) -> torch.dtype:
-        stored = self.parameter.dtype
-        return torch.float64 if stored == torch.float64 else torch.float32
+    @property
+    def in_features(self) -> int:
+        """The columns of the weight as a matrix."""
+        return self._base_weight.shape[1]
 
     def base_fingerprint(self) -> tuple[float, float] | None:
         """See `subspace.fingerprint`, of the pretrained weight; None on the meta device."""
         self.settle()
-        if self._fingerprint is None and not self._weight().is_meta:
-            changed = any(self._standing().values())
-            weight = self.pretrained_weight() if changed else self._weight()
-            self._fingerprint = subspace.fingerprint(weight)
-        return self._fingerprint
+        return self.base_weight.fingerprint()
 
-    def _wanted(self, name: str) -> LowRank | None:
+    def pretrained_weight(self) -> Tensor:
+        """W_0 (out, in) in float32 (float64 for a float64 layer): a copy, whatever is in use."""
+        self.settle()
+        return self.base_weight.pretrained()
+
+    def _wanted(self, adapter: Adapter) -> LowRank | None:
         """What of an adapter the layer's state asks for in the weight in memory."""
-        entry = self.rosa_offset[name]
         if self.merged_adapters:
-            if name not in self.merged_adapters:
+            if adapter.name not in self.merged_adapters:
                 return None
-            return entry.in_weight if entry.merged else self.whole_change(name)
-        if self._disable_adapters or name not in self.active_adapters:
+            return self._base_weight.standing[adapter.name] if adapter.merged else adapter.change()
+        if self._disable_adapters or adapter.name not in self.active_adapters:
             return None
-        return entry.terms
-
-    def _standing(self) -> dict[str, LowRank | None]:
-        """What of each adapter stands in the weight in memory."""
-        return {name: entry.in_weight for name, entry in self.rosa_offset.entries.items()}
+        return adapter.terms
 
     @torch.no_grad()
     def synchronize(self, leaving: str | None = None, accept: bool = False) -> None:
@@ -134,46 +142,48 @@ class RosaLayer(BaseTunerLayer):
             accept: what others have written into the weight as a part of W_0, with a warning.
         """
         self._take_account(leaving, accept)
-        entries = self.rosa_offset.entries
-        self._put({name: None if name == leaving else self._wanted(name) for name in entries})
-        for name, entry in entries.items():
-            entry.merged = name in self.merged_adapters and name != leaving
+        wanted = {n: self._wanted(a) for n, a in self.adapters.items() if n != leaving}
+        several = len(self.adapters) > 1 or bool(self.merged_adapters)
+        self.base_weight.put({n: c for n, c in wanted.items() if c is not None}, several)
+        for name, adapter in self.adapters.items():
+            adapter.merged = name in self.merged_adapters and name != leaving
 
-    def _put(self, wanted: Mapping[str, LowRank | None]) -> None:
-        """Let these stand in the weight in memory, and nothing else; all of it or no change."""
-        entries, before = self.rosa_offset.entries, self._standing()
-        if not same_state(before, wanted):
-            weight, parameter = self._weight(), self.parameter
-            check_in_memory(self.name, self.get_base_layer())
-            if self._pretrained is None and self._needs_a_copy(wanted):
-                copy = self.pretrained_weight().to(weight.dtype)
-                self._pretrained = copy.to("cpu", memory_format=torch.contiguous_format)
-            if self._pretrained is None:
-                changed = [name for name in wanted if wanted[name] is not before[name]]
-                steps = [(before[n], -1) for n in changed] + [(wanted[n], +1) for n in changed]
-                steps = [
-                    (_rounded(change, weight), sign)
-                    for change, sign in steps
-                    if change is not None and change.rank
-                ]
-                self._versions.leaving(parameter, before)
-                for change, sign in steps:
-                    weight.add_(change, alpha=sign)
-            else:
-                self._versions.leaving(parameter, before)
-                _write_sum(weight, self._pretrained, wanted.values())
-            for name, entry in entries.items():
-                entry.in_weight = wanted[name]
-            self._versions.arrived(parameter, self._standing())
-        if all(change is None for change in wanted.values()):
-            self._pretrained = None  # the weight itself is the copy
+    def settle(self) -> None:
+        """Take account of what state dicts brought and of what others wrote, before any use.
 
-    def _needs_a_copy(self, wanted: Mapping[str, LowRank | None]) -> bool:
-        """Whether taking out what was added would not give the pretrained weight back for long."""
-        weight = self._weight()
-        something = any(change is not None and change.rank for change in wanted.values())
-        several = len(wanted) > 1 or bool(self.merged_adapters)
-        return something and not weight.is_meta and (several or weight.dtype in _HALF)
+        Raises:
+            UserError: an adapter was loaded in part; or others have written into the weight while
+                an offset stood in it, so that it is not known any more what it holds.
+        """
+        if self.arrived is not None or self.base_weight.is_changed():
+            self.synchronize()
+
+    def _take_account(self, leaving: str | None = None, accept: bool = False) -> None:
+        if self.arrived is not None:
+            statedict.take_all(self, self.arrived, leaving)
+            self.arrived = None
+        if self.base_weight.is_changed():
+            self.base_weight.account_for_writes(accept)
+            self._forget_merges()
+
+    def _forget_merges(self) -> None:
+        for name, adapter in self.adapters.items():
+            adapter.merged &= name in self._base_weight.standing
+
+    @torch.no_grad()
+    def bare(self, overwritten: bool = False) -> None:
+        """Take everything out of the weight in memory, until `synchronize`.
+
+        Args:
+            overwritten: the weight is about to be overwritten: only forget what stands in it.
+        """
+        if overwritten:
+            self.base_weight.overwritten()
+        else:
+            if self.arrived is None:
+                self._take_account()
+            self.base_weight.put({}, several=False)
+        self._forget_merges()
 
     @contextlib.contextmanager
     def _or_as_before(self) -> Iterator[None]:
@@ -187,183 +197,103 @@ class RosaLayer(BaseTunerLayer):
             self._disable_adapters, self._active_adapter = disabled, active
             raise
 
-    @torch.no_grad()
-    def bare(self, overwritten: bool = False) -> None:
-        """Take everything out of the weight in memory, until `synchronize`.
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move or cast the layer; a cast is of the pretrained weight, with nothing else in it."""
+        parameter = self.base_weight.parameter
+        dtype = fn(parameter.detach().new_empty(0)).dtype
+        if dtype == parameter.dtype or self.arrived is not None:
+            super()._apply(fn, recurse)
+            self.base_weight.arrived()
+            return self
+        standing = self.base_weight.standing
+        merged = {name: adapter.merged for name, adapter in self.adapters.items()}
+        self.bare()
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self.base_weight.expect_write()
+            dtype, back = self.base_weight.work_dtype, {}
+            for name, adapter in self.adapters.items():
+                change, own = standing.get(name), standing.get(name) is adapter.terms
+                adapter.terms = adapter.terms.to(dtype=dtype)
+                if change is not None:
+                    back[name] = adapter.terms if own else change.to(dtype=dtype)
+                adapter.merged = merged[name]
+            self.base_weight.put(back, len(self.adapters) > 1 or bool(self.merged_adapters))
+        return self
 
-        Args:
-            overwritten: the weight is about to be overwritten: only forget what stands in it.
-        """
-        if not overwritten:
-            if self.arrived is None:
-                self._take_account()
-            self._put(dict.fromkeys(self.rosa_offset))
-        for entry in self.rosa_offset.entries.values():
-            entry.in_weight, entry.merged = None, False
-        if overwritten:
-            self._pretrained = self._fingerprint = None
-            self.expect_write()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy (deepcopy, pickle): its weight is another tensor, with a count of its own."""
+        super().__setstate__(state)
+        self.base_weight.copied()
 
-    def is_written(self) -> bool:
-        """Whether someone else has written into the weight in memory."""
-        return self._versions.written(self.parameter)
+    def __repr__(self) -> str:
+        return "rosa." + super().__repr__()
 
-    def expect_write(self) -> None:
-        """Let the weight be written to, until `expected_write`."""
-        self._versions = Versions()
+    # -- what it computes ----------------------------------------------------------------------
 
-    def expected_write(self) -> None:
-        """Take note of the weight as it now is."""
-        if self._versions.is_new():
-            self._versions.arrived(self.parameter, self._standing())
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output with the active adapters' part."""
+        raise NotImplementedError
 
-    def settle(self) -> None:
-        """Take account of what state dicts brought and of what others wrote, before any use.
-
-        Raises:
-            UserError: an adapter was loaded in part; or others have written into the weight while
-                an offset stood in it, so that it is not known any more what it holds.
-        """
-        if self.arrived is not None or self._changed_by_others():
+    def _in_use(self, x: Tensor, traced: bool) -> list[Adapter]:
+        """The adapters whose s B A the forward pass adds, after what has to be done before it."""
+        if self.arrived is not None or (not traced and self.base_weight.is_written()):
             self.synchronize()
-
-    def _changed_by_others(self) -> bool:
-        parameter = self.parameter
-        return self._versions.written(parameter) or self._versions.replaced(parameter)
-
-    def _take_account(self, leaving: str | None = None, accept: bool = False) -> None:
-        if self.arrived is not None:
-            statedict.take_all(self, self.arrived, leaving)
-            self.arrived = None
-        if self._changed_by_others():
-            self._account_for_writes(accept)
-            self._versions.arrived(self.parameter, self._standing())
-
-    def _account_for_writes(self, accept: bool) -> None:
-        weight, standing = self._weight(), self._standing()
-        whole = not weight.is_meta and tuple(weight.shape) == (self.out_features, self.in_features)
-        if not whole or hasattr(self.get_base_layer(), "_hf_hook"):
-            return  # sharded or offloaded, and back
-        if self.parameter.requires_grad or not any(standing.values()):
-            self._pretrained = self._fingerprint = None  # what was written is part of it
-        elif self._is_pretrained_with({}):
-            for entry in self.rosa_offset.entries.values():
-                entry.in_weight, entry.merged = None, False
-        elif not self._is_pretrained_with(standing):
-            happened = (
-                f"the weight of layer {self.name} was changed while ROSA's offset stood in it"
-            )
-            if not accept:
+        if not traced and not self.was_called:
+            self.was_called = True
+        if self._disable_adapters and self.merged:
+            self.unmerge()
+        if self._disable_adapters or self.merged:
+            return []
+        active = [self.adapters[name] for name in self.active_adapters if name in self.adapters]
+        for adapter in active:
+            # Torch would compute with whatever lies in memory.
+            if self.rosa_A[adapter.name].is_meta and not x.is_meta:
                 raise UserError(
-                    f"{happened}: by an average over models (EMA, SWA) of several draws, whose "
-                    "factors belong to different subspaces, or by code that writes into weights. "
-                    "Average merged models (rosa.export_merged), or begin a new average after each "
-                    "draw; write into weights inside model.disable_adapter(), which, entered once "
-                    "afterwards, takes what was written for a change of the pretrained weight"
+                    f"the factors of layer {self.name} are not in memory: load the adapter's file "
+                    "first (low_cpu_mem_usage), or use the model without offloading (device_map)"
                 )
-            warnings.warn(
-                f"{happened}: what was written is taken for a change of the pretrained weight",
-                stacklevel=3,
-            )
-            self._pretrained = self._fingerprint = None
+        return active
 
-    def _is_pretrained_with(self, standing: Mapping[str, LowRank | None]) -> bool:
-        """Whether the weight in memory is W_0 with this in it, as far as one can tell."""
-        weight = self._weight()
-        if self._pretrained is not None:
-            expected = torch.empty_like(weight)
-            _write_sum(expected, self._pretrained, standing.values())
-            return torch.equal(weight, expected)
-        if self._fingerprint is None:
-            return any(standing.values())  # nobody knows: what was believed
-        rest = weight.to(self._work_dtype(), copy=True)
-        for change in standing.values():
-            if change is not None and change.rank:
-                rest -= _rounded(change, rest)
-        return subspace.same_fingerprint(subspace.fingerprint(rest), self._fingerprint, 1e-5, 0.0)
-
-    @torch.no_grad()
-    def pretrained_weight(self) -> Tensor:
-        """W_0 (out, in) in float32 (float64 for a float64 layer): a copy, whatever is in use."""
-        self.settle()
-        dtype, weight = self._work_dtype(), self._weight()
-        if self._pretrained is not None:
-            return self._pretrained.to(weight.device, dtype, copy=True)
-        weight = weight.to(dtype, copy=True)
-        for change in self._standing().values():
-            if change is not None and change.rank:
-                weight -= _rounded(change, weight)
-        return weight
+    def _guarded(self, result: Tensor) -> Tensor:
+        """A result that is not gone backward through once the weight has changed."""
+        if self._base_weight.standing and result.requires_grad:
+            return Unchanged.apply(result, self.base_weight.parameter)  # type: ignore[return-value]
+        return result
 
     @property
-    def keeps_a_copy(self) -> bool:
-        """Whether an exact copy of the pretrained weight is kept in main memory."""
-        return self._pretrained is not None
+    def weight(self) -> Tensor:
+        """The weight that the layer computes with, W_0 + O + s B A, for models that read it.
 
-    @torch.no_grad()
-    def give_pretrained_weight(self, state_dict: dict[str, Tensor], prefix: str) -> None:
-        """In a state dict, let W_0 stand where the weight in memory holds more.
-
-        Args:
-            state_dict: the model's, or what is being saved of it; may lack the base weight.
-            prefix: the layer's name in it, with a dot.
+        In the base weight's own shape; gradients reach the factors.
         """
-        key = f"{prefix}base_layer.weight"
-        if key in state_dict and any(self._standing().values()):
-            weight = self._pretrained
-            if weight is None:
-                weight = self.pretrained_weight().to(self.parameter.dtype)
-            state_dict[key] = weight.T.contiguous() if self.fan_in_fan_out else weight
+        self.settle()
+        weight = self.base_weight.parameter
+        if self._disable_adapters or self.merged:
+            return weight
+        transposed = self._base_weight.view.transposed
+        for adapter in map(self.adapters.get, self.active_adapters):
+            if adapter is not None and not adapter.is_on_meta:
+                how = adapter.scaling, transposed, adapter.sketch, self._note_read
+                weight = effective_weight(weight, *adapter.factors, *how)
+        return weight
 
-    @torch.no_grad()
-    def learned(self, adapter: str) -> LowRank:
-        """The current factors' product s B A: a copy, in the offset's dtype, on their device."""
-        dtype = self._work_dtype()
-        b, a = self.rosa_B[adapter].to(dtype), self.rosa_A[adapter].to(dtype, copy=True)
-        return LowRank(b * self.scaling[adapter], a)
+    def _note_read(self) -> None:
+        self.was_read = True
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The adapter's whole change of the weight, in the base weight's own shape."""
+        if adapter not in self.adapters:
+            raise UserError(f"layer {self.name} has no adapter {adapter!r}")
+        base = self.base_weight
+        delta = self.whole_change(adapter).to(base.parameter.device).dense()
+        return base.view.as_stored(delta.to(self.rosa_A[adapter].dtype))
 
     def whole_change(self, adapter: str) -> LowRank:
         """All that the adapter changes about the pretrained weight: O + s B A, in main memory."""
         self.settle()
-        return self.change_of(adapter)
-
-    def change_of(self, adapter: str) -> LowRank:
-        """`whole_change` of a layer that is being settled."""
-        return self.rosa_offset[adapter].terms + self.learned(adapter).to("cpu")
-
-    def drawn(self, adapter: str) -> LowRank | None:
-        """S B A as the factors were last drawn: the offset's last r terms take it out again.
-
-        None where nothing is taken out: the factors were drawn at zero, or with ``init_weights``
-        off, or were not drawn yet.
-        """
-        config, terms, r = (
-            self.rosa_config[adapter],
-            self.rosa_offset[adapter].terms,
-            self.r[adapter],
-        )
-        if config.directions == "zero" or not config.init_weights or terms.rank < r:
-            return None
-        start = terms[-r:]
-        return LowRank(-start.B, start.A)
-
-    def is_untouched(self, adapter: str) -> bool:
-        """Whether the adapter is as it was made: not trained, not resampled, not loaded."""
-        start, draws = self.rosa_offset[adapter].terms, self.rosa_offset[adapter].draws
-        if draws == 0:  # it waits for a file
-            return start.rank == 0
-        now = self.learned(adapter).to("cpu")
-        if start.rank == 0:  # drawn at zero
-            return not now.B.any()
-        return torch.equal(start.A, now.A) and torch.equal(start.B, -now.B)
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """The adapter's whole change of the weight, in the base weight's own shape."""
-        if adapter not in self.rosa_offset:
-            raise UserError(f"layer {self.name} has no adapter {adapter!r}")
-        delta = self.whole_change(adapter).to(self._weight().device).dense()
-        delta = delta.to(self.rosa_A[adapter].dtype)
-        return delta.T if self.fan_in_fan_out else delta
+        return self.adapters[adapter].change()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """True: the change is additive."""
@@ -379,77 +309,36 @@ class RosaLayer(BaseTunerLayer):
         Not drawn are factors on the meta device and those of an adapter made for inference
         (``inference_mode``): both wait for a file. Until then they leave the model as it is.
         """
-        r = min(r, self.in_features, self.out_features)
-        self.r[adapter_name], self.alpha[adapter_name] = r, alpha
-        self.scaling[adapter_name] = 1.0 if alpha is None else alpha / r
-        self.rosa_config[adapter_name] = config
+        out_features, in_features = shape = self._base_weight.shape
+        r = min(r, *shape)
+        self.rosa_A[adapter_name] = nn.Parameter(torch.zeros(r, in_features))
+        self.rosa_B[adapter_name] = nn.Parameter(torch.zeros(out_features, r))
         dropout = nn.Dropout(config.rosa_dropout) if config.rosa_dropout > 0 else nn.Identity()
         self.rosa_dropout[adapter_name] = dropout
-        self.rosa_A[adapter_name] = nn.Parameter(torch.zeros(r, self.in_features))
-        self.rosa_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, r))
-        self.rosa_offset[adapter_name] = Offset(
-            LowRank.zero(self.out_features, self.in_features, self._work_dtype())
-        )
+        how = shape, self.base_weight.work_dtype, (self.rosa_A, self.rosa_B)
+        adapter = Adapter(adapter_name, self.name, config, r, alpha, *how)
+        self.adapters[adapter_name] = adapter
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        on_meta = self.rosa_A[adapter_name].is_meta or self._weight().is_meta
+        on_meta = adapter.is_on_meta or self.base_weight.parameter.is_meta
         if not on_meta and not config.inference_mode:
-            start = self._draw(adapter_name, self.pretrained_weight())
+            start = draw(adapter, self.pretrained_weight(), self._norm())
             if config.init_weights:
-                self.rosa_offset[adapter_name].terms = start.to("cpu")
+                adapter.terms = start.to("cpu")
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    @torch.no_grad()
+    def _norm(self) -> float:
+        norm, _ = self.base_fingerprint() or (0.0, 0.0)
+        return norm
+
     def copy_adapter(self, source: str, target: str) -> None:
         """Make one adapter what another one is: factors, offset and count of draws."""
-        self.rosa_A[target].copy_(self.rosa_A[source])
-        self.rosa_B[target].copy_(self.rosa_B[source])
-        entry, of = self.rosa_offset[target], self.rosa_offset[source]
-        entry.terms, entry.draws = LowRank(of.terms.B.clone(), of.terms.A.clone()), of.draws
+        self.adapters[target].become(self.adapters[source])
         self.synchronize()
-
-    @torch.no_grad()
-    def _draw(self, adapter: str, weight: Tensor, change: LowRank | None = None) -> LowRank:
-        """Draw the factors; returns what takes their product out of the weight.
-
-        Nothing is changed if that fails.
-
-        Args:
-            adapter: whose factors.
-            weight: (out, in), in the work dtype; not changed.
-            change: to be added to the weight first.
-        """
-        config, sketch = self.rosa_config[adapter], self._sketches.pop(adapter, None)
-        a, b = drawing.draw(
-            self, adapter, weight, change, sketch=sketch if config.is_informed else None
-        )
-        self.rosa_A[adapter].copy_(a)
-        self.rosa_B[adapter].copy_(b)
-        self.rosa_offset[adapter].draws += 1
-        # From the factors as they are now stored: their rounding cancels too.
-        drawn = self.learned(adapter)
-        if config.directions == "zero":
-            return LowRank(drawn.B[:, :0], drawn.A[:0])
-        return LowRank(-drawn.B, drawn.A)
 
     def watch(self, adapter: str) -> None:
         """Begin to sum up where the loss gradient lies, in backward passes, until the next draw."""
-        config, entry = self.rosa_config[adapter], self.rosa_offset[adapter]
-        self._sketches[adapter] = Sketch(
-            self.out_features,
-            self.in_features,
-            subspace.rank_of_sides(config.side, self.r[adapter]),
-            # Not the draw's own, which goes on from its beginning.
-            subspace.generator(config.seed, f"{self.name}.{adapter}.watch", entry.draws),
-            like=self._weight().new_empty((), dtype=self._work_dtype()),
-        )
-
-    def forget(self, adapter: str) -> None:
-        """Drop what was summed up since `watch`."""
-        self._sketches.pop(adapter, None)
-
-    def watched(self, adapter: str) -> Sketch | None:
-        """What was summed up since `watch`, if that was called since the last draw."""
-        return self._sketches.get(adapter)
+        base = self.base_weight
+        self.adapters[adapter].watch(base.parameter.new_empty((), dtype=base.work_dtype))
 
     @torch.no_grad()
     def resample(self, adapter: str) -> None:
@@ -459,42 +348,33 @@ class RosaLayer(BaseTunerLayer):
         Parameter objects. Use `rosa.resample`, which also clears the optimizer's state.
         """
         self.settle()
-        factors = self.rosa_A[adapter], self.rosa_B[adapter]
-        before = [factor.detach().clone() for factor in factors]
-        entry = self.rosa_offset[adapter]
-        terms, draws = entry.terms, entry.draws
+        one = self.adapters[adapter]
+        before = [factor.detach().clone() for factor in one.factors]
+        terms, draws = one.terms, one.draws
         try:
-            self._merge_and_draw(adapter)
+            self._merge_and_draw(one)
         except BaseException:  # the layer is as it was
-            for factor, values in zip(factors, before, strict=True):
+            for factor, values in zip(one.factors, before, strict=True):
                 factor.copy_(values)
-            entry.terms, entry.draws = terms, draws
+            one.terms, one.draws = terms, draws
             raise
 
-    def _merge_and_draw(self, adapter: str) -> None:
-        entry, weight = self.rosa_offset[adapter], self._weight()
-        learned = self.learned(adapter)
-        start = self._draw(adapter, weight.to(self._work_dtype()), learned)
+    def _merge_and_draw(self, adapter: Adapter) -> None:
+        base = self.base_weight
+        learned = adapter.learned()
+        start = draw(adapter, base.matrix.to(base.work_dtype), self._norm(), learned)
         change = (learned + start).joined()
-        terms = entry.terms + change.to("cpu")
-        if terms.rank > _MOST_TERMS * min(self.out_features, self.in_features):
-            settled = terms.rank - start.rank  # what was drawn stays last: see `drawn`
+        terms = adapter.terms + change.to("cpu")
+        if terms.rank > _MOST_TERMS * min(base.shape):
+            settled = terms.rank - start.rank  # what was drawn stays last: see `Adapter.drawn`
             terms = terms[:settled].compressed() + terms[settled:]
-        entry.terms = terms
-        if self._pretrained is None and entry.in_weight is not None:
-            # In one pass over the weight: cheaper than the old offset out and the new one in.
-            parameter = self.parameter
-            self._versions.leaving(parameter, self._standing())
-            with full_precision():
-                weight.addmm_(change.B, change.A)
-            entry.in_weight = entry.terms
-            self._versions.arrived(parameter, self._standing())
-        else:
+        adapter.terms = terms
+        # In one pass over the weight: cheaper than the old offset out and the new one in.
+        if not base.add(adapter.name, change, terms):
             self.synchronize()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; nothing of it stays in the weight."""
-        self.forget(adapter_name)
         if adapter_name in self.merged_adapters:
             self.merged_adapters.remove(adapter_name)
         self.synchronize(leaving=adapter_name, accept=True)
@@ -528,14 +408,13 @@ class RosaLayer(BaseTunerLayer):
             ValueError: with `safe_merge`, the merged weight has NaN or infinity.
         """
         names = check_adapters_to_merge(self, adapter_names)
-        names = [name for name in names if name in self.rosa_offset]
+        names = [name for name in names if name in self.adapters]
         if not names:
             return
         if safe_merge:
-            merged = self.pretrained_weight()
-            for name in [*self.merged_adapters, *names]:
-                merged += _rounded(self.whole_change(name), merged)
-            if not torch.isfinite(merged.to(self._weight().dtype)).all():
+            changes = [self.whole_change(name) for name in [*self.merged_adapters, *names]]
+            merged = self.base_weight.with_changes(changes)
+            if not torch.isfinite(merged.to(self.base_weight.parameter.dtype)).all():
                 raise UserError(
                     f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to "
                     f"be broken (layer {self.name}): load an earlier checkpoint"
@@ -565,32 +444,3 @@ class RosaLayer(BaseTunerLayer):
             self._disable_adapters = True
             self.synchronize(accept=True)
         return self.get_base_layer()
-
-
-def check_in_memory(name: str, base: nn.Module) -> None:
-    """Raise ValueError if accelerate has offloaded the weight of a base layer."""
-    if base.weight.is_meta and hasattr(base, "_hf_hook"):  # type: ignore[union-attr]
-        raise UserError(
-            f"the weight of {name} is offloaded by accelerate: ROSA changes weights in memory, so "
-            "load the model without offloading (device_map)"
-        )
-
-
-def _rounded(change: LowRank, weight: Tensor) -> Tensor:
-    """A change as a matrix in a weight's own dtype: taking it out is the opposite of adding it."""
-    return change.to(weight.device).dense().to(weight.dtype)
-
-
-@full_precision()
-def _write_sum(weight: Tensor, pretrained: Tensor, changes: Iterable[LowRank | None]) -> None:
-    """Write the pretrained weight plus changes into a weight, rounded once."""
-    pretrained = pretrained.to(weight.device)
-    found = [change for change in changes if change is not None and change.rank]
-    if len(found) != 1 or weight.dtype in _HALF:
-        total = pretrained.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-        for change in found:
-            total += _rounded(change, total)
-        weight.copy_(total)
-        return
-    (change,) = (change.to(weight.device, weight.dtype) for change in found)
-    torch.addmm(pretrained, change.B, change.A, out=weight)  # one pass over the weight

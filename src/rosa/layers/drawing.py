@@ -1,63 +1,63 @@
-"""How a layer's factors are drawn: by its config, from its weight, and by the gradient it saw."""
+"""How an adapter's factors are drawn: by its config, from the weight, and by the gradient."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+import torch
 from torch import Tensor
 
 from rosa.algebra import subspace
 from rosa.algebra.lowrank import LowRank
-from rosa.algebra.sketch import Sketch
 from rosa.errors import UserError
-
-if TYPE_CHECKING:
-    from rosa.layers.base import RosaLayer
+from rosa.layers.adapter import Adapter
 
 
-def draw(
-    layer: RosaLayer,
-    adapter: str,
-    weight: Tensor,
-    change: LowRank | None = None,
-    *,
-    sketch: Sketch | None,
-) -> tuple[Tensor, Tensor]:
-    """Draw an adapter's factors: A (r, in) and B (out, r). The layer is left as it is.
+@torch.no_grad()
+def draw(adapter: Adapter, weight: Tensor, norm: float, change: LowRank | None = None) -> LowRank:
+    """Draw an adapter's factors; returns what takes their product out of the weight.
+
+    What the adapter's sketch saw is used up. No factor is changed if the draw fails.
 
     Args:
-        layer: its name, the adapter's config and the count of its draws decide.
-        adapter: its name.
-        weight: (out, in), in float32 or float64.
+        adapter: its config and the count of its draws decide.
+        weight: (out, in), in float32 or float64; not changed.
+        norm: the Frobenius norm of the pretrained weight.
         change: to be added to the weight first.
-        sketch: the gradient that was seen; None draws without it.
 
     Raises:
         ValueError: the weight could not be decomposed.
     """
-    config, r = layer.rosa_config[adapter], layer.r[adapter]
-    sides = subspace.rank_of_sides(config.side, r)
-    norm, _ = layer.base_fingerprint() or (0.0, 0.0)
-    draws = layer.rosa_offset[adapter].draws
-    generator = subspace.generator(config.seed, f"{layer.name}.{adapter}", draws)
+    config, sketch, adapter.sketch = adapter.config, adapter.sketch, None
+    sides = subspace.rank_of_sides(config.side, adapter.r)
     known: dict[str, Tensor] = {}
+    if not config.is_informed:
+        sketch = None
     try:
         if sketch is not None:
             known = {side: sketch.directions(side, k) for side, k in sides.items() if k}
-        return subspace.draw(
+        drawn = subspace.draw(
             weight,
-            r,
+            adapter.r,
             directions=config.directions,  # type: ignore[arg-type]  # checked by RosaConfig
-            scaling=layer.scaling[adapter],
+            scaling=adapter.scaling,
             change=change,
             # Of the pretrained weight: the speed of learning does not drift with the training.
             size=subspace.root_mean_square_size(norm, weight.shape),
             sides=None if sketch is None else sides,
             known=known,
-            generator=generator,
+            generator=subspace.generator(
+                config.seed, f"{adapter.layer}.{adapter.name}", adapter.draws
+            ),
         )
     except RuntimeError as error:  # torch.linalg.LinAlgError is one
         raise UserError(
-            f"no subspace of layer {layer.name} could be drawn ({error}): check its weight for "
+            f"no subspace of layer {adapter.layer} could be drawn ({error}): check its weight for "
             "NaN and infinity, or use directions='orthonormal'"
         ) from error
+    for factor, values in zip(adapter.factors, drawn, strict=True):
+        factor.copy_(values)
+    adapter.draws += 1
+    # From the factors as they are now stored: their rounding cancels too.
+    start = adapter.learned()
+    if config.directions == "zero":
+        return LowRank(start.B[:, :0], start.A[:0])
+    return LowRank(-start.B, start.A)

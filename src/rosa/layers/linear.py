@@ -2,159 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
 
 from rosa.algebra.sketch import Watch
-from rosa.config import RosaConfig
-from rosa.errors import UserError
-from rosa.layers import statedict
+from rosa.layers.adapter import Adapter
 from rosa.layers.base import RosaLayer
-from rosa.layers.effective import effective_weight
 from rosa.layers.fused import adapted_linear, can_fuse
 from rosa.layers.tracing import is_traced
-from rosa.layers.versions import Unchanged, Versions
+from rosa.layers.views import MatrixView
+from rosa.layers.weight import SUPPORTED_DTYPES
 
 
-class RosaLinear(nn.Module, RosaLayer):
+class RosaLinear(RosaLayer):
     """ROSA on `nn.Linear` or on transformers' `Conv1D` (a linear layer stored transposed)."""
 
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        config: RosaConfig,
-        r: int,
-        alpha: float | None,
-        name: str,
-        fingerprint: tuple[float, float] | None = None,
-    ) -> None:
-        super().__init__()
-        RosaLayer.__init__(self, base_layer, name, fingerprint)
-        self._active_adapter = adapter_name
-        self.register_state_dict_post_hook(statedict.after_save)
-        self.register_load_state_dict_pre_hook(statedict.before_load)
-        self.register_load_state_dict_post_hook(statedict.after_load)
-        self.update_layer(adapter_name, r, alpha, config)
+    adapts = "torch.nn.Linear, transformers' Conv1D"
+
+    @staticmethod
+    def matches(module: nn.Module) -> bool:
+        """Whether a module is a linear layer."""
+        return isinstance(module, (nn.Linear, Conv1D))
+
+    @staticmethod
+    def is_plain(base: nn.Module) -> bool:
+        """Whether a linear layer computes what one does; a subclass may do something else."""
+        forward = type(base).forward
+        if isinstance(base, NonDynamicallyQuantizableLinear):
+            return False  # attention reads its weight
+        if not isinstance(base, nn.Linear) or forward is nn.Linear.forward or base.weight.is_meta:
+            return True
+        if base.weight.dtype not in SUPPORTED_DTYPES or not base.weight.numel():
+            return True  # refused for that, by name
+        probe = torch.linspace(-1, 1, base.in_features, device=base.weight.device)[None]
+        probe = probe.to(base.weight.dtype)
+        try:
+            with torch.no_grad():
+                found, expected = forward(base, probe), nn.Linear.forward(base, probe)
+        except Exception:  # it wants other arguments
+            return False
+        if not isinstance(found, Tensor) or found.shape != expected.shape:
+            return False
+        eps = torch.finfo(expected.dtype).eps
+        close = float((found - expected).norm()) <= 32 * eps * float(expected.norm())
+        return close or not bool(expected.isfinite().all())  # a broken weight is refused by name
+
+    @staticmethod
+    def numbers(base: nn.Module) -> int | None:
+        """How many numbers the whole weight has."""
+        return base.in_features * base.out_features if isinstance(base, nn.Linear) else None
+
+    @staticmethod
+    def view_of(base: nn.Module) -> MatrixView:
+        """The weight as (out, in), as which Conv1D does not store it."""
+        return MatrixView(base, transposed=isinstance(base, Conv1D))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus ``s B A x`` per active adapter; (..., in) to (..., out)."""
         traced = is_traced()
-        if self.arrived is not None or (not traced and self.is_written()):
-            self.synchronize()
-        if not traced and not self.was_called:
-            self.was_called = True
-        if self._disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        if self.merged:
-            return self.base_layer(x, *args, **kwargs)
-        active = [name for name in self.active_adapters if name in self.rosa_A]
-        for name in active:
-            # Torch would compute with whatever lies in memory.
-            if self.rosa_A[name].is_meta and not x.is_meta:
-                raise UserError(
-                    f"the factors of layer {self.name} are not in memory: load the adapter's file "
-                    "first (low_cpu_mem_usage), or use the model without offloading (device_map)"
-                )
+        active = self._in_use(x, traced)
         if len(active) == 1 and not args and not kwargs and not traced:
-            (name,) = active
-            a, b, dropout = self.rosa_A[name], self.rosa_B[name], self.rosa_dropout[name]
+            (one,) = active
+            (a, b), dropout = one.factors, self.rosa_dropout[one.name]
             if isinstance(dropout, nn.Identity) and can_fuse(self.base_layer, x, a):
-                sketch = self._sketches.get(name)
-                return adapted_linear(self.base_layer, x, a, b, self.scaling[name], sketch)
+                return adapted_linear(self.base_layer, x, a, b, one.scaling, one.sketch)
         result = self._plainly(x, active, *args, **kwargs)
-        if result.requires_grad and not traced:
-            if x.requires_grad and any(self._standing().values()):
-                result = Unchanged.apply(result, self.parameter)
-            for name in active:
-                if name in self._sketches:
-                    result = Watch.apply(result, x, self._sketches[name])
+        if active and result.requires_grad and not traced:
+            if x.requires_grad:
+                result = self._guarded(result)
+            for adapter in active:
+                if adapter.sketch is not None:
+                    result = Watch.apply(result, x, adapter.sketch)
         return result
 
-    def _plainly(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
+    def _plainly(self, x: Tensor, active: list[Adapter], *args: Any, **kwargs: Any) -> Tensor:
         result = self.base_layer(x, *args, **kwargs)
         dtype = result.dtype
-        for name in active:
-            a, b, scaling = self.rosa_A[name], self.rosa_B[name], self.scaling[name]
+        for adapter in active:
+            name, scaling = adapter.name, adapter.scaling
+            a, b = self.rosa_A[name], self.rosa_B[name]
             hidden = F.linear(self.rosa_dropout[name](self._cast_input_dtype(x, a.dtype)), a)
             if scaling != 1.0:
                 hidden = hidden * scaling  # on r numbers a token, not on the layer's whole output
             result = result + F.linear(hidden, b)
         return result.to(dtype)
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight that the layer computes with, W_0 + O + s B A, for models that read it.
-
-        In the base weight's own shape; gradients reach the factors.
-        """
-        self.settle()
-        weight = self.parameter
-        if self._disable_adapters or self.merged:
-            return weight
-        for name in self.active_adapters:
-            if name in self.rosa_A and not self.rosa_A[name].is_meta:
-                a, b, sketch = self.rosa_A[name], self.rosa_B[name], self._sketches.get(name)
-                how = self.scaling[name], self.fan_in_fan_out
-                weight = effective_weight(weight, a, b, *how, sketch, self._note_read)
-        return weight
-
-    def _note_read(self) -> None:
-        self.was_read = True
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move or cast the layer; a cast is of the pretrained weight, with nothing else in it."""
-        parameter, standing = self.parameter, self._standing()
-        dtype = fn(parameter.detach().new_empty(0)).dtype
-        if dtype == parameter.dtype or self.arrived is not None:
-            super()._apply(fn, recurse)
-            self._versions.arrived(self.parameter, standing)
-            return self
-        merged = {name: entry.merged for name, entry in self.rosa_offset.entries.items()}
-        self.bare()
-        try:
-            super()._apply(fn, recurse)
-        finally:
-            self._versions = Versions()
-            back = {}
-            for name, entry in self.rosa_offset.entries.items():
-                own = standing[name] is entry.terms
-                entry.terms = entry.terms.to(dtype=self._work_dtype())
-                change = standing[name]
-                if change is not None:
-                    change = entry.terms if own else change.to(dtype=self._work_dtype())
-                back[name], entry.merged = change, merged[name]
-            with torch.no_grad():
-                self._put(back)
-        return self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of a copy (deepcopy, pickle): its weight is another tensor, with a count of its own."""
-        super().__setstate__(state)
-        self._versions.copied(self.parameter, self._standing())
-
-    def __repr__(self) -> str:
-        return "rosa." + super().__repr__()
-
-
-def rosa_layers(model: nn.Module) -> Iterator[tuple[str, RosaLinear]]:
-    """The adapted layers of a model with their names in it."""
-    for name, module in model.named_modules():
-        if isinstance(module, RosaLinear):
-            yield name, module
-
-
-def layers_of(model: nn.Module, adapter_name: str) -> dict[str, RosaLinear]:
-    """The layers that an adapter is in, by their names in a state dict."""
-    # The keys of a state dict do not have the prefix of an FSDP wrapper, the modules' names do.
-    return {
-        name.removeprefix("_fsdp_wrapped_module."): layer
-        for name, layer in rosa_layers(model)
-        if adapter_name in layer.rosa_offset
-    }

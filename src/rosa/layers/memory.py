@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 import torch
 from torch import Tensor, nn
 
+from rosa.errors import UserError
 from rosa.layers.sharding import is_sharded
 
 
@@ -67,3 +68,12 @@ def _holders(layer: nn.Module) -> tuple[int, int]:
 def _block(weight: Tensor) -> int:
     """The address of the block of memory that a tensor lies in; 0 if it has none."""
     return 0 if weight.is_meta or is_sharded(weight) else weight.untyped_storage().data_ptr()
+
+
+def check_in_memory(name: str, base: nn.Module) -> None:
+    """Raise ValueError if accelerate has offloaded the weight of a base layer."""
+    if base.weight.is_meta and hasattr(base, "_hf_hook"):  # type: ignore[union-attr]
+        raise UserError(
+            f"the weight of {name} is offloaded by accelerate: ROSA changes weights in memory, so "
+            "load the model without offloading (device_map)"
+        )

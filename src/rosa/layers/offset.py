@@ -1,27 +1,17 @@
-"""The offsets of a layer: what each adapter has done to its weight beyond its current factors."""
+"""The offsets of a layer, as a module that state dicts hold."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rosa.algebra.lowrank import LowRank
+from rosa.layers.adapter import Adapter
 
 _PARTS = ("A", "B", "draws")
-
-
-@dataclass
-class Offset:
-    """What one adapter has done to the weight beyond its current factors."""
-
-    terms: LowRank  # the offset O
-    draws: int = 0  # subspaces drawn so far: the whole random state
-    in_weight: LowRank | None = None  # what of this adapter stands in the weight in memory
-    merged: bool = False  # whether that is the whole change O + s B A, not just O
 
 
 class OffsetDict(nn.Module):
@@ -29,31 +19,28 @@ class OffsetDict(nn.Module):
 
     They are needed only when the weight is touched. So they stay in main memory when the model is
     moved, keep their precision when it is cast, and are not broadcast by data-parallel wrappers.
+
+    Args:
+        adapters: the layer's, by name; PEFT's deletion takes them out here.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, adapters: dict[str, Adapter]) -> None:
         super().__init__()
-        self.entries: dict[str, Offset] = {}
+        self.adapters = adapters
         self._pieces: dict[str, dict[str, Tensor]] = {}  # of offsets that state dicts bring in part
 
-    def __getitem__(self, adapter: str) -> Offset:
-        return self.entries[adapter]
-
-    def __setitem__(self, adapter: str, entry: Offset) -> None:
-        self.entries[adapter] = entry
-
     def __delitem__(self, adapter: str) -> None:
-        del self.entries[adapter]
+        del self.adapters[adapter]
         self._pieces.pop(adapter, None)
 
     def __contains__(self, adapter: object) -> bool:
-        return adapter in self.entries
+        return adapter in self.adapters
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
+        return iter(self.adapters)
 
     def __getattr__(self, name: str) -> Any:
-        if name in self.__dict__.get("entries", ()):
+        if name in self.__dict__.get("adapters", ()):
             # Where transformers' own loading of an adapter's folder looks for a place to put O.
             raise NotImplementedError(
                 "a ROSA adapter is loaded by PEFT: PeftModel.from_pretrained(base_model, folder) "
@@ -63,23 +50,20 @@ class OffsetDict(nn.Module):
 
     def keys(self) -> list[str]:
         """The names of the adapters."""
-        return list(self.entries)
+        return list(self.adapters)
 
     def extra_repr(self) -> str:
         """The adapters and the rank of their offsets."""
-        return ", ".join(f"{name}: rank {e.terms.rank}" for name, e in self.entries.items())
+        return ", ".join(f"{name}: rank {a.terms.rank}" for name, a in self.adapters.items())
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        for adapter, entry in self.entries.items():
-            key = f"{prefix}{adapter}."
-            destination[f"{key}A"] = entry.terms.A
-            destination[f"{key}B"] = entry.terms.B
-            destination[f"{key}draws"] = torch.tensor(entry.draws)
-            # Only of use beside the base weight, to know what of the adapter is in it.
-            mark = 0 if entry.in_weight is None else 2 if entry.merged else 1
-            destination[f"{key}in_weight"] = torch.tensor(mark)
+        for name, adapter in self.adapters.items():
+            key = f"{prefix}{name}."
+            destination[f"{key}A"] = adapter.terms.A
+            destination[f"{key}B"] = adapter.terms.B
+            destination[f"{key}draws"] = torch.tensor(adapter.draws)
 
     def _load_from_state_dict(
         self,
@@ -91,23 +75,23 @@ class OffsetDict(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        for adapter, entry in self.entries.items():
-            key = f"{prefix}{adapter}."
-            there = {name for name in _PARTS if f"{key}{name}" in state_dict}
-            missing_keys.extend(f"{key}{name}" for name in _PARTS if name not in there)
-            pieces = self._pieces.setdefault(adapter, {})
-            pieces.update({name: state_dict[f"{key}{name}"].detach().cpu() for name in there})
+        for name, adapter in self.adapters.items():
+            key = f"{prefix}{name}."
+            there = {part for part in _PARTS if f"{key}{part}" in state_dict}
+            missing_keys.extend(f"{key}{part}" for part in _PARTS if part not in there)
+            pieces = self._pieces.setdefault(name, {})
+            pieces.update({part: state_dict[f"{key}{part}"].detach().cpu() for part in there})
             if len(pieces) < len(_PARTS):
                 continue
-            a, b, draws = (pieces[name] for name in _PARTS)
-            del self._pieces[adapter]
-            like = entry.terms
-            if a.shape[1] != like.A.shape[1] or b.shape[0] != like.B.shape[0]:
+            a, b, draws = (pieces[part] for part in _PARTS)
+            del self._pieces[name]
+            out_features, in_features = adapter.shape
+            if a.shape[1] != in_features or b.shape[0] != out_features:
                 error_msgs.append(
                     f"{key}: the offset in the file is for a weight of shape "
-                    f"({b.shape[0]}, {a.shape[1]}), the layer's is "
-                    f"({like.B.shape[0]}, {like.A.shape[1]})"
+                    f"({b.shape[0]}, {a.shape[1]}), the layer's is ({out_features}, {in_features})"
                 )
                 continue
-            entry.terms = LowRank(b.to(like.B.dtype).clone(), a.to(like.A.dtype).clone())
-            entry.draws = int(draws)
+            dtype = adapter.terms.dtype
+            adapter.terms = LowRank(b.to(dtype).clone(), a.to(dtype).clone())
+            adapter.draws = int(draws)

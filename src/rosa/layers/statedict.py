@@ -11,17 +11,46 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from enum import IntEnum
+from typing import Any, Protocol
 
 import torch
 
 from rosa.errors import UserError
-
-if TYPE_CHECKING:
-    from rosa.layers.base import RosaLayer
-    from rosa.layers.linear import RosaLinear
+from rosa.layers.adapter import Adapter
+from rosa.layers.weight import BaseWeight
 
 _PARTS = ("rosa_A.{}", "rosa_B.{}", "rosa_offset.{}.A", "rosa_offset.{}.B", "rosa_offset.{}.draws")
+
+
+class Mark(IntEnum):
+    """What of an adapter is in the base weight beside it."""
+
+    NOTHING = 0
+    OFFSET = 1
+    WHOLE = 2
+
+
+class Stateful(Protocol):
+    """What is needed of a layer here; `RosaLayer` is one."""
+
+    name: str
+    adapters: dict[str, Adapter]
+    arrived: Arrived | None
+
+    @property
+    def base_weight(self) -> BaseWeight:
+        """The weight and what stands in it."""
+        ...
+
+    def settle(self) -> None:
+        """Take account of what arrived and of what others wrote."""
+
+    def synchronize(self) -> None:
+        """Bring the weight to what the layer's state asks for."""
+
+    def bare(self, overwritten: bool = False) -> None:
+        """Take everything out of the weight."""
 
 
 @dataclass
@@ -31,7 +60,7 @@ class Arrived:
     weight: bool = False
     parts: dict[str, set[str]] = field(default_factory=dict)  # by adapter
     perhaps: dict[str, set[str]] = field(default_factory=dict)  # were there, maybe as they were
-    marks: dict[str, int] = field(default_factory=dict)  # 1: the offset is in it, 2: s B A too
+    marks: dict[str, Mark] = field(default_factory=dict)
 
     def lacks(self, adapter: str) -> bool:
         """Whether a part of an adapter has come and another one has not."""
@@ -44,14 +73,29 @@ class Arrived:
         return whole and self.weight == bool(self.marks)  # what is saved whole has both
 
 
-def after_save(layer: RosaLinear, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+def after_save(layer: Stateful, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
     """A state dict hook: give the pretrained weight where that is known exactly, or asked for.
 
     The state dict of a module inside a PeftModel is how PEFT reads the base model's weights. That
     of the whole PeftModel keeps the weight in memory, without a copy, unless one is kept anyway.
     """
-    if layer.arrived is not None:
-        return  # nothing stands in the weight
+    standing = layer.base_weight.standing
+    marks = {
+        name: Mark.NOTHING
+        if name not in standing
+        else Mark.WHOLE
+        if adapter.merged
+        else Mark.OFFSET
+        for name, adapter in layer.adapters.items()
+    }
+    if layer.arrived is None and _gives_pretrained(layer, prefix):
+        give_pretrained(layer, state_dict, prefix)
+        marks = dict.fromkeys(marks, Mark.NOTHING)
+    for name, mark in marks.items():
+        state_dict[f"{prefix}rosa_offset.{name}.in_weight"] = torch.tensor(int(mark))
+
+
+def _gives_pretrained(layer: Stateful, prefix: str) -> bool:
     of_the_base = "base_model.model." not in prefix
     try:
         layer.settle()
@@ -60,56 +104,68 @@ def after_save(layer: RosaLinear, state_dict: dict[str, Any], prefix: str, _: An
             raise
         # PEFT asks for it too when it is about to load other weights, and needs the names.
         warnings.warn(f"{prefix}base_layer.weight is as it lies in memory: {error}", stacklevel=2)
-        return
-    if of_the_base or layer.keeps_a_copy:
-        layer.give_pretrained_weight(state_dict, prefix)
-        for adapter in layer.rosa_offset:
-            state_dict[f"{prefix}rosa_offset.{adapter}.in_weight"] = torch.tensor(0)
+        return False
+    return of_the_base or layer.base_weight.keeps_a_copy
 
 
-def before_load(layer: RosaLinear, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def give_pretrained(layer: Stateful, state_dict: dict[str, Any], prefix: str) -> None:
+    """In a state dict, let W_0 stand where the weight in memory holds more.
+
+    Args:
+        layer: whose weight it is.
+        state_dict: the model's, or what is being saved of it; may lack the base weight.
+        prefix: the layer's name in it, with a dot.
+    """
+    key = f"{prefix}base_layer.weight"
+    if key in state_dict and layer.base_weight.standing:
+        state_dict[key] = layer.base_weight.pretrained_as_stored()
+
+
+def before_load(layer: Stateful, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """A hook before loading: take the offsets out of the weight, and note what arrives.
 
     Some loaders (torch.distributed.checkpoint's, which Accelerate calls) copy values into the
     parameters themselves and then hand on all of these: what is in memory already has come only
     if it was written to.
     """
-    weight, parameter = state_dict.get(f"{prefix}base_layer.weight"), layer.parameter
+    base = layer.base_weight
+    weight, parameter = state_dict.get(f"{prefix}base_layer.weight"), base.parameter
     in_place = weight is not None and _same_memory(weight, parameter)
     brings_weight = weight is not None and weight.shape == parameter.shape
-    brings_weight &= not in_place or layer.is_written()
+    brings_weight &= not in_place or base.is_written()
     arrived = layer.arrived or Arrived()
-    for adapter in layer.rosa_offset:
-        factors = {"rosa_A.{}": layer.rosa_A[adapter], "rosa_B.{}": layer.rosa_B[adapter]}
+    for name, adapter in layer.adapters.items():
+        factors = dict(zip(_PARTS, adapter.factors, strict=False))
         for part in _PARTS:
-            value = state_dict.get(prefix + part.format(adapter))
+            value = state_dict.get(prefix + part.format(name))
             if value is not None:
                 known = part in factors and _same_memory(value, factors[part])
                 into = arrived.perhaps if known else arrived.parts
-                into.setdefault(adapter, set()).add(part)
-        mark = state_dict.get(f"{prefix}rosa_offset.{adapter}.in_weight")
+                into.setdefault(name, set()).add(part)
+        mark = state_dict.get(f"{prefix}rosa_offset.{name}.in_weight")
         if mark is not None:
-            arrived.marks[adapter] = int(mark)
+            arrived.marks[name] = Mark(int(mark))
     arrived.weight |= brings_weight
     if arrived.weight or arrived.parts or arrived.marks:
         layer.bare(overwritten=brings_weight)
         layer.arrived = arrived
     if in_place:
-        layer.expect_write()
+        base.expect_write()
 
 
 def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
     return not one.is_meta and one.data_ptr() == other.data_ptr() and one.shape == other.shape
 
 
-def after_load(layer: RosaLinear, _: Any) -> None:
+def after_load(layer: Stateful, _: Any) -> None:
     """A hook after loading: put the offsets back in, unless more is to come."""
-    layer.expected_write()
-    if layer.arrived is not None and layer.arrived.is_whole(list(layer.rosa_offset)):
+    if layer.base_weight.expects_write():
+        layer.base_weight.arrived()
+    if layer.arrived is not None and layer.arrived.is_whole(list(layer.adapters)):
         layer.synchronize()
 
 
-def take_all(layer: RosaLayer, arrived: Arrived, leaving: str | None = None) -> None:
+def take_all(layer: Stateful, arrived: Arrived, leaving: str | None = None) -> None:
     """Take what has arrived for all there is; raise UserError if an adapter has come in part.
 
     Args:
@@ -117,7 +173,7 @@ def take_all(layer: RosaLayer, arrived: Arrived, leaving: str | None = None) -> 
         arrived: to it.
         leaving: an adapter that is being deleted and need not be whole.
     """
-    for adapter in layer.rosa_offset:
+    for adapter in layer.adapters:
         if arrived.lacks(adapter) and adapter != leaving:
             there = [part.format(adapter) for part in sorted(arrived.parts[adapter])]
             raise UserError(
@@ -126,9 +182,11 @@ def take_all(layer: RosaLayer, arrived: Arrived, leaving: str | None = None) -> 
                 "compute something else. Load a state dict that has them all (model.state_dict(), "
                 "or peft's get_peft_model_state_dict), also after the adapter was drawn again"
             )
-    if arrived.weight:
-        for adapter, entry in layer.rosa_offset.entries.items():
-            mark = arrived.marks.get(adapter, 0)
-            if mark:
-                entry.in_weight = entry.terms if mark == 1 else layer.change_of(adapter)
-                entry.merged = mark == 2
+    if not arrived.weight:
+        return
+    standing = dict(layer.base_weight.standing)
+    for name, adapter in layer.adapters.items():
+        if mark := arrived.marks.get(name, Mark.NOTHING):
+            standing[name] = adapter.terms if mark is Mark.OFFSET else adapter.change()
+            adapter.merged = mark is Mark.WHOLE
+    layer.base_weight.standing = standing

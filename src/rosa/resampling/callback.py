@@ -11,18 +11,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from rosa.errors import UserError, UserTypeError
+from rosa.layers.adapter import Adapter
+from rosa.resampling.active import active_adapters
 from rosa.resampling.counting import ItemCounter
 from rosa.resampling.decay import DecayTowardDrawn
 from rosa.resampling.moments import check_moments
-from rosa.resampling.resample import (
-    Job,
-    check,
-    check_state,
-    factors_of,
-    is_informed,
-    resample,
-    watch,
-)
+from rosa.resampling.resample import resample, states_to_keep
+from rosa.resampling.watching import watch
 
 ITEMS_A_NUMBER, SHORTEST_ROUND = 2, 64
 """What "auto" goes by: items that a trained number is shown before the next draw, and the fewest
@@ -93,7 +88,7 @@ class RosaCallback(TrainerCallback, ExportableState):
         self._last_step = -1
         self._decay: DecayTowardDrawn | None = None
         self._counter: ItemCounter | None = None
-        self._jobs: list[Job] = []
+        self._adapters: list[Adapter] = []
         self._stepped = 0  # in this process
 
     def state(self) -> dict[str, Any]:
@@ -108,8 +103,9 @@ class RosaCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Check model and optimizer before any work, and fix the period in steps."""
         self.on_train_end()
-        self._jobs = check(kwargs["model"], kwargs.get("optimizer"))
-        check_state(self.moments, kwargs.get("optimizer"), self._jobs)
+        found = active_adapters(kwargs["model"], kwargs.get("optimizer"))
+        states_to_keep(self.moments, kwargs.get("optimizer"), found)
+        self._adapters = [active.adapter for active in found]
         self._stepped = 0
         self._last_step, self._draw_at = -1, None
         before = self._before(state)
@@ -122,7 +118,7 @@ class RosaCallback(TrainerCallback, ExportableState):
             self.period = self._period_in_steps(args, kwargs.get("train_dataloader"))
         self._plan(state.max_steps)
         if kwargs.get("optimizer") is not None:
-            self._decay = DecayTowardDrawn(kwargs["optimizer"], self._jobs)
+            self._decay = DecayTowardDrawn(kwargs["optimizer"], self._adapters)
 
     def _before(self, state: TrainerState) -> dict[str, Any]:
         """What the checkpoint that is gone on from holds, if it does."""
@@ -159,7 +155,7 @@ class RosaCallback(TrainerCallback, ExportableState):
     def _plan(self, steps: int) -> None:
         """Find the step of the first draw, and how many are watched."""
         self._first, self._watched = self.period, 0
-        if any(map(is_informed, self._jobs)):
+        if any(adapter.config.is_informed for adapter in self._adapters):
             soon = min(FIRST, max(steps // 10, WATCHED))
             shortest = SHORTEST_ROUND if self.every == "auto" else self.period
             half = soon if shortest is None else max(shortest // 2, 1)
@@ -204,25 +200,25 @@ class RosaCallback(TrainerCallback, ExportableState):
         """Name the layers that the first step did not use; find auto's period after a few."""
         self._stepped += 1
         if self._stepped == 1:
-            _warn_of_idle(self._jobs)
+            _warn_of_idle(self._adapters)
         if self._stepped == COUNTED and self._counter is not None:
             counted, self._counter = self._counter.stop() / COUNTED, None
             examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-            numbers = sum(f.numel() for _, layer, a in self._jobs for f in factors_of(layer, a))
+            numbers = sum(f.numel() for adapter in self._adapters for f in adapter.factors)
             wanted = math.ceil(ITEMS_A_NUMBER * numbers / (counted or examples))
             self.period = max(wanted, SHORTEST_ROUND)
             self._plan(state.max_steps)
 
 
-def _warn_of_idle(jobs: list[Job]) -> None:
+def _warn_of_idle(adapters: list[Adapter]) -> None:
     idle = [
-        layer.name
-        for _, layer, adapter in jobs
-        if all(f.requires_grad and f.grad is None for f in factors_of(layer, adapter))
+        adapter.layer
+        for adapter in adapters
+        if all(f.requires_grad and f.grad is None for f in adapter.factors)
     ]
-    if 0 < len(idle) < len(jobs):  # where none has a gradient, it is kept elsewhere
+    if 0 < len(idle) < len(adapters):  # where none has a gradient, it is kept elsewhere
         warnings.warn(
-            f"{len(idle)} of {len(jobs)} adapted layers got no gradient in the first step, "
+            f"{len(idle)} of {len(adapters)} adapted layers got no gradient in the first step, "
             f"such as {', '.join(idle[:3])}: the model does not use them for these inputs "
             "(experts or a branch that was not taken), or uses them in a way that ROSA cannot "
             "see. Unless that is so, leave them out with exclude_modules",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from rosa.layers.linear import RosaLinear
+from rosa.layers.adapter import Adapter
 from rosa.resampling.optimizers import stepping
 
 
@@ -28,19 +28,15 @@ class DecayTowardDrawn:
     Args:
         optimizer: see `rosa.resample`. One whose weight decay goes through the gradient
             (Adam, SGD), or is unknown, is left as it is, with a warning if it decays the factors.
-        jobs: (name, layer, adapter) of what is trained.
+        adapters: that are trained.
     """
 
-    def __init__(self, optimizer: Any, jobs: list[tuple[str, RosaLinear, str]]) -> None:
-        factors = [f for _, layer, a in jobs for f in (layer.rosa_A[a], layer.rosa_B[a])]
+    def __init__(self, optimizer: Any, adapters: list[Adapter]) -> None:
+        factors = [factor for adapter in adapters for factor in adapter.factors]
         held = {id(factor) for factor in factors}
         optimizers = [one for one in stepping(optimizer, factors) if _decaying(one, held)]
         decayed = {i for one in optimizers for group in _decaying(one, held) for i in _ids(group)}
-        self._layers = [
-            (layer, adapter)
-            for _, layer, adapter in jobs
-            if decayed & {id(layer.rosa_A[adapter]), id(layer.rosa_B[adapter])}
-        ]
+        self._adapters = [a for a in adapters if decayed & set(map(id, a.factors))]
         self._drawn: dict[nn.Parameter, Tensor] = {}
         unknown = [one for one in optimizers if not _is_decoupled(one)]
         if unknown:
@@ -50,9 +46,9 @@ class DecayTowardDrawn:
                 "part of the pretrained weight: use torch's AdamW, or no weight decay",
                 stacklevel=2,
             )
-            self._layers = []
+            self._adapters = []
         self._hooks = [
-            one.register_step_post_hook(self._give_back) for one in optimizers if self._layers
+            one.register_step_post_hook(self._give_back) for one in optimizers if self._adapters
         ]
         self.refresh()
 
@@ -60,11 +56,11 @@ class DecayTowardDrawn:
     def refresh(self) -> None:
         """Take note of what was drawn; to be called after every draw."""
         self._drawn = {}
-        for layer, adapter in self._layers:
-            a, b = layer.rosa_A[adapter], layer.rosa_B[adapter]
-            if (drawn := layer.drawn(adapter)) is not None:
+        for adapter in self._adapters:
+            a, b = adapter.factors
+            if (drawn := adapter.drawn()) is not None:
                 self._drawn[a] = drawn.A.to(a)
-                self._drawn[b] = drawn.B.to(b) / layer.scaling[adapter]
+                self._drawn[b] = drawn.B.to(b) / adapter.scaling
 
     @torch.no_grad()
     def _give_back(self, optimizer: Optimizer, *_: Any) -> None:

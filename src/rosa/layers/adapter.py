@@ -1,0 +1,119 @@
+"""One adapter on one weight: its settings, its factors, and what it has done to the weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rosa.algebra import subspace
+from rosa.algebra.lowrank import LowRank
+from rosa.algebra.sketch import Sketch
+from rosa.config import RosaConfig
+
+
+class Adapter:
+    """An adapter's part in one layer: it adds O + s B A to the weight.
+
+    Args:
+        name: the adapter's.
+        layer: the layer's name in the model, for the draws and for messages.
+        config: its settings.
+        r: the rank here.
+        alpha: for the scaling; None scales by 1.
+        shape: of the weight, (out, in).
+        dtype: of the offset.
+        factors: the layer's dictionaries of A (r, in) and B (out, r), which hold the Parameters.
+
+    Attributes:
+        scaling: the factor s.
+        terms: the offset O, what earlier draws have done to the weight less what was taken out.
+        draws: subspaces drawn so far: the whole random state.
+        merged: whether the whole change O + s B A stands in the weight in memory.
+        sketch: where the gradient lies, while that is watched.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        layer: str,
+        config: RosaConfig,
+        r: int,
+        alpha: float | None,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        factors: tuple[nn.ParameterDict, nn.ParameterDict],
+    ) -> None:
+        self.name, self.layer, self.config = name, layer, config
+        self.r, self.alpha = r, alpha
+        self.scaling = 1.0 if alpha is None else alpha / r
+        self.shape = shape
+        self.terms = LowRank.zero(*shape, dtype)
+        self.draws = 0
+        self.merged = False
+        self.sketch: Sketch | None = None
+        self._factors = factors
+
+    @property
+    def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """A (r, in) and B (out, r)."""
+        of_a, of_b = self._factors
+        return of_a[self.name], of_b[self.name]
+
+    @property
+    def is_on_meta(self) -> bool:
+        """Whether the factors have no memory yet."""
+        return self.factors[0].is_meta
+
+    @torch.no_grad()
+    def learned(self) -> LowRank:
+        """The current factors' product s B A: a copy, in the offset's dtype, on their device."""
+        a, b = self.factors
+        dtype = self.terms.dtype
+        return LowRank(b.to(dtype) * self.scaling, a.to(dtype, copy=True))
+
+    def change(self) -> LowRank:
+        """All that the adapter changes about the pretrained weight: O + s B A, in main memory."""
+        return self.terms + self.learned().to("cpu")
+
+    def drawn(self) -> LowRank | None:
+        """S B A as the factors were last drawn: the offset's last r terms take it out again.
+
+        None where nothing is taken out: the factors were drawn at zero, or with ``init_weights``
+        off, or were not drawn yet.
+        """
+        config, terms, r = self.config, self.terms, self.r
+        if config.directions == "zero" or not config.init_weights or terms.rank < r:
+            return None
+        start = terms[-r:]
+        return LowRank(-start.B, start.A)
+
+    def is_untouched(self) -> bool:
+        """Whether the adapter is as it was made: not trained, not resampled, not loaded."""
+        if self.draws == 0:  # it waits for a file
+            return self.terms.rank == 0
+        now = self.learned().to("cpu")
+        if self.terms.rank == 0:  # drawn at zero
+            return not now.B.any()
+        return torch.equal(self.terms.A, now.A) and torch.equal(self.terms.B, -now.B)
+
+    @torch.no_grad()
+    def become(self, other: Adapter) -> None:
+        """Be what another adapter of the same rank is: factors, offset and count of draws."""
+        for factor, values in zip(self.factors, other.factors, strict=True):
+            factor.copy_(values)
+        self.terms = LowRank(other.terms.B.clone(), other.terms.A.clone())
+        self.draws = other.draws
+
+    def watch(self, like: Tensor) -> None:
+        """Begin to sum up where the loss gradient lies, in backward passes, until the next draw.
+
+        Args:
+            like: a tensor of the precision and on the device to sum in.
+        """
+        self.sketch = Sketch(
+            *self.shape,
+            subspace.rank_of_sides(self.config.side, self.r),
+            # Not the draw's own, which goes on from its beginning.
+            subspace.generator(self.config.seed, f"{self.layer}.{self.name}.watch", self.draws),
+            like=like,
+        )

@@ -1,0 +1,62 @@
+"""The adapted embedding: `nn.Embedding`, a linear layer of one-hot inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rosa.algebra.sketch import Watch
+from rosa.layers.base import RosaLayer
+from rosa.layers.tracing import is_traced
+from rosa.layers.views import MatrixView
+
+
+class RosaEmbedding(RosaLayer):
+    """ROSA on `nn.Embedding`: A is (r, entries), B is (width, r)."""
+
+    adapts = "torch.nn.Embedding"
+    lora_names = ("lora_embedding_A", "lora_embedding_B")
+
+    @staticmethod
+    def matches(module: nn.Module) -> bool:
+        """Whether a module is an embedding."""
+        return isinstance(module, nn.Embedding)
+
+    @staticmethod
+    def is_plain(base: nn.Module) -> bool:
+        """Whether an embedding hands out its rows as they are, and leaves its weight alone."""
+        assert isinstance(base, nn.Embedding)
+        as_they_are = type(base).forward is nn.Embedding.forward
+        return as_they_are and base.max_norm is None and not base.scale_grad_by_freq
+
+    @staticmethod
+    def numbers(base: nn.Module) -> int | None:
+        """How many numbers the whole weight has."""
+        assert isinstance(base, nn.Embedding)
+        return base.num_embeddings * base.embedding_dim
+
+    @staticmethod
+    def view_of(base: nn.Module) -> MatrixView:
+        """The weight as (width, entries), as which it would be multiplied with one-hot inputs."""
+        return MatrixView(base, transposed=True)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The rows of W + s B A, transposed, that indices (...) name: (..., width)."""
+        traced = is_traced()
+        active = self._in_use(x, traced)
+        result = self.base_layer(x, *args, **kwargs)
+        dtype = result.dtype
+        for adapter in active:
+            a, b = self.rosa_A[adapter.name], self.rosa_B[adapter.name]
+            hidden = F.embedding(x, a.T) * adapter.scaling
+            # Dropout as of a linear layer's inputs: of whole rows here.
+            keep = self.rosa_dropout[adapter.name](hidden.new_ones(*x.shape, 1))
+            result = result + F.linear(hidden * keep, b)
+        result = result.to(dtype)
+        if result.requires_grad and not traced:
+            for adapter in active:
+                if adapter.sketch is not None:
+                    result = Watch.apply(result, x, adapter.sketch)
+        return result

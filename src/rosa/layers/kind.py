@@ -1,0 +1,42 @@
+"""What a kind of layer says of the modules that it adapts: the seam for a new one."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar
+
+from torch import nn
+
+from rosa.layers.views import MatrixView
+
+
+class Kind:
+    """A kind of layer, as its class says it.
+
+    Attributes:
+        adapts: the classes that it adapts, for messages.
+        lora_names: how a file of PEFT's LoRA calls the factors of such a layer.
+    """
+
+    adapts: ClassVar[str]
+    lora_names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
+
+    @staticmethod
+    @abstractmethod
+    def matches(module: nn.Module) -> bool:
+        """Whether a module is of this kind."""
+
+    @staticmethod
+    @abstractmethod
+    def is_plain(base: nn.Module) -> bool:
+        """Whether a module that matches computes what its kind does; a subclass may not."""
+
+    @staticmethod
+    @abstractmethod
+    def numbers(base: nn.Module) -> int | None:
+        """How many numbers the weight of a module has when it is whole, if the module says it."""
+
+    @staticmethod
+    @abstractmethod
+    def view_of(base: nn.Module) -> MatrixView:
+        """A module's weight as a matrix (out, in)."""

@@ -1,0 +1,273 @@
+"""A pretrained weight, and the changes that stand in its memory."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from rosa.algebra import subspace
+from rosa.algebra.lowrank import LowRank, full_precision
+from rosa.errors import UserError
+from rosa.layers.memory import check_in_memory
+from rosa.layers.versions import Versions, same_state
+from rosa.layers.views import MatrixView
+
+_HALF = (torch.float16, torch.bfloat16)
+SUPPORTED_DTYPES = (*_HALF, torch.float32, torch.float64)
+
+
+class BaseWeight:
+    """A weight in memory that is W_0 plus the changes that stand in it; W_0 is never lost.
+
+    One change goes in and out of a float32 weight without drift: what was added is taken out again,
+    and ((w + o) - o) is reached after the first round and stays (Knuth, The Art of Computer
+    Programming 2, 4.2.2, theorem D). That does not hold for several changes that take turns, nor
+    for the coarse rounding of half precision: there an exact copy of the pretrained weight is kept
+    in main memory while anything stands in the weight, and the weight in memory is always that
+    copy plus what is wanted, rounded once.
+
+    Args:
+        name: the layer's, for messages.
+        view: the weight as a matrix (out, in).
+        fingerprint: see `subspace.fingerprint`, if it is known.
+
+    Attributes:
+        standing: the changes that stand in the weight in memory, by name.
+    """
+
+    def __init__(
+        self, name: str, view: MatrixView, fingerprint: tuple[float, float] | None = None
+    ) -> None:
+        self.name = name
+        self.view = view
+        out_features, in_features = view.matrix.shape
+        self.shape = out_features, in_features
+        self.standing: dict[str, LowRank] = {}
+        self._copy: Tensor | None = None  # the exact copy of W_0 (out, in), where one is kept
+        self._versions = Versions()
+        self._fingerprint = fingerprint
+
+    @property
+    def parameter(self) -> Tensor:
+        """The parameter that the weight in memory is."""
+        return self.view.parameter
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight in memory as (out, in): a view, without gradient history."""
+        return self.view.matrix
+
+    @property
+    def work_dtype(self) -> torch.dtype:
+        """The precision to compute with it in: float64 for float64, else float32."""
+        return torch.float64 if self.parameter.dtype == torch.float64 else torch.float32
+
+    def fingerprint(self) -> tuple[float, float] | None:
+        """See `subspace.fingerprint`, of the pretrained weight; None on the meta device."""
+        if self._fingerprint is None and not self.parameter.is_meta:
+            weight = self.pretrained() if self.standing else self.matrix
+            self._fingerprint = subspace.fingerprint(weight)
+        return self._fingerprint
+
+    # -- what stands in it ---------------------------------------------------------------------
+
+    @torch.no_grad()
+    def put(self, wanted: Mapping[str, LowRank], several: bool) -> None:
+        """Let these stand in the weight in memory, and nothing else; all of it or no change.
+
+        Args:
+            wanted: the changes, by name.
+            several: whether different changes take turns, so that an exact copy is needed.
+        """
+        before = self.standing
+        if not same_state(before, wanted):
+            weight = self.matrix
+            check_in_memory(self.name, self.view.module)
+            if self._copy is None and self._needs_a_copy(wanted, several):
+                copy = self.pretrained().to(weight.dtype)
+                self._copy = copy.to("cpu", memory_format=torch.contiguous_format)
+            if self._copy is None:
+                names = dict.fromkeys((*before, *wanted))
+                changed = [n for n in names if wanted.get(n) is not before.get(n)]
+                steps = [(before.get(n), -1) for n in changed]
+                steps += [(wanted.get(n), +1) for n in changed]
+                steps = [
+                    (_rounded(change, weight), sign)
+                    for change, sign in steps
+                    if change is not None and change.rank
+                ]
+                self._versions.leaving(self.parameter, before)
+                for change, sign in steps:
+                    weight.add_(change, alpha=sign)
+            else:
+                self._versions.leaving(self.parameter, before)
+                _write_sum(weight, self._copy, wanted.values())
+            self.standing = dict(wanted)
+            self._versions.arrived(self.parameter, self.standing)
+        if not wanted:
+            self._copy = None  # the weight itself is the copy
+
+    def add(self, name: str, change: LowRank, now: LowRank) -> bool:
+        """Add to what stands there, in one pass; False if that cannot be done exactly.
+
+        Args:
+            name: of what stands there.
+            change: what is added.
+            now: what then stands there under that name.
+        """
+        if self._copy is not None or name not in self.standing:
+            return False
+        self._versions.leaving(self.parameter, self.standing)
+        with full_precision():
+            self.matrix.addmm_(change.B, change.A)
+        self.standing = {**self.standing, name: now}
+        self._versions.arrived(self.parameter, self.standing)
+        return True
+
+    def _needs_a_copy(self, wanted: Mapping[str, LowRank], several: bool) -> bool:
+        """Whether taking out what was added would not give the pretrained weight back for long."""
+        weight = self.matrix
+        something = any(change.rank for change in wanted.values())
+        return something and not weight.is_meta and (several or weight.dtype in _HALF)
+
+    # -- what others do to it ------------------------------------------------------------------
+
+    def is_written(self) -> bool:
+        """Whether someone else has written into the weight in memory."""
+        return self._versions.written(self.parameter)
+
+    def is_changed(self) -> bool:
+        """Whether someone else has written into it, or put another in its place."""
+        return self.is_written() or self._versions.replaced(self.parameter)
+
+    def expect_write(self) -> None:
+        """Let the weight be written to, until `arrived`."""
+        self._versions = Versions()
+
+    def expects_write(self) -> bool:
+        """Whether the weight may be written to."""
+        return self._versions.is_new()
+
+    def arrived(self) -> None:
+        """Take note of the weight as it now is: what is said to stand in it does."""
+        self._versions.arrived(self.parameter, self.standing)
+
+    def copied(self) -> None:
+        """Take note of a copy of the weight, in another module's memory."""
+        self._versions.copied(self.parameter, self.standing)
+
+    def overwritten(self) -> None:
+        """Forget all about a weight that is about to be overwritten."""
+        self.standing = {}
+        self._copy = self._fingerprint = None
+        self.expect_write()
+
+    def account_for_writes(self, accept: bool) -> None:
+        """Find out what the weight is, now that others have written into it.
+
+        Args:
+            accept: what they wrote as a part of W_0, with a warning.
+
+        Raises:
+            UserError: a change stood in it, so that it is not known any more what it holds.
+        """
+        weight = self.matrix
+        whole = not weight.is_meta and tuple(weight.shape) == self.shape
+        sharded_or_offloaded = not whole or hasattr(self.view.module, "_hf_hook")
+        if not sharded_or_offloaded:
+            if self.parameter.requires_grad or not self.standing:
+                self._copy = self._fingerprint = None  # what was written is part of it
+            elif self._is_pretrained_with({}):
+                self.standing = {}
+            elif not self._is_pretrained_with(self.standing):
+                self._take_for_pretrained(accept)
+        self.arrived()
+
+    def _take_for_pretrained(self, accept: bool) -> None:
+        happened = f"the weight of layer {self.name} was changed while ROSA's offset stood in it"
+        if not accept:
+            raise UserError(
+                f"{happened}: by an average over models (EMA, SWA) of several draws, whose "
+                "factors belong to different subspaces, or by code that writes into weights. "
+                "Average merged models (rosa.export_merged), or begin a new average after each "
+                "draw; write into weights inside model.disable_adapter(), which, entered once "
+                "afterwards, takes what was written for a change of the pretrained weight"
+            )
+        warnings.warn(
+            f"{happened}: what was written is taken for a change of the pretrained weight",
+            stacklevel=3,
+        )
+        self._copy = self._fingerprint = None
+
+    def _is_pretrained_with(self, standing: Mapping[str, LowRank]) -> bool:
+        """Whether the weight in memory is W_0 with this in it, as far as one can tell."""
+        weight = self.matrix
+        if self._copy is not None:
+            expected = torch.empty_like(weight)
+            _write_sum(expected, self._copy, standing.values())
+            return torch.equal(weight, expected)
+        if self._fingerprint is None:
+            return bool(standing)  # nobody knows: what was believed
+        rest = self._without(standing)
+        return subspace.same_fingerprint(subspace.fingerprint(rest), self._fingerprint, 1e-5, 0.0)
+
+    # -- the pretrained weight -----------------------------------------------------------------
+
+    @property
+    def keeps_a_copy(self) -> bool:
+        """Whether an exact copy of the pretrained weight is kept in main memory."""
+        return self._copy is not None
+
+    @torch.no_grad()
+    def pretrained(self) -> Tensor:
+        """W_0 (out, in) in `work_dtype`: a copy, whatever stands in the weight."""
+        if self._copy is not None:
+            return self._copy.to(self.parameter.device, self.work_dtype, copy=True)
+        return self._without(self.standing)
+
+    def _without(self, standing: Mapping[str, LowRank]) -> Tensor:
+        """The weight in memory less some changes: a copy, in `work_dtype`."""
+        rest = self.matrix.to(self.work_dtype, copy=True)
+        for change in standing.values():
+            if change.rank:
+                rest -= _rounded(change, rest)
+        return rest
+
+    @torch.no_grad()
+    def pretrained_as_stored(self) -> Tensor:
+        """W_0 in the weight's own shape and precision."""
+        weight = self._copy
+        if weight is None:
+            weight = self.pretrained().to(self.parameter.dtype)
+        return self.view.as_stored(weight).contiguous()
+
+    @torch.no_grad()
+    def with_changes(self, changes: Iterable[LowRank]) -> Tensor:
+        """W_0 with changes, (out, in), in `work_dtype`: a copy; the weight stays as it is."""
+        total = self.pretrained()
+        for change in changes:
+            total += _rounded(change, total)
+        return total
+
+
+def _rounded(change: LowRank, weight: Tensor) -> Tensor:
+    """A change as a matrix in a weight's own dtype: taking it out is the opposite of adding it."""
+    return change.to(weight.device).dense().to(weight.dtype)
+
+
+@full_precision()
+def _write_sum(weight: Tensor, pretrained: Tensor, changes: Iterable[LowRank]) -> None:
+    """Write the pretrained weight plus changes into a weight, rounded once."""
+    pretrained = pretrained.to(weight.device)
+    found = [change for change in changes if change.rank]
+    if len(found) != 1 or weight.dtype in _HALF:
+        total = pretrained.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+        for change in found:
+            total += _rounded(change, total)
+        weight.copy_(total)
+        return
+    (change,) = (change.to(weight.device, weight.dtype) for change in found)
+    torch.addmm(pretrained, change.B, change.A, out=weight)  # one pass over the weight

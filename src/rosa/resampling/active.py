@@ -1,0 +1,131 @@
+"""The active adapters of a model, and whether their subspaces can be drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from rosa.algebra.lowrank import are_finite
+from rosa.errors import UserError
+from rosa.layers.adapter import Adapter
+from rosa.layers.base import RosaLayer
+from rosa.layers.kinds import rosa_layers
+from rosa.layers.sharding import check_unsharded, is_sharded
+from rosa.resampling.optimizers import check_optimizer
+
+
+@dataclass(frozen=True)
+class Active:
+    """An adapter that is in use in a layer.
+
+    Attributes:
+        name: the layer's, in the model.
+        layer: the layer.
+        adapter: the adapter there.
+    """
+
+    name: str
+    layer: RosaLayer
+    adapter: Adapter
+
+    @property
+    def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """A and B."""
+        return self.adapter.factors
+
+    @property
+    def is_informed(self) -> bool:
+        """Whether it draws where the gradient lies."""
+        return self.adapter.config.is_informed
+
+    def watch(self) -> None:
+        """Begin to look where the gradient lies."""
+        self.layer.watch(self.adapter.name)
+
+    def resample(self) -> None:
+        """Merge and draw, and drop the factors' gradients."""
+        self.layer.resample(self.adapter.name)
+        for factor in self.factors:
+            factor.grad = None
+
+
+def factors_of(found: list[Active]) -> list[nn.Parameter]:
+    """The factors of all."""
+    return [factor for active in found for factor in active.factors]
+
+
+def active_adapters(model: nn.Module, optimizer: Any = None) -> list[Active]:
+    """What a resample would draw; raises as `resample` does."""
+    layers = list(rosa_layers(model))
+    check_unsharded(model)
+    if not layers:
+        raise UserError(
+            f"{type(model).__name__} has no ROSA layers: attach them with "
+            "peft.get_peft_model(model, rosa.RosaConfig(...))"
+        )
+    for name, layer in layers:
+        _check_layer(name, layer)
+    found = [
+        Active(name, layer, layer.adapters[adapter])
+        for name, layer in layers
+        for adapter in layer.active_adapters
+        if adapter in layer.adapters
+    ]
+    for active in found:
+        _check_factors(active)
+    if not found:
+        raise UserError(
+            f"no ROSA adapter is active (active: {layers[0][1].active_adapters}): call "
+            "model.set_adapter(name) first"
+        )
+    if optimizer is not None:
+        named = {factor: active.name for active in found for factor in active.factors}
+        check_optimizer(optimizer, {f: name for f, name in named.items() if f.requires_grad})
+    return found
+
+
+def _check_layer(name: str, layer: RosaLayer) -> None:
+    if layer.merged:
+        raise UserError(f"layer {name} is merged: call model.unmerge_adapter() before you resample")
+    if layer.disable_adapters:
+        raise UserError(
+            f"layer {name} has its adapters disabled: leave model.disable_adapter(), or call "
+            "model.base_model.enable_adapter_layers(), before you resample"
+        )
+    weight = layer.base_weight.parameter
+    whole = weight.numel() == layer.in_features * layer.out_features
+    if weight.is_meta or not whole or is_sharded(weight):
+        raise UserError(
+            f"the weight of layer {name} is offloaded or sharded over processes: ROSA draws "
+            "from whole weights, so train data-parallel without sharding or offloading"
+        )
+
+
+def _check_factors(active: Active) -> None:
+    if active.adapter.is_on_meta:
+        raise UserError(
+            f"the factors of layer {active.name} are on the meta device (low_cpu_mem_usage): load "
+            "the adapter's file first, or attach it without low_cpu_mem_usage"
+        )
+    out_features, in_features = active.adapter.shape
+    numbers = active.adapter.r * in_features, out_features * active.adapter.r
+    sharded = any(map(is_sharded, active.factors))
+    if sharded or numbers != tuple(factor.numel() for factor in active.factors):
+        raise UserError(
+            f"the factors of layer {active.name} are sharded over processes: train data-parallel "
+            "without sharding"
+        )
+
+
+def check_finite(found: list[Active]) -> None:
+    """Raise ValueError if a factor has NaN or infinity."""
+    if are_finite([factor.detach() for factor in factors_of(found)]):
+        return
+    for active in found:
+        if not are_finite([factor.detach() for factor in active.factors]):
+            raise UserError(
+                f"a factor of layer {active.name} has NaN or infinity: the training has diverged. "
+                "Go back to a checkpoint and lower the learning rate"
+            )

@@ -1,0 +1,102 @@
+"""Looking where the loss falls, for the draws that follow the gradient."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+
+from rosa.errors import UserError
+from rosa.resampling.active import Active, active_adapters
+
+
+def watch(model: nn.Module) -> int:
+    """Begin to look where the loss falls, for the next draw with ``directions="gradient"``.
+
+    From now on every ordinary backward pass adds a projection of each weight's loss gradient to a
+    small sum (`algebra.sketch`), until the next `resample` draws from it. A few steps are enough;
+    each costs, while it is watched, about what a LoRA of rank r + 8 would add.
+
+    Returns:
+        The number of weights that are watched: those of active adapters with that setting, whose
+        draws are informed.
+
+    Raises:
+        ValueError: as `resample` does.
+    """
+    found = [active for active in active_adapters(model) if active.is_informed]
+    for active in found:
+        active.watch()
+    return len(found)
+
+
+def look(
+    model: nn.Module,
+    found: list[Active],
+    batches: Iterable[Any],
+    loss: Callable[[nn.Module, Any], Tensor] | None,
+) -> None:
+    """Watch the backward passes of some batches; every parameter's gradient is left as it was.
+
+    Raises:
+        ValueError: a batch gives no loss.
+    """
+    for active in found:
+        active.watch()
+    gradients = [(p, p.grad) for p in model.parameters() if p.requires_grad]
+    device = next(model.parameters()).device
+    try:
+        for parameter, _ in gradients:
+            parameter.grad = None
+        for batch in batches:
+            with torch.enable_grad():
+                value = (loss or _own_loss)(model, send_to_device(batch, device))
+            if not isinstance(value, Tensor) or not value.requires_grad:
+                raise UserError(
+                    "a batch gave no loss to differentiate: give batches with labels that "
+                    "model(**batch) computes a loss of, or loss=function(model, batch)"
+                )
+            value.backward()
+    except Exception:
+        for active in found:
+            active.adapter.sketch = None
+        raise
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+def _own_loss(model: nn.Module, batch: Any) -> Tensor:
+    if not isinstance(batch, Mapping):
+        raise UserError(
+            f"a batch is a {type(batch).__name__}, not the model's arguments by name: give "
+            "loss=function(model, batch) to say how its loss is computed"
+        )
+    return getattr(model(**batch), "loss", None)  # type: ignore[return-value]  # is checked
+
+
+def agree(found: list[Active]) -> None:
+    """Sum what data-parallel processes have seen, so that all draw the same."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if there and torch.distributed.get_world_size() > 1:
+        for active in found:
+            if active.adapter.sketch is not None:
+                for total in active.adapter.sketch.sums.values():
+                    torch.distributed.all_reduce(total)
+
+
+def warn_of_blind(found: list[Active]) -> None:
+    """Warn of weights whose gradient was not seen."""
+    sketches = {active.name: active.adapter.sketch for active in found}
+    blind = [name for name, sketch in sketches.items() if sketch is None or sketch.is_empty()]
+    if blind:
+        warnings.warn(
+            f"no gradient was seen of {len(blind)} of {len(found)} weights, such as {blind[0]}: "
+            "random directions are drawn for them. Call rosa.watch(model) a few steps before "
+            "rosa.resample, or give it batches; if you did, their loss is 0, NaN or infinite",
+            stacklevel=3,
+        )
