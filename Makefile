@@ -25,14 +25,15 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup ## Fine-tune a real pretrained model on real text; results in runs/demo.
 	$(BIN)/rosa demo --output runs/demo --overwrite
 
-test: setup ## Format, lint, check types, run the tests.
+test: setup ## Format, lint, check types and the house's stair, run the tests.
 	$(BIN)/ruff format --check src tests benchmarks docs
 	$(BIN)/ruff check src tests benchmarks docs
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
 
 bench: setup ## Measure speed and memory beside PEFT's methods; a table, speed.json, a picture.
 	$(BIN)/python benchmarks/speed.py --output docs/results/speed
 
 clean: ## Remove .venv and what the tools leave.
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -32,7 +32,8 @@ from rosa.bench.reading import longest_input
 from rosa.bench.settings import RunSettings, check
 from rosa.bench.tasks.demo import model_folder
 from rosa.bench.tokenizing import tokenize
-from rosa.bench.training import build_trainer, load_task
+from rosa.bench.trainer import build_trainer
+from rosa.bench.training import load_task
 
 VARIANTS = {
     "LoRA": {"method": "lora"},

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from rosa.bench.methods import METHODS
-from rosa.cli import commands as cli
+from rosa import cli
 from tests.models import WORDS, needs_packages, save_with_tokenizer, tiny_bert, tiny_gpt2
 
 
@@ -532,7 +532,7 @@ BUGS = [TypeError, RuntimeError, KeyError, ValueError, AttributeError, IndexErro
         "rosa.bench.building.find_targets",
         "rosa.model.RosaModel._create_and_replace",
         "rosa.bench.training.build_trainer",
-        "rosa.bench.training._save",
+        "rosa.bench.training.save_trained",
         "rosa.bench.report.tables.metrics_table",
     ],
 )

@@ -12,7 +12,8 @@ from filelock import FileLock
 
 from rosa.bench import runs
 from rosa.bench.compare import Cell, Variant, make_grid
-from rosa.bench.report.tables import read_comparison, table_rows
+from rosa.bench.report.results import read_comparison
+from rosa.bench.report.tables import table_rows
 from tests.models import save_with_tokenizer, tiny_bert
 from tests.test_cli import fails, run, write_csv
 

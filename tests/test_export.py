@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertForSequenceClassification, GPT2LMHeadModel
 
-import rosa.export
 from rosa import RosaConfig, export_lora, export_merged, resample
 from rosa.errors import ExportError, UserError
+from rosa.export import lora
 from tests.architectures import ARCHITECTURES
 from tests.models import Mlp, tiny_bert, tiny_gpt2
 
@@ -268,7 +268,7 @@ def spoiled(monkeypatch, change):
         change(state)
         save_file(state, path, **kwargs)
 
-    monkeypatch.setattr(rosa.export, "save_file", save)
+    monkeypatch.setattr(lora, "save_file", save)
 
 
 KEY = "base_model.model.first.lora_B.weight"

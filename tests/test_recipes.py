@@ -13,8 +13,9 @@ from transformers import GPT2LMHeadModel, RobertaConfig, RobertaForMaskedLM
 
 from rosa import RosaCallback, RosaConfig
 from rosa.bench import tasks
+from rosa.bench.checking import check, schedule
 from rosa.bench.methods import find_method
-from rosa.bench.settings import RunSettings, check, schedule
+from rosa.bench.settings import RunSettings
 from rosa.bench.tasks.e2e import prompt
 from tests.models import save_with_tokenizer, tiny_gpt2
 from tests.test_cli import fails, run, write_csv

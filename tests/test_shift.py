@@ -13,7 +13,7 @@ from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rosa.bench import runs, shift, training
-from rosa.bench.report.tables import read_comparison
+from rosa.bench.report.results import read_comparison
 from rosa.bench.settings import RunSettings
 from rosa.bench.tasks import python_texts
 from rosa.bench.tokenizing import tokenize

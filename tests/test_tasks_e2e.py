@@ -11,8 +11,9 @@ import torch
 from transformers import AutoTokenizer
 
 from rosa.bench.generation import generate
-from rosa.bench.tasks import DataSettings, load
+from rosa.bench.tasks import load
 from rosa.bench.tasks.generation_metrics import bleu, e2e_scores, nist
+from rosa.bench.tasks.task import DataSettings
 from tests.models import save_with_tokenizer, tiny_gpt2
 from tests.test_cli import fails, run
 

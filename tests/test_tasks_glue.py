@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rosa.bench import tasks
-from rosa.bench.tasks import DataSettings, load
+from rosa.bench.tasks import load
 from rosa.bench.tasks.glue import DIAGNOSTICS, TASKS
 from rosa.bench.tasks.metrics import (
     accuracy_and_f1,
@@ -19,6 +19,7 @@ from rosa.bench.tasks.metrics import (
     matthews_and_accuracy,
     pearson_and_spearman,
 )
+from rosa.bench.tasks.task import DataSettings
 from tests.models import save_with_tokenizer, tiny_bert
 from tests.test_cli import review, run
 

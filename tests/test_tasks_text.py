@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from rosa.bench import tasks
-from rosa.bench.tasks import DataSettings
 from rosa.bench.tasks.files import read_table
+from rosa.bench.tasks.task import DataSettings
 
 BOM = "\ufeff"
 

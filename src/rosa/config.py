@@ -12,6 +12,8 @@ from rosa.algebra.subspace import DIRECTIONS, SIDES
 from rosa.errors import UserError, UserTypeError
 from rosa.registration import ROSA
 
+MOMENTS = ("clear", "keep")
+"""What can become of the optimizer's moments of the factors, when a new subspace is drawn."""
 HINT = "a ROSA adapter: pip install rosa-finetune, and import rosa before PEFT loads it"
 _CARD = """
 ## Loading this adapter

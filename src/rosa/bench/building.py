@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rosa.bench.methods import find_method
 from rosa.bench.settings import RunSettings, in_bf16
-from rosa.bench.tasks import Task
+from rosa.bench.tasks.task import Task
 from rosa.errors import UserError, blame
 
 if TYPE_CHECKING:

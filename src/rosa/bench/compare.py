@@ -21,8 +21,9 @@ from urllib.parse import quote
 
 from rosa.bench import runs
 from rosa.bench.cells import Job, is_done, run_all
+from rosa.bench.checking import check
 from rosa.bench.methods import METHODS, find_method
-from rosa.bench.settings import RunSettings, check
+from rosa.bench.settings import RunSettings
 from rosa.bench.training import load_task
 from rosa.errors import UserError
 

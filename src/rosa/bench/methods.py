@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from rosa.bench.settings import RunSettings
 from rosa.errors import UserError
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-
-    from rosa.bench.settings import RunSettings
 
 
 TOKENS = 20
@@ -23,8 +22,8 @@ TOKENS = 20
 Shapes = Sequence[tuple[int, int]]
 """(in, out) of every weight that a method is to change."""
 
-Config = Callable[["RunSettings", int, dict[str, Any], Shapes], "PeftConfig"]
-Optim = Callable[["RunSettings", int], dict[str, str]]
+Config = Callable[[RunSettings, int, dict[str, Any], Shapes], "PeftConfig"]
+Optim = Callable[[RunSettings, int], dict[str, str]]
 
 
 @dataclass(frozen=True)

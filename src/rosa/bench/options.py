@@ -16,7 +16,7 @@ import typer
 from rosa.bench.methods import METHODS
 from rosa.bench.settings import RunSettings
 from rosa.bench.tasks import TASKS
-from rosa.resampling.moments import MOMENTS
+from rosa.config import MOMENTS
 
 DATA, METHOD, TRAINING, OUTPUT = "Data", "Method", "Training", "Output"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from rosa.bench.processes import say
 from rosa.bench.settings import RunSettings
-from rosa.bench.tasks import Task
+from rosa.bench.tasks.task import Task
 from rosa.errors import UserError
 
 

@@ -13,22 +13,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rosa.bench import runs, tasks
-from rosa.bench.building import adapt, load_base, projected_weights
+from rosa.bench.building import adapt, load_base
+from rosa.bench.checking import check
 from rosa.bench.methods import find_method
 from rosa.bench.processes import join, say
 from rosa.bench.reading import longest_input
-from rosa.bench.settings import RESAMPLED, RunSettings, check, in_bf16, schedule
-from rosa.bench.tasks import DataSettings, Generation, Task
+from rosa.bench.saving import save_trained
+from rosa.bench.settings import RunSettings
+from rosa.bench.tasks.task import DataSettings, Generation, Task
 from rosa.bench.tokenizing import tokenize
+from rosa.bench.trainer import build_trainer, collator
 from rosa.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import TrainerCallback
 
 
-EVALUATIONS = 5
-"""Evaluations in a training whose length is given in steps."""
 FIRST_STEPS = 4
 """Steps' batches that a method sees which begins with the training data's gradient."""
 
@@ -85,7 +85,7 @@ def train(
 
     def batches() -> Iterable[dict[str, Any]]:
         order = torch.Generator().manual_seed(settings.seed)
-        collate = _collator(task, tokenizer)
+        collate = collator(task, tokenizer)
         size = settings.batch_size
         batches_a_step = settings.gradient_accumulation * state.num_processes
         loader = DataLoader(rows["train"], size, shuffle=True, generator=order, collate_fn=collate)
@@ -129,7 +129,7 @@ def train(
         "reported": task.reported,
     }
     if state.is_main_process:
-        place = _save(settings, task, trainer.model, tokenizer, metrics)
+        place = save_trained(settings, task, trainer.model, tokenizer, metrics)
         record["adapter_bytes"] = sum(p.stat().st_size for p in place.glob("*.safetensors"))
         runs.write_json(settings.output / runs.HISTORY, history)
         runs.write_json(settings.output / runs.METRICS, record)
@@ -197,145 +197,6 @@ def is_decoder(config: Any) -> bool:
     """Whether a model's configuration is of one that writes text."""
     endings = ("ForCausalLM", "LMHeadModel")
     return any(name.endswith(endings) for name in config.architectures or ())
-
-
-def build_trainer(
-    settings: RunSettings, task: Task, rows: dict[str, Any], model: nn.Module, tokenizer: Any
-) -> tuple[Any, Any]:
-    """Transformers' Trainer for the run, and its `RosaCallback` if it has one."""
-    import torch
-    from transformers import (
-        PrinterCallback,
-        ProgressCallback,
-        TrainingArguments,
-    )
-    from transformers.utils import logging
-
-    from rosa.bench.averaging import MeanTrainer, item_counter
-
-    class EpochProgress(ProgressCallback):
-        """A progress bar with a line per evaluation, not one per log of the loss."""
-
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            if logs and "eval_loss" in logs:
-                super().on_log(args, state, control, logs=logs, **kwargs)
-
-    batches = -(-len(rows["train"]) // (settings.batch_size * join().num_processes))
-    steps_per_epoch = -(-batches // settings.gradient_accumulation)
-    steps = math.ceil(settings.epochs * steps_per_epoch)
-    evaluations: dict[str, Any] = {"eval_strategy": "epoch", "save_strategy": "epoch"}
-    period = steps_per_epoch
-    if settings.steps is not None:
-        steps = settings.steps
-        period = -(-steps // EVALUATIONS)
-        evaluations = {
-            "max_steps": steps,
-            **{f"{name}_strategy": "steps" for name in ("eval", "save")},
-            **{f"{name}_steps": period for name in ("eval", "save")},
-        }
-    method = find_method(settings.method)
-    optim: dict[str, Any] = {}
-    if method.optim is not None:
-        task_type = "CAUSAL_LM" if task.kind == "language" else "SEQ_CLS"
-        optim |= method.optim(settings, settings.rank or 0)
-        optim["optim_target_modules"] = projected_weights(settings, model, task_type)
-    args = TrainingArguments(
-        output_dir=str(settings.output / runs.CHECKPOINTS),
-        num_train_epochs=settings.epochs,
-        learning_rate=settings.lr,  # type: ignore[arg-type]
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.eval_batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        weight_decay=settings.weight_decay,
-        warmup_steps=settings.warmup,
-        lr_scheduler_type="linear",
-        bf16=in_bf16(settings),
-        use_cpu=not torch.accelerator.is_available(),  # without it, bf16 is refused on a CPU
-        seed=settings.seed,
-        **evaluations,
-        save_total_limit=2,
-        # PEFT cannot load an AdaLoRA of other ranks than the model's now: the last epoch's it is.
-        load_best_model_at_end=settings.method != "adalora",
-        metric_for_best_model=task.metric,
-        greater_is_better=task.greater_is_better,
-        logging_strategy="steps",
-        logging_steps=_log_period(period),
-        report_to=settings.report_to,
-        disable_tqdm=not logging.is_progress_bar_enabled(),
-        remove_unused_columns=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        train_sampling_strategy="group_by_length" if settings.group_by_length else "random",
-        **optim,
-    )
-
-    def compute(prediction: Any) -> dict[str, float]:
-        predicted, labels = prediction
-        if isinstance(predicted, tuple):  # encoder-decoders give hidden states too
-            predicted = predicted[0]
-        answers = predicted[:, 0] if task.kind == "regression" else predicted.argmax(-1)
-        return task.compute(answers, labels)  # type: ignore[misc]
-
-    callback = schedule(settings) if settings.method in RESAMPLED else None
-    trainer = MeanTrainer(
-        model=model,
-        count=item_counter(task.kind, model),
-        args=args,
-        data_collator=_collator(task, tokenizer),
-        train_dataset=rows["train"],
-        eval_dataset=rows["validation"],
-        compute_metrics=compute if task.compute else None,
-        callbacks=[callback] if callback else None,
-    )
-    if settings.method == "adalora":
-        trainer.add_callback(_rank_allocation(model, steps))
-    if method.optim is not None:
-        trainer.add_callback(_projections_beside_weights())
-    if trainer.pop_callback(ProgressCallback):
-        trainer.add_callback(EpochProgress())
-    trainer.pop_callback(PrinterCallback)  # what is there without a bar prints every loss
-    return trainer, callback
-
-
-def _collator(task: Task, tokenizer: Any) -> Any:
-    from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
-
-    return (DataCollatorForSeq2Seq if task.kind == "language" else DataCollatorWithPadding)(
-        tokenizer
-    )
-
-
-def _rank_allocation(model: Any, steps: int) -> Any:
-    """What AdaLoRA asks of the training loop: its schedule's length, and a call after each step."""
-    from transformers import TrainerCallback
-
-    config = model.base_model.rankallocator.peft_config
-    config.total_step, config.tinit, config.tfinal = steps, steps // 10, steps * 3 // 10
-
-    class RankAllocation(TrainerCallback):
-        def on_optimizer_step(self, args, state, control, **kwargs):
-            model.base_model.update_and_allocate(state.global_step)
-
-    return RankAllocation()
-
-
-def _log_period(steps: int) -> int:
-    """About ten losses between evaluations, and one exactly at each: a divisor of the steps."""
-    longest = max(steps // 10, 1)
-    return max(n for n in range(1, longest + 1) if steps % n == 0)
-
-
-def _projections_beside_weights() -> Any:
-    """Moves what a resumed optimizer projects with to its weight: torch moves tensors alone."""
-    from transformers import TrainerCallback
-
-    class Mover(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kwargs):
-            for weight, values in kwargs["optimizer"].state.items():
-                projector = values.get("projector")
-                if projector is not None:
-                    projector.ortho_matrix = projector.ortho_matrix.to(weight.device)
-
-    return Mover()
 
 
 def _last_checkpoint(output: Path) -> str | None:
@@ -418,46 +279,6 @@ def _history(log: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         )
         begun = row["step"]
     return {"steps": steps, "epochs": epochs}
-
-
-def _save(
-    settings: RunSettings, task: Task, model: Any, tokenizer: Any, metrics: dict[str, float]
-) -> Path:
-    """Save the trained model with its tokenizer and a model card; returns its folder."""
-    from huggingface_hub import ModelCard, ModelCardData
-
-    adapted = find_method(settings.method).config is not None
-    place = settings.output / (runs.ADAPTER if adapted else runs.MODEL)
-    model.save_pretrained(str(place))
-    model.config.save_pretrained(str(place))  # the names of the labels, for an adapter too
-    tokenizer.save_pretrained(str(place))
-    local = Path(settings.model).exists()
-    data = ModelCardData(
-        base_model=None if local else settings.model,
-        library_name="peft" if adapted else "transformers",
-        tags=[settings.method, "rosa-finetune"],
-    )
-    values = {k: v for k, v in settings.to_json().items() if k not in ("output", "versions")}
-    for name in ("data", "train", "validation") if local else ("data", "train"):
-        if values[name]:  # a card is for others: not where files lie on this machine
-            values[name] = Path(values[name]).name
-    values["model"] = runs.model_name(settings.model)
-    rows = "\n".join(f"| {k} | {v} |" for k, v in values.items() if v is not None)
-    scores = "\n".join(f"| {k} | {v:.4f} |" for k, v in metrics.items())
-    load = (
-        "import rosa  # registers the method with PEFT\n" if settings.method == "rosa" else ""
-    ) + "from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, folder)\n"
-    if not adapted:
-        name = type(model).__name__
-        load = f"from transformers import {name}\n\nmodel = {name}.from_pretrained(folder)\n"
-    text = (
-        f"---\n{data.to_yaml()}\n---\n\n# {settings.method} on {task.name}\n\n"
-        f"`{values['model']}` fine-tuned by `rosa train`.\n\n```python\n{load}```\n\n"
-        f"| metric | value |\n| --- | --- |\n{scores}\n\n"
-        f"| setting | value |\n| --- | --- |\n{rows}\n"
-    )
-    ModelCard(text).save(place / "README.md")
-    return place
 
 
 def _peak_memory_mib() -> float:

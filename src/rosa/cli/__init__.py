@@ -1,5 +1,12 @@
 """The command line."""
 
-from rosa.cli.commands import main
+import sys
+
+try:
+    import rosa.bench  # noqa: F401  # says so if packages are missing
+except ImportError as error:
+    sys.exit(str(error))
+
+from rosa.cli.program import main
 
 __all__ = ["main"]

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import time
-import traceback
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-try:
-    import typer
-    from rich.console import Console
-except ImportError as error:
-    sys.exit(
-        f"the rosa command needs more packages ({error.name}): run pip install 'rosa-finetune[cli]'"
-    )
+import typer
+from rich.console import Console
 
 from rosa.bench import processes
 from rosa.bench.methods import METHODS
 from rosa.bench.options import DATA, METHOD, OPTIONS, OUTPUT, TRAINING, option, settings_of, takes
-from rosa.errors import UserError, is_out_of_memory
+from rosa.errors import UserError
 
 app = typer.Typer(
     name="rosa",
@@ -33,11 +23,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-
-
-GRACE = 10
-"""Seconds that another process than the first waits before it tells its error: if the first has
-failed too, it has told the same, and torchrun ends all others."""
 
 
 @app.callback()
@@ -166,7 +151,7 @@ def compare(
     """
     from rosa.bench.compare import compare as run
     from rosa.bench.compare import make_grid
-    from rosa.bench.report.tables import write_report
+    from rosa.bench.report.writing import write_report
 
     grid = make_grid(_words(methods), _integers("ranks", ranks), lrs, _integers("seeds", seeds))
     failures = run(replace(settings_of(given), record_changes=True), grid, jobs)
@@ -185,7 +170,7 @@ def report(
 
     rosa report runs/cola
     """
-    from rosa.bench.report.tables import write_report
+    from rosa.bench.report.writing import write_report
 
     write_report(folder, Console(), output)
 
@@ -243,7 +228,7 @@ def shift(
     from rosa.bench import shift as world
     from rosa.bench.compare import compare as run
     from rosa.bench.compare import make_grid
-    from rosa.bench.report.tables import write_report
+    from rosa.bench.report.writing import write_report
 
     names = _words(methods)
     rates = lrs or world.rates_for(names)
@@ -327,7 +312,7 @@ def export(
 
         rosa export runs/cola --to merged --output cola-model
     """
-    from rosa.export import export_folder
+    from rosa.bench.exporting import export_folder
 
     difference = export_folder(folder, to, output, model)
     print(f"wrote {output}; largest difference of logits from the trained model: {difference:.1e}")
@@ -352,7 +337,7 @@ def evaluate(
     rosa evaluate runs/cola --task cola --data cola
     """
     from rosa.bench.report.tables import metrics_table
-    from rosa.bench.tasks import DataSettings
+    from rosa.bench.tasks.task import DataSettings
     from rosa.bench.training import evaluate as run
 
     given["text_columns"] = tuple(given.pop("text_column"))
@@ -401,88 +386,3 @@ def _floats(name: str, text: str) -> list[float]:
         return [float(word) for word in _words(text)]
     except ValueError:
         raise UserError(f"--{name} takes numbers with commas, got {text!r}") from None
-
-
-def main() -> None:
-    """Run the command.
-
-    A mistake of the user is one clear line and exit code 2; a bug is a trace, what to do with it,
-    and exit code 1; an interrupt is exit code 130.
-    """
-    debug = "--debug" in sys.argv or os.environ.get("ROSA_DEBUG") == "1"
-    if not debug:  # what transformers says of its own inner workings is no news to a user
-        from transformers.utils import logging
-
-        warnings.simplefilter("ignore", FutureWarning)
-        logging.set_verbosity_error()
-    if "--debug" in sys.argv:
-        sys.argv.remove("--debug")
-    if not processes.is_first():
-        _be_silent()
-    try:
-        app()
-    except SystemExit as stop:
-        if not _is_interrupt(stop):
-            raise
-        _complain("stopped; with --resume, `rosa train` goes on from its last checkpoint")
-        sys.exit(130)
-    except Exception as error:
-        if not processes.is_first():
-            time.sleep(GRACE)
-        mistake = _mistake(error)
-        if mistake is None or debug:
-            traceback.print_exception(error)
-        if mistake is None:
-            _complain(
-                "this is a bug in rosa or in a library that it uses, not a mistake of yours: "
-                "please report it with the lines above and the command"
-            )
-            sys.exit(1)
-        _complain(f"error: {mistake}")
-        sys.exit(2)
-
-
-def _mistake(error: Exception) -> str | None:
-    """What the user can do about an error, in a line; None if it is a bug."""
-    if is_out_of_memory(error):
-        return (
-            "out of memory: lower --batch-size (and raise --gradient-accumulation as much, for the "
-            f"same steps) or --max-length ({_first_line(error)})"
-        )
-    if isinstance(error, ImportError):
-        if (error.name or "").partition(".")[0] == "rosa":
-            return None
-        return f"{error}: run pip install 'rosa-finetune[cli]' (--debug shows where)"
-    if type(error).__name__ == "SafetensorError":
-        return f"a weights file is damaged or cut short ({error}): copy or save it again"
-    return str(error) if isinstance(error, (UserError, OSError)) else None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _is_interrupt(stop: SystemExit) -> bool:
-    """Whether typer stopped the program because the user did."""
-    cause: BaseException | None = stop
-    while cause is not None and not isinstance(cause, KeyboardInterrupt):
-        cause = cause.__cause__ or cause.__context__
-    return cause is not None
-
-
-def _be_silent() -> None:
-    """Of several processes the first prints; this is another."""
-    import datasets
-    from transformers.utils import logging
-
-    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # until the process ends
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-
-
-def _complain(text: str) -> None:
-    Console(stderr=True, highlight=False, markup=False).print(text, soft_wrap=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from rosa.config import MOMENTS
 from rosa.errors import UserError
 from rosa.resampling.optimizers import State
-
-Moments = Literal["clear", "keep"]
-MOMENTS: tuple[str, ...] = get_args(Moments)
 
 # What some optimizers keep that are no moments but points: old values of the parameter, or means.
 _SLOW = ("slow_params", "slow_param", "slow_buffer", "slow_weights")  # made with the optimizer

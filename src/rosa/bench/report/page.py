@@ -7,7 +7,8 @@ from html import escape
 from pathlib import Path
 
 from rosa.bench.report import pictures
-from rosa.bench.report.tables import Comparison, columns, notes, shown_rows
+from rosa.bench.report.results import Comparison
+from rosa.bench.report.tables import columns, notes, shown_rows
 
 STYLE = """
 :root { color-scheme: light; }

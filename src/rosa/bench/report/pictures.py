@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from rosa.bench.report.tables import Comparison, Row
+    from rosa.bench.report.results import Comparison, Row
 
 matplotlib.use("Agg")
 

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
 
-from rosa.bench import runs
-from rosa.bench.cells import ERROR
-from rosa.bench.compare import COMPARISON, best_record
-from rosa.errors import UserError
+from rosa.bench.report.results import Comparison
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -43,131 +36,6 @@ def comparison_table(title: str, columns: Sequence[str], rows: Sequence[Sequence
     for cells in rows:
         table.add_row(*cells)
     return table
-
-
-@dataclass
-class Row:
-    """A method at a rank, at its chosen learning rate, over all seeds."""
-
-    method: str
-    rank: int | None
-    lr: float
-    at_edge: bool
-    records: list[dict[str, Any]]
-    histories: list[dict[str, Any]] = field(repr=False)
-
-    @property
-    def name(self) -> str:
-        """The method with its rank."""
-        return self.method if self.rank is None else f"{self.method}, r {self.rank}"
-
-    def values(self, key: str) -> list[float]:
-        """A number of every seed's record."""
-        return [record[key] for record in self.records]
-
-
-@dataclass
-class Comparison:
-    """What a comparison's folder holds.
-
-    Attributes:
-        metric: what is reported, as it is called in the records (`test_...`).
-        settings: what all cells share.
-        further: what is reported beside it, of other texts or sets, as it is called in the records.
-        before: metrics of the pretrained model, where they were measured.
-        cells: the record of every finished cell, also of learning rates that were not chosen.
-        failed: names of the cells that ended with an error.
-        unfinished: names of the cells that have begun and not ended.
-    """
-
-    folder: Path
-    metric: str
-    further: list[str]
-    before: dict[str, float]
-    settings: dict[str, Any]
-    cells: dict[str, dict[str, Any]]
-    rows: list[Row]
-    failed: list[str]
-    unfinished: list[str]
-
-
-def read_comparison(folder: Path) -> Comparison:
-    """Read a comparison's folder.
-
-    Raises:
-        FileNotFoundError: it is not one.
-        ValueError: no cell of it is finished, or a file is damaged.
-    """
-    if not (folder / COMPARISON).is_file():
-        raise FileNotFoundError(f"{folder} is not a comparison's folder (no {COMPARISON})")
-    groups: dict[tuple[str, int | None], list[tuple[dict[str, Any], Path]]] = {}
-    failed, unfinished = [], []
-    for place in sorted(p for p in folder.iterdir() if p.is_dir()):
-        if (place / runs.METRICS).is_file():
-            record = runs.read_json(place / runs.METRICS)
-            group = record.get("variant") or _variant_before(place, record), record.get("rank")
-            groups.setdefault(group, []).append((record, place))
-        elif (place / ERROR).is_file():
-            failed.append(_shown(place.name))
-        elif runs.settings_of(place):
-            unfinished.append(_shown(place.name))
-    if not groups:
-        raise UserError(
-            f"{folder} has no finished run yet: go on with it by the same `rosa compare` command"
-        )
-    rows = [_row(*group, cells) for group, cells in groups.items()]
-    first = rows[0].records[0]
-    settings = runs.read_json(folder / COMPARISON)
-    # A report is for others: not where files lie on this machine.
-    if settings.get("model"):
-        settings["model"] = runs.model_name(settings["model"])
-    for name in ("data", "train", "validation"):
-        if settings.get(name):
-            settings[name] = _without_machine(settings[name])
-    rows.sort(key=lambda row: (row.rank or 0, row.method))
-    cells = {
-        _shown(place.name): {**record, "variant": _shown(variant)}
-        for (variant, _), group in groups.items()
-        for record, place in group
-    }
-    before = settings.pop("before", {})
-    known = {f"{part}_{first['metric']}" for part in ("train", "eval", "test")}
-    further = [k for k in first if k.endswith(f"_{first['metric']}") and k not in known]
-    reported = first["reported"]
-    return Comparison(folder, reported, further, before, settings, cells, rows, failed, unfinished)
-
-
-def _variant_before(place: Path, record: Mapping[str, Any]) -> str:
-    """The variant of a record that does not say it: of a run before records did."""
-    return place.name.rsplit("-lr", 1)[0].removesuffix(f"-r{record.get('rank')}")
-
-
-def _without_machine(path: str) -> str:
-    """A path's last two parts if it is absolute, else the path."""
-    return "/".join(Path(path).parts[-2:]) if Path(path).is_absolute() else path
-
-
-def _shown(variant: str) -> str:
-    """The name of a variant, or of its cell, as a report says it: its own settings may be paths."""
-    options = (part.partition("=") for part in unquote(variant).split("+"))
-    return "+".join(f"{name}{equals}{_without_machine(value)}" for name, equals, value in options)
-
-
-def _row(method: str, rank: int | None, cells: list[tuple[dict[str, Any], Path]]) -> Row:
-    """Choose the learning rate by the validation metric of the seed that tried the most of them."""
-    ((tuned_on, _),) = Counter(record["seed"] for record, _ in cells).most_common(1)
-    tuning = [record for record, _ in cells if record["seed"] == tuned_on]
-    lr = best_record(tuning)["lr"]
-    rates = [record["lr"] for record in tuning]
-    chosen = sorted((c for c in cells if c[0]["lr"] == lr), key=lambda cell: cell[0]["seed"])
-    return Row(
-        _shown(method),
-        rank,
-        lr,
-        len(rates) > 1 and lr in (min(rates), max(rates)),
-        [record for record, _ in chosen],
-        [runs.read_json(place / runs.HISTORY) for _, place in chosen],
-    )
 
 
 COLUMNS = (
@@ -268,35 +136,3 @@ def notes(comparison: Comparison) -> list[str]:
     if comparison.unfinished:
         found.append(f"not finished: {', '.join(comparison.unfinished)}")
     return found
-
-
-def write_report(folder: Path, say: Any, output: Path | None = None) -> None:
-    """Print a comparison's table; write it as report.md, .csv and .html, and all cells as .json.
-
-    Args:
-        folder: the comparison's folder.
-        say: a rich console.
-        output: where the files go; None takes the folder itself.
-    """
-    from rosa.bench.report.page import write_page
-
-    comparison = read_comparison(folder)
-    output = output or folder
-    output.mkdir(parents=True, exist_ok=True)
-    names = columns(comparison)
-    further = names[len(COLUMNS) :] or ("seconds",)
-    narrow = ("method", "rank", "lr", "score", "spread", "trainable", *further)
-    places = [names.index(name) for name in narrow]
-    rows = [[cells[i] for i in places] for cells in shown_rows(comparison)]
-    say.print(comparison_table(str(folder), narrow, rows))
-    for note in notes(comparison):
-        say.print(f"- {note}", highlight=False)
-    (output / "report.md").write_text(markdown(comparison), encoding="utf-8")
-    with (output / "report.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(names)
-        writer.writerows([row[name] for name in names] for row in table_rows(comparison))
-    whole = {"settings": comparison.settings, "cells": comparison.cells}
-    runs.write_json(output / "report.json", whole)
-    write_page(comparison, output / "report.html")
-    say.print(f"wrote report.md, .csv, .html, and every cell's record in report.json, to {output}")

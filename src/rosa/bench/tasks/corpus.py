@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rosa.bench.tasks import DataSettings, Task
+from rosa.bench.tasks.task import DataSettings, Task
 from rosa.errors import UserError
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rosa.bench.tasks import DataSettings, Generation, Task
 from rosa.bench.tasks.files import read_table
 from rosa.bench.tasks.generation_metrics import e2e_scores
+from rosa.bench.tasks.task import DataSettings, Generation, Task
 from rosa.bench.tasks.text import VALIDATION_SHARE
 from rosa.errors import UserError
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rosa.bench.tasks import DataSettings, Metrics, Task
 from rosa.bench.tasks.metrics import (
     accuracy,
     accuracy_and_f1,
@@ -21,6 +20,7 @@ from rosa.bench.tasks.metrics import (
     matthews_and_accuracy,
     pearson_and_spearman,
 )
+from rosa.bench.tasks.task import DataSettings, Metrics, Task
 from rosa.errors import UserError
 
 if TYPE_CHECKING:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from rosa.bench.tasks import DataSettings, Task
 from rosa.bench.tasks.files import read_table
+from rosa.bench.tasks.task import DataSettings, Task
 from rosa.bench.tasks.text import VALIDATION_SHARE
 from rosa.errors import UserError
 

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rosa.bench.tasks import DataSettings, Task
 from rosa.bench.tasks.files import read_table
 from rosa.bench.tasks.metrics import accuracy_and_macro_f1
+from rosa.bench.tasks.task import DataSettings, Task
 from rosa.errors import UserError
 
 if TYPE_CHECKING:

@@ -1,25 +1,18 @@
-"""Turn a ROSA model into what loads where ROSA is unknown: a LoRA adapter, or a plain model.
+"""A ROSA adapter as a LoRA adapter, which loads where ROSA is unknown.
 
-Whatever is written is loaded back as a user would, and compared, before it takes its place.
+What is written is loaded back as a user would, and compared, before it takes its place.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import functools
-import hashlib
 import os
 import re
-import shutil
-import tempfile
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import (
@@ -30,16 +23,15 @@ from peft.utils import (
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from rosa.algebra.lowrank import LowRank
 from rosa.checkpoint import is_rosa_key
 from rosa.config import RosaConfig
-from rosa.errors import ExportError, UserError, UserTypeError
+from rosa.errors import ExportError
+from rosa.export.staging import rosa_adapter, staged
 from rosa.layers.kinds import layers_of, rosa_layers
 
 _PREFIX = "base_model.model."
-FORMS = ("merged", "lora")
 
 
 def export_lora(
@@ -60,82 +52,12 @@ def export_lora(
         ValueError: the adapter is not ROSA's, or does not exist; `folder` has such files already.
         ExportError: PEFT loads something else from it; then nothing is left in `folder`.
     """
-    model, adapter = _rosa_adapter(model, adapter_name)
-    with _staged(folder) as place:
-        _write_lora(model, adapter, place)
+    model, adapter = rosa_adapter(model, adapter_name)
+    with staged(folder) as place:
+        write_lora(model, adapter, place)
 
 
-def export_merged(
-    model: nn.Module, folder: str | os.PathLike[str], adapter_name: str | None = None
-) -> None:
-    """Write the plain model with the adapter merged, of the base's own class and weight names.
-
-    The model passed is left as it is, so this needs the memory of a second one. What was written is
-    loaded back by the base's own class and compared, number by number.
-
-    Args:
-        model: a `PeftModel` with ROSA, wrapped or not.
-        folder: where the model's files go.
-        adapter_name: which adapter; the active one if None.
-
-    Raises:
-        ValueError: the adapter is not ROSA's, or does not exist; `folder` has a model already.
-        ExportError: something else is loaded from it; then nothing is left in `folder`.
-    """
-    model, adapter = _rosa_adapter(model, adapter_name)
-    with _staged(folder) as place:
-        _write_merged(model, adapter, place)
-
-
-# What a folder must not hold already: loading would take it for a part of the export.
-_MODEL_FILES = re.compile(
-    r"(adapter_config|config|generation_config)\.json"
-    r"|(adapter_model|model|pytorch_model).*\.(safetensors|bin|json)"
-)
-
-
-@contextlib.contextmanager
-def _staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder to write in and to check; its files go into `folder` if nothing is raised.
-
-    So a failed export leaves nothing, and what a user has in `folder` stays as it is.
-    """
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file: name a folder")
-    there = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
-    taken = [name for name in there if _MODEL_FILES.fullmatch(name)]
-    if taken:
-        raise UserError(
-            f"{folder} holds a model or an adapter already ({', '.join(taken[:5])}), which the "
-            "export would replace or be mixed with: name a new folder, or remove those first"
-        )
-    made = [p for p in (folder, *folder.parents) if not p.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    done = False
-    try:
-        # Inside, so that moving the files only renames them.
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as place:
-            yield Path(place)
-            clashes = [p.name for p in Path(place).iterdir() if (folder / p.name).exists()]
-            if clashes:
-                raise UserError(
-                    f"{folder} holds {', '.join(sorted(clashes))} already, which the export would "
-                    "replace: name a new folder"
-                )
-            for path in Path(place).iterdir():
-                shutil.move(path, folder / path.name)
-        done = True
-    finally:
-        if not done:
-            for path in made:
-                path.rmdir()
-
-
-# -- as a LoRA adapter ---------------------------------------------------------------------------
-
-
-def _write_lora(model: PeftModel, adapter: str, folder: Path) -> None:
+def write_lora(model: PeftModel, adapter: str, folder: Path) -> None:
     """Write an adapter as LoRA's, and raise ExportError if PEFT would load another model."""
     config = model.peft_config[adapter]
     assert isinstance(config, RosaConfig)
@@ -336,165 +258,5 @@ def _hollow(tensor: Tensor) -> Tensor:
     return nn.Parameter(hollow, requires_grad=False) if isinstance(tensor, nn.Parameter) else hollow
 
 
-# -- as a plain model ----------------------------------------------------------------------------
-
-
-def _write_merged(model: PeftModel, adapter: str, folder: Path) -> Any:
-    """Write the merged model; raise ExportError if another is loaded from it, else return that.
-
-    A model that has no `save_pretrained` is written as a state dict, and None is returned.
-    """
-    merged = _merged(model, adapter)
-    state = merged.state_dict()
-    dtypes = {t.dtype for t in state.values() if t.is_floating_point()}
-    expected = {name: _digest(tensor) for name, tensor in state.items()}
-    if not hasattr(merged, "save_pretrained"):
-        path = folder / "pytorch_model.bin"
-        torch.save(state, path)
-        del merged, state
-        _check_merged(expected, torch.load(path, map_location="cpu", weights_only=True))
-        return None
-    plain: Any = type(merged)
-    try:
-        merged.save_pretrained(str(folder))
-    except ValueError as error:  # such as generation settings that do not go together
-        raise UserError(
-            f"{plain.__name__}.save_pretrained refuses this model; nothing was written: {error}"
-        ) from error
-    how: dict[str, Any] = {}
-    if isinstance(merged, PreTrainedModel) and dtypes:
-        how["dtype"] = functools.reduce(torch.promote_types, dtypes)  # so that none is rounded
-    attention = getattr(getattr(merged, "config", None), "_attn_implementation", None)
-    if isinstance(merged, PreTrainedModel) and attention:
-        how["attn_implementation"] = attention
-    del merged, state  # no three models in memory at a time
-    try:
-        loaded = plain.from_pretrained(str(folder), **how)
-    except Exception as error:
-        raise ExportError(
-            f"{plain.__name__}.from_pretrained cannot load what its save_pretrained wrote: "
-            f"{type(error).__name__}: {error}. Nothing was written: use model.merge_and_unload(), "
-            "and save the plain model in a way that its class can load"
-        ) from error
-    _check_merged(expected, loaded.state_dict())
-    return loaded.eval()
-
-
-Digest = tuple[torch.dtype, torch.Size, str]
-
-
-def _digest(tensor: Tensor) -> Digest:
-    """A tensor's dtype, shape, and a fingerprint of its numbers."""
-    numbers = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return tensor.dtype, tensor.shape, hashlib.blake2b(numbers.data).hexdigest()
-
-
-def _check_merged(expected: dict[str, Digest], found: dict[str, Tensor]) -> None:
-    differ = [
-        name
-        for name in sorted({*expected, *found})
-        if name not in expected
-        or name not in found
-        # It may be loaded in a wider dtype, which holds the same numbers.
-        or _digest(found[name].to(expected[name][0])) != expected[name]
-    ]
-    if differ:
-        more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
-        raise ExportError(
-            f"the merged model is not loaded as it was saved: {', '.join(differ[:5])}{more} "
-            "differ. Nothing was written; this model's class does not give its own weights back: "
-            "use model.merge_and_unload(), and save that in another way"
-        )
-
-
-def _merged(model: PeftModel, adapter: str) -> Any:
-    """A plain copy of the model, with one adapter merged, whatever is in use."""
-    merged: Any = _copy(model)
-    merged.base_model.enable_adapter_layers()
-    for _, layer in rosa_layers(merged):
-        if layer.merged:  # maybe with other adapters
-            layer.unmerge()
-    merged.set_adapter(adapter)  # its head too
-    return merged.merge_and_unload(safe_merge=True, adapter_names=[adapter]).requires_grad_(True)
-
-
 def _base(model: PeftModel) -> nn.Module:
     return model.base_model.model  # type: ignore[return-value]
-
-
-def _copy(model: PeftModel) -> PeftModel:
-    # Accelerate's mixed precision gives the model a forward of its own, which cannot be copied.
-    forward = vars(model).get("forward")
-    return copy.deepcopy(model, {} if forward is None else {id(forward): forward})
-
-
-def _rosa_adapter(model: nn.Module, adapter_name: str | None) -> tuple[PeftModel, str]:
-    """The model without wrappers such as DDP's, and the name of a ROSA adapter of it."""
-    inner: Any = model
-    if isinstance(model, nn.Module):
-        inner = extract_model_from_parallel(model, keep_torch_compile=False)
-    if not isinstance(inner, PeftModel):
-        raise UserTypeError(f"expected a PeftModel with ROSA, got {type(inner).__name__}")
-    adapter = inner.active_adapters[0] if adapter_name is None else adapter_name
-    if not isinstance(inner.peft_config.get(adapter), RosaConfig):
-        rosa = [name for name, c in inner.peft_config.items() if isinstance(c, RosaConfig)]
-        raise UserError(f"{adapter!r} is not a ROSA adapter of this model; there are: {rosa}")
-    return inner, adapter
-
-
-# -- on the command line -------------------------------------------------------------------------
-
-
-def export_folder(folder: Path, form: str, output: Path, model: str | None = None) -> float:
-    """Export a trained adapter from its folder, with its tokenizer.
-
-    Args:
-        folder: a run's folder or an adapter's.
-        form: `merged`, a plain model of the base's class; or `lora`, a LoRA adapter.
-        output: where it goes; must not exist or be empty.
-        model: the base model; None takes the one that the adapter names.
-
-    Returns:
-        The largest difference between the logits of the trained model and of what was written, as
-        loaded back, on random tokens.
-
-    Raises:
-        ValueError, FileNotFoundError: nothing to export there, or `output` is in use.
-        ExportError: what is loaded from it computes something else; nothing is left in `output`.
-    """
-    from rosa.bench import runs
-
-    if form not in FORMS:
-        raise UserError(f"--to must be one of {', '.join(FORMS)}; got {form!r}")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} is not empty: name a new folder")
-    trained, tokenizer = runs.load_trained(folder, model)
-    if not isinstance(trained, PeftModel):
-        raise UserError(f"{folder} holds a plain model already: there is no adapter to export")
-    expected, half = _logits(trained), trained.dtype in (torch.float16, torch.bfloat16)
-    with _staged(output) as place:
-        if form == "lora":
-            _, adapter = _rosa_adapter(trained, None)
-            _write_lora(trained, adapter, place)
-            trained.config.save_pretrained(str(place))
-            written = PeftModel.from_pretrained(trained.unload(), str(place)).eval()
-        else:  # merging is the same for every method of PEFT
-            written = _write_merged(trained, trained.active_adapters[0], place)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(place))
-        difference = float((_logits(written) - expected).abs().max())
-        tolerance = (1e-3 * float(expected.abs().max()) + 1e-4) * (100 if half else 1)
-        if not difference <= tolerance:
-            raise ExportError(
-                f"the export to {form} differs from the trained model by {difference:.1e} in its "
-                "logits, though its weights do not. Nothing was written; please report this"
-            )
-    return difference
-
-
-def _logits(model: Any) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = model.config.vocab_size
-    ids = torch.randint(vocabulary, (4, 16), generator=generator)
-    with torch.no_grad():
-        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()

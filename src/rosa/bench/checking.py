@@ -1,0 +1,85 @@
+"""What each setting of a run may be."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from rosa.bench.methods import check_packages, find_method
+from rosa.bench.settings import PRECISIONS, RunSettings
+from rosa.errors import UserError
+
+if TYPE_CHECKING:
+    from rosa import RosaCallback
+
+RESAMPLED = ("rosa", "relora")
+"""The methods whose subspaces are drawn anew while they train."""
+
+
+def check(settings: RunSettings) -> RunSettings:
+    """The settings with the method's learning rate filled in; raises for values of no use."""
+    from rosa.config import check_rank
+
+    method = find_method(settings.method)
+    check_packages(settings.method)
+    if method.has_rank:
+        settings = replace(settings, rank=8 if settings.rank is None else settings.rank)
+        check_rank("rank", settings.rank)
+    elif settings.rank is not None:
+        raise UserError(f"method {settings.method} has no rank: leave --rank out")
+    settings = replace(settings, lr=method.lr if settings.lr is None else settings.lr)
+    for name in ("lr", "epochs", "batch_size", "eval_batch_size", "gradient_accumulation"):
+        value = getattr(settings, name)
+        if not 0 < value < math.inf:
+            raise UserError(f"{name} must be positive, got {value}")
+    if settings.steps is not None and settings.steps < 1:
+        raise UserError(f"steps must be at least 1, got {settings.steps}")
+    if not 0 <= settings.warmup < 1:
+        raise UserError(
+            f"warmup is a share of all steps, at least 0 and below 1: {settings.warmup}"
+        )
+    if not settings.weight_decay >= 0:
+        raise UserError(f"weight_decay must not be negative, got {settings.weight_decay}")
+    if settings.weight_decay and method.optim:  # transformers gives it none
+        raise UserError(
+            f"the optimizer of method {settings.method} has no weight decay: leave it 0"
+        )
+    if not 0 <= settings.seed < 2**32:
+        raise UserError(f"seed must be from 0 to 2**32 - 1, got {settings.seed}")
+    if settings.max_length < 8:
+        raise UserError(f"max_length must be at least 8 tokens, got {settings.max_length}")
+    if settings.precision not in PRECISIONS:
+        raise UserError(f"precision must be one of {', '.join(PRECISIONS)}: {settings.precision}")
+    schedule(settings)
+    if settings.method in RESAMPLED:
+        method.config(settings, settings.rank, {}, ())  # type: ignore[misc]  # checks its own
+    return settings
+
+
+def schedule(settings: RunSettings) -> RosaCallback:
+    """When and how the run draws new subspaces; raises for settings of no use."""
+    from rosa import RosaCallback
+
+    return RosaCallback(
+        parse_period(settings.resample_every),
+        moments=settings.moments,
+        first=settings.first_draw,
+    )
+
+
+def parse_period(every: str) -> str | int | float:
+    """What `RosaCallback` takes, from "auto", "epoch", "never", "100" (steps) or "0.5epochs"."""
+    if every in ("auto", "epoch", "never"):
+        return every
+    number, kind = (every[:-6], float) if every.endswith("epochs") else (every, int)
+    try:
+        period = kind(number)
+    except ValueError:
+        period = 0
+    if not 0 < period < math.inf:
+        raise UserError(
+            f"resample_every must be auto, epoch, never, a number of steps such as 200, or epochs "
+            f"such as 0.5epochs; got {every!r}"
+        )
+    return period

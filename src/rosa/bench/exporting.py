@@ -1,0 +1,70 @@
+"""`rosa export`: a trained adapter's folder as a plain model, or as a LoRA adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from rosa.bench import runs
+from rosa.errors import ExportError, UserError
+from rosa.export.lora import write_lora
+from rosa.export.merged import write_merged
+from rosa.export.staging import rosa_adapter, staged
+
+FORMS = ("merged", "lora")
+
+
+def export_folder(folder: Path, form: str, output: Path, model: str | None = None) -> float:
+    """Export a trained adapter from its folder, with its tokenizer.
+
+    Args:
+        folder: a run's folder or an adapter's.
+        form: `merged`, a plain model of the base's class; or `lora`, a LoRA adapter.
+        output: where it goes; must not exist or be empty.
+        model: the base model; None takes the one that the adapter names.
+
+    Returns:
+        The largest difference between the logits of the trained model and of what was written, as
+        loaded back, on random tokens.
+
+    Raises:
+        ValueError, FileNotFoundError: nothing to export there, or `output` is in use.
+        ExportError: what is loaded from it computes something else; nothing is left in `output`.
+    """
+    if form not in FORMS:
+        raise UserError(f"--to must be one of {', '.join(FORMS)}; got {form!r}")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} is not empty: name a new folder")
+    trained, tokenizer = runs.load_trained(folder, model)
+    if not isinstance(trained, PeftModel):
+        raise UserError(f"{folder} holds a plain model already: there is no adapter to export")
+    expected, half = _logits(trained), trained.dtype in (torch.float16, torch.bfloat16)
+    with staged(output) as place:
+        if form == "lora":
+            _, adapter = rosa_adapter(trained, None)
+            write_lora(trained, adapter, place)
+            trained.config.save_pretrained(str(place))
+            written = PeftModel.from_pretrained(trained.unload(), str(place)).eval()
+        else:  # merging is the same for every method of PEFT
+            written = write_merged(trained, trained.active_adapters[0], place)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(place))
+        difference = float((_logits(written) - expected).abs().max())
+        tolerance = (1e-3 * float(expected.abs().max()) + 1e-4) * (100 if half else 1)
+        if not difference <= tolerance:
+            raise ExportError(
+                f"the export to {form} differs from the trained model by {difference:.1e} in its "
+                "logits, though its weights do not. Nothing was written; please report this"
+            )
+    return difference
+
+
+def _logits(model: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.vocab_size
+    ids = torch.randint(vocabulary, (4, 16), generator=generator)
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()

@@ -1,0 +1,51 @@
+"""The trained model in a run's folder, with its model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rosa.bench import runs
+from rosa.bench.methods import find_method
+from rosa.bench.settings import RunSettings
+from rosa.bench.tasks.task import Task
+
+
+def save_trained(
+    settings: RunSettings, task: Task, model: Any, tokenizer: Any, metrics: dict[str, float]
+) -> Path:
+    """Save the trained model with its tokenizer and a model card; returns its folder."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    adapted = find_method(settings.method).config is not None
+    place = settings.output / (runs.ADAPTER if adapted else runs.MODEL)
+    model.save_pretrained(str(place))
+    model.config.save_pretrained(str(place))  # the names of the labels, for an adapter too
+    tokenizer.save_pretrained(str(place))
+    local = Path(settings.model).exists()
+    data = ModelCardData(
+        base_model=None if local else settings.model,
+        library_name="peft" if adapted else "transformers",
+        tags=[settings.method, "rosa-finetune"],
+    )
+    values = {k: v for k, v in settings.to_json().items() if k not in ("output", "versions")}
+    for name in ("data", "train", "validation") if local else ("data", "train"):
+        if values[name]:  # a card is for others: not where files lie on this machine
+            values[name] = Path(values[name]).name
+    values["model"] = runs.model_name(settings.model)
+    rows = "\n".join(f"| {k} | {v} |" for k, v in values.items() if v is not None)
+    scores = "\n".join(f"| {k} | {v:.4f} |" for k, v in metrics.items())
+    load = (
+        "import rosa  # registers the method with PEFT\n" if settings.method == "rosa" else ""
+    ) + "from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, folder)\n"
+    if not adapted:
+        name = type(model).__name__
+        load = f"from transformers import {name}\n\nmodel = {name}.from_pretrained(folder)\n"
+    text = (
+        f"---\n{data.to_yaml()}\n---\n\n# {settings.method} on {task.name}\n\n"
+        f"`{values['model']}` fine-tuned by `rosa train`.\n\n```python\n{load}```\n\n"
+        f"| metric | value |\n| --- | --- |\n{scores}\n\n"
+        f"| setting | value |\n| --- | --- |\n{rows}\n"
+    )
+    ModelCard(text).save(place / "README.md")
+    return place

@@ -1,0 +1,100 @@
+"""The command: runs what was asked for, and says what went wrong."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+import warnings
+
+from rich.console import Console
+
+from rosa.bench import processes
+from rosa.cli.commands import app
+from rosa.errors import UserError, is_out_of_memory
+
+GRACE = 10
+"""Seconds that another process than the first waits before it tells its error: if the first has
+failed too, it has told the same, and torchrun ends all others."""
+
+
+def main() -> None:
+    """Run the command.
+
+    A mistake of the user is one clear line and exit code 2; a bug is a trace, what to do with it,
+    and exit code 1; an interrupt is exit code 130.
+    """
+    debug = "--debug" in sys.argv or os.environ.get("ROSA_DEBUG") == "1"
+    if not debug:  # what transformers says of its own inner workings is no news to a user
+        from transformers.utils import logging
+
+        warnings.simplefilter("ignore", FutureWarning)
+        logging.set_verbosity_error()
+    if "--debug" in sys.argv:
+        sys.argv.remove("--debug")
+    if not processes.is_first():
+        _be_silent()
+    try:
+        app()
+    except SystemExit as stop:
+        if not _is_interrupt(stop):
+            raise
+        _complain("stopped; with --resume, `rosa train` goes on from its last checkpoint")
+        sys.exit(130)
+    except Exception as error:
+        if not processes.is_first():
+            time.sleep(GRACE)
+        mistake = _mistake(error)
+        if mistake is None or debug:
+            traceback.print_exception(error)
+        if mistake is None:
+            _complain(
+                "this is a bug in rosa or in a library that it uses, not a mistake of yours: "
+                "please report it with the lines above and the command"
+            )
+            sys.exit(1)
+        _complain(f"error: {mistake}")
+        sys.exit(2)
+
+
+def _mistake(error: Exception) -> str | None:
+    """What the user can do about an error, in a line; None if it is a bug."""
+    if is_out_of_memory(error):
+        return (
+            "out of memory: lower --batch-size (and raise --gradient-accumulation as much, for the "
+            f"same steps) or --max-length ({_first_line(error)})"
+        )
+    if isinstance(error, ImportError):
+        if (error.name or "").partition(".")[0] == "rosa":
+            return None
+        return f"{error}: run pip install 'rosa-finetune[cli]' (--debug shows where)"
+    if type(error).__name__ == "SafetensorError":
+        return f"a weights file is damaged or cut short ({error}): copy or save it again"
+    return str(error) if isinstance(error, (UserError, OSError)) else None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _is_interrupt(stop: SystemExit) -> bool:
+    """Whether typer stopped the program because the user did."""
+    cause: BaseException | None = stop
+    while cause is not None and not isinstance(cause, KeyboardInterrupt):
+        cause = cause.__cause__ or cause.__context__
+    return cause is not None
+
+
+def _be_silent() -> None:
+    """Of several processes the first prints; this is another."""
+    import datasets
+    from transformers.utils import logging
+
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # until the process ends
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def _complain(text: str) -> None:
+    Console(stderr=True, highlight=False, markup=False).print(text, soft_wrap=True)

@@ -1,0 +1,77 @@
+"""A folder to export into, and the adapter that is exported."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import extract_model_from_parallel
+from peft import PeftModel
+from torch import nn
+
+from rosa.config import RosaConfig
+from rosa.errors import UserError, UserTypeError
+
+# What a folder must not hold already: loading would take it for a part of the export.
+_MODEL_FILES = re.compile(
+    r"(adapter_config|config|generation_config)\.json"
+    r"|(adapter_model|model|pytorch_model).*\.(safetensors|bin|json)"
+)
+
+
+@contextlib.contextmanager
+def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to write in and to check; its files go into `folder` if nothing is raised.
+
+    So a failed export leaves nothing, and what a user has in `folder` stays as it is.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: name a folder")
+    there = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
+    taken = [name for name in there if _MODEL_FILES.fullmatch(name)]
+    if taken:
+        raise UserError(
+            f"{folder} holds a model or an adapter already ({', '.join(taken[:5])}), which the "
+            "export would replace or be mixed with: name a new folder, or remove those first"
+        )
+    made = [p for p in (folder, *folder.parents) if not p.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    done = False
+    try:
+        # Inside, so that moving the files only renames them.
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as place:
+            yield Path(place)
+            clashes = [p.name for p in Path(place).iterdir() if (folder / p.name).exists()]
+            if clashes:
+                raise UserError(
+                    f"{folder} holds {', '.join(sorted(clashes))} already, which the export would "
+                    "replace: name a new folder"
+                )
+            for path in Path(place).iterdir():
+                shutil.move(path, folder / path.name)
+        done = True
+    finally:
+        if not done:
+            for path in made:
+                path.rmdir()
+
+
+def rosa_adapter(model: nn.Module, adapter_name: str | None) -> tuple[PeftModel, str]:
+    """The model without wrappers such as DDP's, and the name of a ROSA adapter of it."""
+    inner: Any = model
+    if isinstance(model, nn.Module):
+        inner = extract_model_from_parallel(model, keep_torch_compile=False)
+    if not isinstance(inner, PeftModel):
+        raise UserTypeError(f"expected a PeftModel with ROSA, got {type(inner).__name__}")
+    adapter = inner.active_adapters[0] if adapter_name is None else adapter_name
+    if not isinstance(inner.peft_config.get(adapter), RosaConfig):
+        rosa = [name for name, c in inner.peft_config.items() if isinstance(c, RosaConfig)]
+        raise UserError(f"{adapter!r} is not a ROSA adapter of this model; there are: {rosa}")
+    return inner, adapter
