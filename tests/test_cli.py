@@ -23,8 +23,8 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from rosa.bench.methods import METHODS
 from rosa import cli
+from rosa.bench.methods import METHODS
 from tests.models import WORDS, needs_packages, save_with_tokenizer, tiny_bert, tiny_gpt2
 
 

@@ -20,12 +20,12 @@ from transformers import (
     Trainer,
 )
 
+from rosa import cli
 from rosa.bench import methods, training
 from rosa.bench.building import Base, adapt
 from rosa.bench.checking import check
 from rosa.bench.methods import METHODS
 from rosa.bench.settings import RunSettings
-from rosa import cli
 from rosa.errors import UserError
 from tests.models import WORDS, needs_packages, save_with_tokenizer, tiny_gpt2
 
