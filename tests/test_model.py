@@ -127,9 +127,7 @@ def test_settings_that_make_no_sense_are_refused(options, message):
 def test_no_match_lists_near_names():
     with pytest.raises(NoMatchingPeftModuleError, match="Did you mean query"):
         attach(tiny_bert(), target_modules=["qurey"])
-    with pytest.raises(
-        NoMatchingPeftModuleError, match=r"Linear layers .*: classifier, dense, key"
-    ):
+    with pytest.raises(NoMatchingPeftModuleError, match=r"Layers .*: classifier, dense, key"):
         attach(tiny_bert(), target_modules=["zzz"])
 
 
@@ -169,13 +167,16 @@ def test_unsupported_layers_are_named():
     class Mixed(nn.Module):
         def __init__(self):
             super().__init__()
-            self.emb = nn.Embedding(5, 4)
+            self.emb = nn.Embedding(5, 4, max_norm=1.0)
+            self.conv = nn.Conv2d(3, 3, 1)
             self.attention = nn.MultiheadAttention(4, 2)
             self.whole = nn.Linear(4, 4)
             self.whole.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), False)
 
-    with pytest.raises(ValueError, match="emb is a Embedding, which is not supported"):
+    with pytest.raises(ValueError, match=r"emb is a Embedding, which is not supported.* changes"):
         attach(Mixed(), target_modules=["emb"])
+    with pytest.raises(ValueError, match="conv is a Conv2d, which is not supported: ROSA adapts"):
+        attach(Mixed(), target_modules=["conv"])
     with pytest.raises(ValueError, match=r"out_proj is a NonDynamically"):
         attach(Mixed(), target_modules=["out_proj"])
     with pytest.raises(ValueError, match=r"whole is stored as torch.int8 \(quantized\?\)"):

@@ -20,9 +20,9 @@ from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from rosa import RosaCallback, RosaConfig, resample
 from rosa.layers.kinds import rosa_layers
-from rosa.resampling.active import active_adapters
 from rosa.resampling.decay import DecayTowardDrawn
 from rosa.resampling.optimizers import states_of
+from tests.helpers import adapters_of
 from tests.models import Mlp
 
 X = torch.randn(8, 7)
@@ -356,7 +356,7 @@ def test_slow_weights_in_the_state_follow_what_is_drawn():
 def test_decay_toward_what_was_drawn_reaches_the_optimizer_inside(wrap):
     model = adapted()
     optimizer = wrap(model, lambda m: AdamW(trained(m), lr=0.1, weight_decay=0.5))
-    decay = DecayTowardDrawn(optimizer, active_adapters(model, optimizer))
+    decay = DecayTowardDrawn(optimizer, adapters_of(model, optimizer))
     values = [p.detach().clone() for p in trained(model)]
     for factor in trained(model):
         factor.grad = torch.zeros_like(factor)
