@@ -1,15 +1,21 @@
-"""What several tests ask of a model."""
+"""What several tests do: ask of a model, call the command, write files."""
 
 from __future__ import annotations
 
+import random
+import sys
+from pathlib import Path
 from typing import Any
 
+import pytest
 from torch import nn
 
+from rosa import cli
 from rosa.algebra.sketch import Sketch
 from rosa.layers.adapter import Adapter
 from rosa.layers.base import RosaLayer
 from rosa.resampling.active import active_adapters
+from tests.models import WORDS
 
 
 def seen_by(layer: RosaLayer, adapter: str = "default") -> Sketch | None:
@@ -20,3 +26,41 @@ def seen_by(layer: RosaLayer, adapter: str = "default") -> Sketch | None:
 def adapters_of(model: nn.Module, optimizer: Any = None) -> list[Adapter]:
     """The active adapters of all layers."""
     return [active.adapter for active in active_adapters(model, optimizer)]
+
+
+def run(*arguments: object) -> None:
+    """The console entry point; SystemExit(0) is a success."""
+    sys.argv = ["rosa", *map(str, arguments)]
+    try:
+        cli.main()
+    except SystemExit as stop:
+        if stop.code:
+            raise
+
+
+def fails(capsys, *arguments: object) -> str:
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments)
+    assert stop.value.code == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "Traceback" not in message
+    return message
+
+
+def review(good: bool) -> str:
+    words = random.choices(WORDS[8:], k=4)
+    return " ".join([*words, random.choice(["good", "fine"] if good else ["bad", "poor"])])
+
+
+def write_csv(path: Path, rows: int = 60, labels: tuple[str, str] = ("no", "yes")) -> Path:
+    lines = [f"{review(bool(i % 2))},{labels[i % 2]}" for i in range(rows)]
+    path.write_text("\n".join(["text,label", *lines]) + "\n")
+    return path
+
+
+def write_e2e(folder: Path, train: bool = False) -> None:
+    """E2E's own files, of twenty meanings with two references each."""
+    rows = [f'"name[P{i}], food[soup]","P{i} has {what} soup."' for i in range(20) for what in "ab"]
+    names = ["devset.csv", "testset_w_refs.csv", *(["trainset.csv"] if train else [])]
+    for name in names:
+        (folder / name).write_text("\n".join(["mr,ref", *rows]) + "\n")

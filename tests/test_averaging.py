@@ -92,6 +92,7 @@ def train(settings: RunSettings, **split: int) -> dict[str, Any]:
     def recording(*args: Any) -> Any:
         trainer, callback = build(*args)
         trainer.add_callback(recorder)
+        trainer.args.adam_epsilon = 1e-4  # of a gradient of rounding alone, Adam makes whole steps
         return trainer, callback
 
     training.build_trainer = recording
@@ -100,9 +101,9 @@ def train(settings: RunSettings, **split: int) -> dict[str, Any]:
     finally:
         training.build_trainer = build
     weights = next(settings.output.glob("[am]*/*.safetensors"))
-    names = ("train_loss", "eval_loss", "steps", *(record["metric"], record["reported"]))
+    names = ("train_loss", "eval_loss", "steps", record.metric, record.reported)
     return {
-        "record": {name: record[name] for name in names},
+        "record": {name: record.to_json()[name] for name in names},
         "norms": recorder.norms,
         "weights": load_file(weights),
     }
@@ -113,8 +114,6 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-3)
     assert found["weights"].keys() == expected["weights"].keys()
     for name, weight in expected["weights"].items():
-        if name.endswith(("key.bias", "c_attn.bias")):
-            continue  # a key's bias has no gradient but rounding, of which Adam makes whole steps
         torch.testing.assert_close(found["weights"][name], weight, rtol=2e-3, atol=2e-4, msg=name)
 
 

@@ -23,28 +23,9 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from rosa import cli
 from rosa.bench.methods import METHODS
+from tests.helpers import fails, review, run, write_csv
 from tests.models import WORDS, needs_packages, save_with_tokenizer, tiny_bert, tiny_gpt2
-
-
-def run(*arguments: object) -> None:
-    """The console entry point; SystemExit(0) is a success."""
-    sys.argv = ["rosa", *map(str, arguments)]
-    try:
-        cli.main()
-    except SystemExit as stop:
-        if stop.code:
-            raise
-
-
-def fails(capsys, *arguments: object) -> str:
-    with pytest.raises(SystemExit) as stop:
-        run(*arguments)
-    assert stop.value.code == 2
-    message = " ".join(capsys.readouterr().err.split())
-    assert "Traceback" not in message
-    return message
 
 
 def breaks(capsys, *arguments: object) -> str:
@@ -57,17 +38,6 @@ def breaks(capsys, *arguments: object) -> str:
     assert "bug in rosa" in message
     assert "report it" in message
     return message
-
-
-def review(good: bool) -> str:
-    words = random.choices(WORDS[8:], k=4)
-    return " ".join([*words, random.choice(["good", "fine"] if good else ["bad", "poor"])])
-
-
-def write_csv(path: Path, rows: int = 60, labels: tuple[str, str] = ("no", "yes")) -> Path:
-    lines = [f"{review(bool(i % 2))},{labels[i % 2]}" for i in range(rows)]
-    path.write_text("\n".join(["text,label", *lines]) + "\n")
-    return path
 
 
 @pytest.fixture(scope="module")

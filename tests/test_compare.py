@@ -5,17 +5,21 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
 
 from rosa.bench import runs
 from rosa.bench.compare import Cell, Variant, make_grid
+from rosa.bench.record import Record, read_record
 from rosa.bench.report.results import read_comparison
 from rosa.bench.report.tables import table_rows
+from rosa.errors import UserError
+from tests.helpers import fails, run, write_csv
 from tests.models import save_with_tokenizer, tiny_bert
-from tests.test_cli import fails, run, write_csv
 
 METHODS = "rosa+resample_every=3,head,rosa+target_modules=nope"
 
@@ -199,20 +203,15 @@ def write_comparison(folder: Path, variants: list[str], model: str, told: bool) 
             name = text.replace("/", "%2F")
             place = folder / f"{name}-r{rank}-lr{rate:g}-s0"
             place.mkdir()
-            record = {
-                **dict.fromkeys(
-                    ("train_loss", "eval_loss", "train_seconds", "epochs", "steps"), 1.0
-                ),
-                **dict.fromkeys(("resample_seconds", "adapter_bytes", "peak_memory_mib"), 1.0),
-                **dict.fromkeys(("trainable_parameters", "test_examples", "seed"), 0),
-                "method": text.split("+")[0],
-                "rank": rank,
-                "lr": rate,
-                "accuracy": rate,
-                "metric": "accuracy",
-                "reported": "accuracy",
-            }
-            runs.write_json(place / "metrics.json", record | ({"variant": text} if told else {}))
+            known: dict[str, Any] = {f.name: 1 for f in fields(Record)}
+            known |= {"variant": text, "method": text.split("+")[0], "rank": rank, "lr": rate}
+            known |= {"metric": "accuracy", "reported": "accuracy"}
+            record = Record(**known | {"scores": {"eval_loss": 1.0, "accuracy": rate}})
+            record.write(place)
+            if not told:
+                values = runs.read_json(place / "metrics.json")
+                del values["variant"]
+                runs.write_json(place / "metrics.json", values)
             runs.write_json(place / "history.json", {"steps": [], "epochs": []})
     return folder
 
@@ -238,6 +237,21 @@ def test_records_that_do_not_say_it_are_read_by_their_folders_name(tmp_path):
         for name in ("told", "silent")
     )
     assert table_rows(read_comparison(told)) == table_rows(read_comparison(silent))
+
+
+def test_a_record_is_read_as_it_was_written_and_a_damaged_one_is_refused(tmp_path):
+    (place,) = list(
+        write_comparison(tmp_path / "cmp", ["lora"], "x", told=True).glob("*-r2-lr0.1*")
+    )
+    record = read_record(place)
+    assert record.scores == {"eval_loss": 1.0, "accuracy": 0.1}
+    record.write(place)
+    assert read_record(place) == record
+    values = runs.read_json(place / "metrics.json")
+    del values["steps"], values["seed"]
+    runs.write_json(place / "metrics.json", values)
+    with pytest.raises(UserError, match=r"metrics.json lacks seed, steps: the file is damaged"):
+        read_record(place)
 
 
 def test_a_report_tells_nothing_of_where_files_lie(tmp_path):

@@ -251,4 +251,4 @@ def test_moments_are_of_the_rank_and_training_resumes(method, tmp_path, monkeypa
     monkeypatch.setattr(Trainer, "_save_checkpoint", save)
     parts = training.train(settings, resume=True)
     for name in ("steps", "train_loss", "eval_loss"):
-        assert parts[name] == pytest.approx(whole[name], rel=1e-4)
+        assert parts.to_json()[name] == pytest.approx(whole.to_json()[name], rel=1e-4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -17,9 +18,8 @@ from rosa.bench.checking import check, schedule
 from rosa.bench.methods import find_method
 from rosa.bench.settings import RunSettings
 from rosa.bench.tasks.e2e import prompt
+from tests.helpers import fails, run, write_csv, write_e2e
 from tests.models import save_with_tokenizer, tiny_gpt2
-from tests.test_cli import fails, run, write_csv
-from tests.test_tasks_e2e import write as write_e2e
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 EVERY = sorted(str(path.relative_to(RECIPES)) for path in RECIPES.rglob("*.yaml"))
@@ -57,7 +57,8 @@ def settings_by(monkeypatch, tmp_path):
         taken = []
         with monkeypatch.context() as patch:
             patch.setattr(
-                "rosa.bench.training.train", lambda settings, **_: taken.append(settings) or {}
+                "rosa.bench.training.train",
+                lambda settings, **_: taken.append(settings) or MagicMock(),
             )
             run("train", "--recipe", RECIPES / name, "--output", tmp_path / "run")
         return check(taken[0])

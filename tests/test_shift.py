@@ -18,8 +18,8 @@ from rosa.bench.settings import RunSettings
 from rosa.bench.tasks import python_texts
 from rosa.bench.tokenizing import tokenize
 from rosa.errors import UserError
+from tests.helpers import fails, run
 from tests.models import save_with_tokenizer, tiny_bert, tiny_gpt2
-from tests.test_cli import fails, run
 
 CONTEXT = 16
 SMALL = shift.Pretraining(vocabulary=300, layers=1, width=16, heads=2, steps=4, batch_size=4)

@@ -11,7 +11,7 @@ import torch
 
 from rosa.bench import synthetic
 from rosa.bench.synthetic import Run, best_lr, experiment, summary, train
-from tests.test_cli import fails, run
+from tests.helpers import fails, run
 
 
 def test_rosa_passes_what_lora_can_reach():

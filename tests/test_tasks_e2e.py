@@ -14,8 +14,8 @@ from rosa.bench.generation import generate
 from rosa.bench.tasks import load
 from rosa.bench.tasks.generation_metrics import bleu, e2e_scores, nist
 from rosa.bench.tasks.task import DataSettings
+from tests.helpers import fails, run, write_e2e
 from tests.models import save_with_tokenizer, tiny_gpt2
-from tests.test_cli import fails, run
 
 OUTPUTS = [
     "The harbour cafe serves 3.50-pound soup, and it's cheap.",
@@ -69,15 +69,8 @@ def test_texts_without_references_are_refused(references):
         e2e_scores(OUTPUTS, references)
 
 
-def write(folder, train=False):
-    rows = [f'"name[P{i}], food[soup]","P{i} has {what} soup."' for i in range(20) for what in "ab"]
-    names = ["devset.csv", "testset_w_refs.csv", *(["trainset.csv"] if train else [])]
-    for name in names:
-        (folder / name).write_text("\n".join(["mr,ref", *rows]) + "\n")
-
-
 def test_meaning_representations_are_held_out_whole_and_references_grouped(tmp_path):
-    write(tmp_path)
+    write_e2e(tmp_path)
     task = load(DataSettings(task="e2e", data=tmp_path, limit_test=3), decoder=True)
     assert len(task.train) == 36
     assert len(task.validation) == 4
@@ -90,7 +83,7 @@ def test_meaning_representations_are_held_out_whole_and_references_grouped(tmp_p
         f"Input: name[P{i}], food[soup] Output:" for i in range(3)
     )
     assert task.generation.references[0] == ("P0 has a soup.", "P0 has b soup.")
-    write(tmp_path, train=True)
+    write_e2e(tmp_path, train=True)
     task = load(DataSettings(task="e2e", data=tmp_path, hold_out=True), decoder=True)
     assert (len(task.train), len(task.validation), task.reported) == (40, 40, "bleu")
 
@@ -123,7 +116,7 @@ def test_batches_write_what_single_prompts_do(tmp_path):
 
 def test_a_run_scores_its_texts_and_keeps_them(tmp_path, capsys):
     base = save_with_tokenizer(tiny_gpt2(), tmp_path / "base")
-    write(tmp_path)
+    write_e2e(tmp_path)
     out = tmp_path / "run"
     data = ["--model", base, "--task", "e2e", "--data", tmp_path, "--limit-test", 2]
     # A row's reference is longer than the tiny model reads, unless its prompt is short.

@@ -20,8 +20,8 @@ from rosa.bench.tasks.metrics import (
     pearson_and_spearman,
 )
 from rosa.bench.tasks.task import DataSettings
+from tests.helpers import review, run
 from tests.models import save_with_tokenizer, tiny_bert
-from tests.test_cli import review, run
 
 COLA = Path(os.environ.get("ROSA_COLA", Path(__file__).parents[2] / "shared/data/cola"))
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import inspect
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from peft import PeftConfig
 
@@ -12,6 +13,7 @@ from rosa.algebra.subspace import DIRECTIONS, SIDES
 from rosa.errors import UserError, UserTypeError
 from rosa.registration import ROSA
 
+T = TypeVar("T", bound=PeftConfig)
 MOMENTS = ("clear", "keep")
 """What can become of the optimizer's moments of the factors, when a new subspace is drawn."""
 HINT = "a ROSA adapter: pip install rosa-finetune, and import rosa before PEFT loads it"
@@ -30,70 +32,69 @@ model = PeftModel.from_pretrained(base_model, "this folder")
 """
 
 
+def _documented(config: type[T]) -> type[T]:
+    """Append the help of a dataclass's own fields to its docstring, as the section Args."""
+    own = [f for f in fields(config) if f.name in config.__annotations__]
+    lines = [f"    {f.name}: {f.metadata['help']}" for f in own]
+    config.__doc__ = "\n".join([inspect.cleandoc(config.__doc__ or ""), "", "Args:", *lines])
+    return config
+
+
+@_documented
 @dataclass
 class RosaConfig(PeftConfig):
     """Configuration of a ROSA adapter (`RosaModel`); fields are named as in PEFT's `LoraConfig`.
-
-    Args:
-        r: Rank of the trained subspace of each weight. Capped at min(in, out) of a layer.
-        alpha: The product of the factors is scaled by ``alpha / r``; None means r, a scale of 1.
-        directions: Where a subspace comes from: ``"svd"`` takes singular triplets of the weight, a
-            uniform random subset (the paper's), ``"orthonormal"`` random orthonormal directions
-            (far cheaper to draw), ``"gradient"`` orthonormal directions in which the loss falls
-            (random ones until a gradient was seen: see `rosa.watch`), ``"zero"`` nothing of the
-            weight: a fresh zero product, as LoRA starts.
-        side: Of which side of the weight ``"gradient"`` takes its directions: the outputs'
-            (``"left"``), the inputs' (``"right"``) or half of them each's (``"both"``).
-        seed: Seed of the draws. They depend on nothing else that draws random numbers.
-        rosa_dropout: Dropout on the input of the trained factors. Unlike LoRA's, they hold a part
-            of the pretrained weight, which is dropped with it: 0 unless you have reason.
-        target_modules: Names of the modules to adapt, a regex, or ``"all-linear"``; None takes
-            PEFT's choice for the architecture.
-        exclude_modules: Names of modules, or a regex, to leave alone.
-        bias: Which biases to train: ``"none"``, ``"all"`` or ``"rosa_only"``.
-        modules_to_save: Further modules to train in full and to save with the adapter.
-        layers_to_transform: Indices of the layers to adapt.
-        layers_pattern: Name of the list of layers that those indices are of.
-        rank_pattern: Ranks that differ from `r`, by layer name or regex.
-        alpha_pattern: Alphas that differ from `alpha`, by layer name or regex.
-        init_weights: True (default) starts at the pretrained model's outputs. False leaves the
-            start out of the offset, so that the outputs change at once: for tests.
-        base_fingerprint: Written when the adapter is saved: which base weights it belongs to.
-        loading: Written, for who reads the file where PEFT does not know ROSA: what to do there.
 
     Raises:
         ValueError: a field's value is not allowed.
         TypeError: `r`, `alpha` or `seed` is not a number of the right kind.
     """
 
-    r: int = field(default=8, metadata={"help": "Rank of the trained subspace of each weight."})
+    r: int = field(
+        default=8,
+        metadata={"help": "Rank of the trained subspace of each weight, at most its smaller side."},
+    )
     alpha: float | None = field(
         default=None,
-        metadata={"help": "The factors' product is scaled by alpha / r; None means r (scale 1)."},
+        metadata={
+            "help": "The factors' product is scaled by alpha / r; None means r, a scale of 1."
+        },
     )
     directions: str = field(
         default="gradient",
-        metadata={"help": f"Where a subspace comes from: one of {', '.join(DIRECTIONS)}."},
+        metadata={
+            "help": "Where a subspace comes from: svd (singular triplets of the weight, a uniform "
+            "random choice: the paper's), orthonormal (random directions, far cheaper to "
+            "draw), gradient (directions in which the loss falls; random ones until a "
+            "gradient was seen, see rosa.watch) or zero (nothing of the weight: a fresh "
+            "zero product, as LoRA starts)."
+        },
     )
     side: str = field(
         default="left",
         metadata={
-            "help": "Side of the gradient's directions: left (outputs), right (inputs) or both."
+            "help": "Of which side of the weight gradient takes its directions: the outputs' "
+            "(left), the inputs' (right) or half of them each's (both)."
         },
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the draws of subspaces."})
+    seed: int = field(
+        default=0,
+        metadata={
+            "help": "Seed of the draws, which depend on nothing else that draws random numbers."
+        },
+    )
     rosa_dropout: float = field(
         default=0.0,
         metadata={
-            "help": "Dropout on the input of the factors. They hold a part of the pretrained "
-            "weight, which is dropped with it: keep 0 unless you have reason."
+            "help": "Dropout on the input of the factors. Unlike LoRA's, they hold a part of the "
+            "pretrained weight, which is dropped with it: keep 0 unless you have reason."
         },
     )
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={
-            "help": "Names of the modules to adapt, a regex, or 'all-linear'; "
-            "None takes PEFT's choice for the architecture."
+            "help": "Names of the modules to adapt, a regex, or 'all-linear'; None takes PEFT's "
+            "choice for the architecture."
         },
     )
     exclude_modules: list[str] | str | None = field(
@@ -123,13 +124,19 @@ class RosaConfig(PeftConfig):
     )
     init_weights: bool = field(
         default=True,
-        metadata={"help": "True starts at the pretrained model's outputs; False is for tests."},
+        metadata={
+            "help": "True starts at the pretrained model's outputs. False leaves the start out of "
+            "the offset, so that the outputs change at once: for tests."
+        },
     )
     base_fingerprint: dict | None = field(
         default=None,
         metadata={"help": "Written on saving: which base weights the adapter belongs to."},
     )
-    loading: str = field(default=HINT, metadata={"help": "Written on saving: how to load it."})
+    loading: str = field(
+        default=HINT,
+        metadata={"help": "Written on saving: how to load it where PEFT does not know ROSA."},
+    )
 
     @property
     def is_informed(self) -> bool:

@@ -10,10 +10,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rosa.bench import runs
+from rosa.bench.record import Record
 from rosa.bench.settings import RunSettings
 from rosa.bench.training import train
 
@@ -48,11 +48,6 @@ class _Running:
     trained: Any
 
 
-def is_done(folder: Path) -> bool:
-    """Whether a folder holds a finished run."""
-    return (folder / runs.METRICS).is_file()
-
-
 def run_all(todo: list[Job], jobs: int, title: str, console: Console) -> dict[str, str]:
     """Make runs, `jobs` at a time; returns why some failed, by name, with the trace in `ERROR`.
 
@@ -81,7 +76,7 @@ def run_all(todo: list[Job], jobs: int, title: str, console: Console) -> dict[st
                     console.print(f"{place}: FAILED, {why}", highlight=False, markup=False)
                 else:
                     record = future.result()
-                    score = f"{record['metric']} {record[record['metric']]:.4f}"
+                    score = f"{record.metric} {record.validation:.4f}"
                     console.print(f"{place}: validation {score}", highlight=False, markup=False)
                 ended.pool.shutdown()
             progress.update(bar, completed=count + sum(r.trained.value for r in running.values()))
@@ -115,7 +110,7 @@ def _share(trained: Any) -> None:
     _trained = trained
 
 
-def _run(job: Job, threads: int, quiet: bool) -> dict[str, Any]:
+def _run(job: Job, threads: int, quiet: bool) -> Record:
     import datasets
     from transformers import TrainerCallback
     from transformers.utils import logging

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from rosa.bench import runs
-from rosa.bench.cells import Job, is_done, run_all
+from rosa.bench.cells import Job, run_all
 from rosa.bench.checking import check
 from rosa.bench.methods import METHODS, find_method
+from rosa.bench.record import best_record, is_done, read_record
 from rosa.bench.settings import RunSettings
 from rosa.bench.training import load_task
 from rosa.errors import UserError
@@ -254,21 +255,8 @@ def _check_folder(base: RunSettings) -> None:
 
 def _best(folder: Path, cells: list[Cell]) -> float | None:
     """The chosen learning rate of cells that differ in it alone; None if every one failed."""
-    found = [
-        runs.read_json(folder / c.name / runs.METRICS) for c in cells if is_done(folder / c.name)
-    ]
-    return best_record(found)["lr"] if found else None
-
-
-def best_record(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The run with the best validation metric; of equals that with the lower validation loss."""
-
-    def score(record: dict[str, Any]) -> tuple[float, float, float]:
-        metric = record["metric"]
-        first = -record["eval_loss"] if metric == "loss" else record[metric]
-        return first, -record["eval_loss"], -record["lr"]
-
-    return max(records, key=score)
+    found = [read_record(folder / c.name) for c in cells if is_done(folder / c.name)]
+    return best_record(found).lr if found else None
 
 
 def _train_all(

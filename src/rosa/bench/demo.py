@@ -56,10 +56,10 @@ def run(output: Path, seed: int, overwrite: bool, say: Any) -> None:
     rows = [
         (
             name,
-            f"{r['test_accuracy']:.3f}",
-            f"{r['trainable_parameters']:,}",
-            f"{r['train_seconds']:.0f}",
-            f"{r['adapter_bytes'] / 1e6:.1f}",
+            f"{r.scores['test_accuracy']:.3f}",
+            f"{r.trainable_parameters:,}",
+            f"{r.train_seconds:.0f}",
+            f"{r.adapter_bytes / 1e6:.1f}",
         )
         for name, r in records.items()
     ]

@@ -1,61 +1,110 @@
-"""Every setting of a run."""
+"""Every setting of a run: its name, type, default and help, for the command line too."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from rosa.config import MOMENTS, RosaConfig
+
 PRECISIONS = ("auto", "fp32", "bf16")
+DATA, METHOD, TRAINING, OUTPUT = "Data", "Method", "Training", "Output"
+
+
+def _is(panel: str, text: str, default: Any = MISSING, option: str | None = None) -> Any:
+    """A setting: the panel of the help, what it says, and the option's name if another one.
+
+    In the text, {methods} and {tasks} stand for the names that there are.
+    """
+    return field(default=default, metadata={"panel": panel, "help": text, "option": option})
+
+
+def _of_rosa(name: str) -> Any:
+    """A setting that is `RosaConfig`'s own."""
+    (found,) = (f for f in fields(RosaConfig) if f.name == name)
+    return _is(METHOD, f"ROSA: {found.metadata['help']}", found.default)
 
 
 @dataclass(frozen=True)
 class RunSettings:
     """Every setting of a run, each with its default; saved as settings.json.
 
-    `lr` None takes the method's own. `resample_every` is "auto" (see `RosaCallback`), "epoch",
-    "never", a number of optimizer steps, or epochs as in "0.5epochs". `target_modules` is
-    "attention" (the paper's choice: the projections of attention), "all-linear", or names. `warmup`
-    is a share of all steps. `rank` None takes 8 where the method has a rank. `steps` counts
-    optimizer steps, and takes the place of `epochs`. For `moments` see `rosa.resample`; for
-    `first_draw` see `first` of `RosaCallback`; for what a draw takes see `RosaConfig`.
+    What they mean stands with each, and is the help of `rosa train`. Three take None for what
+    depends on another: `lr` for the method's own, `rank` for 8 where the method has one,
+    `first_draw` for `first` of `RosaCallback`.
     """
 
-    model: str
-    output: Path
-    method: str = "rosa"
-    task: str | None = None
-    data: Path | None = None
-    train: Path | None = None
-    validation: Path | None = None
-    text_columns: tuple[str, ...] = ("text",)
-    label_column: str = "label"
-    limit_train: int | None = None
-    limit_test: int | None = None
-    hold_out: bool = False
-    rank: int | None = None
-    alpha: float | None = None
-    directions: str = "gradient"
-    side: str = "left"
-    resample_every: str = "auto"
-    moments: str = "clear"
-    first_draw: int | None = None
-    target_modules: tuple[str, ...] = ("attention",)
-    lr: float | None = None
-    epochs: float = 3.0
-    steps: int | None = None
-    batch_size: int = 32
-    eval_batch_size: int = 64
-    gradient_accumulation: int = 1
-    weight_decay: float = 0.0
-    warmup: float = 0.06
-    max_length: int = 128
-    group_by_length: bool = False
-    precision: str = "auto"
-    seed: int = 0
-    report_to: str = "none"
-    record_changes: bool = False
+    model: str = _is(DATA, "Pretrained model: a hub id or a folder.")
+    output: Path = _is(OUTPUT, "Folder for what is trained, its metrics and its settings.")
+    method: str = _is(METHOD, "What trains: {methods}.", "rosa")
+    task: str | None = _is(DATA, "A task by name: {tasks}.", None)
+    data: Path | None = _is(DATA, "Folder of the task's own files.", None)
+    train: Path | None = _is(
+        DATA, "Training file: .csv, .tsv, .jsonl, or .txt for a decoder.", None
+    )
+    validation: Path | None = _is(
+        DATA, "Validation file; else a tenth is split off the training data.", None
+    )
+    text_columns: tuple[str, ...] = _is(
+        DATA, "Column of the text; give it twice for pairs.", ("text",), "text_column"
+    )
+    label_column: str = _is(DATA, "Column of the label.", "label")
+    limit_train: int | None = _is(DATA, "Train on this many examples, drawn by the seed.", None)
+    limit_test: int | None = _is(DATA, "Report on the first so many test examples.", None)
+    hold_out: bool = _is(
+        DATA,
+        "Validate on a tenth of the training data; report the task's own set as test.",
+        False,
+    )
+    rank: int | None = _is(
+        METHOD, "Rank of the trained subspaces, or of LoRA's kin; default: 8.", None
+    )
+    alpha: float | None = _is(METHOD, "Scale is alpha / rank; default: rank (LoRA: 2 rank).", None)
+    directions: str = _of_rosa("directions")
+    side: str = _of_rosa("side")
+    resample_every: str = _is(
+        METHOD,
+        "ROSA: draw new subspaces every: auto, epoch, never, 200 (steps), 0.5epochs.",
+        "auto",
+    )
+    moments: str = _is(
+        METHOD, f"ROSA: the optimizer's, at a resample: {', '.join(MOMENTS)}.", "clear"
+    )
+    first_draw: int | None = _is(
+        METHOD,
+        "ROSA: step of the first draw by the gradient; default: 32, or a tenth of a shorter "
+        "training.",
+        None,
+    )
+    target_modules: tuple[str, ...] = _is(
+        METHOD,
+        "Layers to adapt: attention, all-linear, or names (repeat the option).",
+        ("attention",),
+    )
+    lr: float | None = _is(
+        TRAINING, "Peak learning rate; default: the method's own (rosa 1e-3). Tune it.", None
+    )
+    epochs: float = _is(TRAINING, "Passes over the training data.", 3.0)
+    steps: int | None = _is(
+        TRAINING, "Optimizer steps, in place of epochs; five evaluations.", None
+    )
+    batch_size: int = _is(TRAINING, "Examples per device and step.", 32)
+    eval_batch_size: int = _is(TRAINING, "Examples per step of evaluation.", 64)
+    gradient_accumulation: int = _is(TRAINING, "Batches per optimizer step.", 1)
+    weight_decay: float = _is(
+        TRAINING, "AdamW's; ROSA's factors decay toward what they were drawn as.", 0.0
+    )
+    warmup: float = _is(TRAINING, "Share of the steps with rising rate.", 0.06)
+    max_length: int = _is(DATA, "Longest text in tokens; the rest is cut.", 128)
+    group_by_length: bool = _is(
+        DATA, "Batches of texts of like length: less padding, faster.", False
+    )
+    precision: str = _is(TRAINING, "auto (bf16 where a GPU has it), fp32 or bf16.", "auto")
+    seed: int = _is(TRAINING, "Seed of everything random.", 0)
+    report_to: str = _is(OUTPUT, "Trackers as in Trainer: none, tensorboard, wandb, ...", "none")
+    record_changes: bool = _is(OUTPUT, "Record the rank of the weights' change every epoch.", False)
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values, with the versions of the libraries."""

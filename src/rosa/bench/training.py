@@ -18,6 +18,7 @@ from rosa.bench.checking import check
 from rosa.bench.methods import find_method
 from rosa.bench.processes import join, say
 from rosa.bench.reading import longest_input
+from rosa.bench.record import Record, is_done, read_record
 from rosa.bench.saving import save_trained
 from rosa.bench.settings import RunSettings
 from rosa.bench.tasks.task import DataSettings, Generation, Task
@@ -39,8 +40,8 @@ def train(
     overwrite: bool = False,
     variant: str | None = None,
     callbacks: Sequence[TrainerCallback] = (),
-) -> dict[str, Any]:
-    """Run one training; returns the result record, which is also `<output>/metrics.json`.
+) -> Record:
+    """Run one training; returns its result, which is also stored in the output folder.
 
     Of several processes (`torchrun`), the first writes and prints, and every one returns the record
     once all is written.
@@ -66,9 +67,9 @@ def train(
     state = join()
     if state.is_main_process:  # the only one that writes there
         runs.check_output(settings.output, settings.to_json(), resume, overwrite)
-    if resume and (settings.output / runs.METRICS).is_file():
+    if resume and is_done(settings.output):
         say(f"the run in {settings.output} is finished: nothing to resume")
-        return runs.read_json(settings.output / runs.METRICS)
+        return read_record(settings.output)
 
     task = load_task(settings)
     tokenizer = runs.load_tokenizer(settings.model)
@@ -107,32 +108,34 @@ def train(
         history["drawn_at"] = callback.drawn_at
     if recorder is not None:
         history["changes"] = {"epochs": recorder.epochs, "spectra": recorder.spectra}
-    record = {
-        **metrics,
-        "train_loss": history["epochs"][-1]["train_loss"],
-        "epochs": trainer.state.epoch,
-        "steps": trainer.state.global_step,
-        "train_seconds": seconds,
-        "resamples": len(callback.drawn_at) if callback else 0,
-        "resample_seconds": callback.seconds if callback else 0.0,
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "peak_memory_mib": _peak_memory_mib(),
-        "train_examples": len(task.train),
-        "validation_examples": len(task.validation),
-        "test_examples": _reported_examples(task, rows),
-        "variant": variant or settings.method,
-        "method": settings.method,
-        **({} if settings.rank is None else {"rank": settings.rank}),
-        "lr": settings.lr,
-        "seed": settings.seed,
-        "metric": task.metric,
-        "reported": task.reported,
-    }
+    record = Record(
+        variant=variant or settings.method,
+        method=settings.method,
+        rank=settings.rank,
+        lr=settings.lr,  # type: ignore[arg-type]  # `check` has chosen one
+        seed=settings.seed,
+        metric=task.metric,
+        reported=task.reported,
+        scores=metrics,
+        train_loss=history["epochs"][-1]["train_loss"],
+        epochs=trainer.state.epoch,
+        steps=trainer.state.global_step,
+        train_seconds=seconds,
+        resamples=len(callback.drawn_at) if callback else 0,
+        resample_seconds=callback.seconds if callback else 0.0,
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        peak_memory_mib=_peak_memory_mib(),
+        train_examples=len(task.train),
+        validation_examples=len(task.validation),
+        test_examples=_reported_examples(task, rows),
+        adapter_bytes=0,
+    )
     if state.is_main_process:
         place = save_trained(settings, task, trainer.model, tokenizer, metrics)
-        record["adapter_bytes"] = sum(p.stat().st_size for p in place.glob("*.safetensors"))
+        size = sum(p.stat().st_size for p in place.glob("*.safetensors"))
+        record = replace(record, adapter_bytes=size)
         runs.write_json(settings.output / runs.HISTORY, history)
-        runs.write_json(settings.output / runs.METRICS, record)
+        record.write(settings.output)
     (record,) = broadcast_object_list([record])
     return record
 

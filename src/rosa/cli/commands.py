@@ -11,7 +11,8 @@ from rich.console import Console
 
 from rosa.bench import processes
 from rosa.bench.methods import METHODS
-from rosa.bench.options import DATA, METHOD, OPTIONS, OUTPUT, TRAINING, option, settings_of, takes
+from rosa.bench.options import OPTIONS, option, settings_of, takes
+from rosa.bench.settings import DATA, METHOD, OUTPUT, TRAINING
 from rosa.errors import UserError
 
 app = typer.Typer(
@@ -70,15 +71,8 @@ Recipe = Annotated[
 SHARED = (
     *("model", "output", "train", "validation", "task", "data", "text_column", "label_column"),
     *("limit_train", "limit_test", "max_length", "group_by_length", "resample_every"),
-    *(
-        "target_modules",
-        "epochs",
-        "steps",
-        "batch_size",
-        "eval_batch_size",
-        "gradient_accumulation",
-    ),
-    *("weight_decay", "warmup", "precision", "report_to"),
+    *("target_modules", "epochs", "steps", "batch_size", "eval_batch_size"),
+    *("gradient_accumulation", "weight_decay", "warmup", "precision", "report_to"),
 )
 
 
@@ -112,7 +106,7 @@ def train(
     from rosa.bench.training import train as run
 
     record = run(settings_of(given), resume=resume, overwrite=overwrite)
-    Console().print(metrics_table(str(given["output"]), record))
+    Console().print(metrics_table(str(given["output"]), record.to_json()))
 
 
 @app.command()
@@ -127,13 +121,13 @@ def compare(
             "rosa+directions=orthonormal+resample_every=200.",
         ),
     ] = "rosa,lora",
-    ranks: Annotated[str, option(METHOD, "Ranks, with commas. [default: 8]")] = "",
+    ranks: Annotated[str, option(METHOD, "Ranks, with commas; default: 8.")] = "",
     lrs: Annotated[
         list[str],
         option(
             TRAINING,
             "Learning rates to choose from, with commas; for one method: full=1e-5,3e-5 (repeat "
-            "the option). [default: 0.3, 1 and 3 times each method's own]",
+            "the option). Default: 0.3, 1 and 3 times each method's own.",
         ),
     ] = [],  # noqa: B006
     seeds: Annotated[str, option(TRAINING, "Seeds, with commas.")] = "0,1,2",

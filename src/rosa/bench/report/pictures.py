@@ -57,7 +57,7 @@ def of_comparison(comparison: Comparison) -> dict[str, str]:
     """A comparison's pictures as SVG text, by their titles; each readable on a phone."""
     shown = _of_one_rank(comparison.rows)
     metric = comparison.metric.removeprefix("test_").replace("_", " ")
-    chosen_by = comparison.rows[0].records[0]["metric"]
+    chosen_by = comparison.rows[0].records[0].metric
     validated = chosen_by.replace("_", " ")
     titles: dict[str, Callable[[Axes], None]] = {
         "Score against trained parameters, mean and deviation": lambda ax: _scores(
@@ -72,8 +72,8 @@ def of_comparison(comparison: Comparison) -> dict[str, str]:
         ),
         "Rank of the change of the weights": lambda ax: _ranks(ax, shown),
         "Singular values, one weight": lambda ax: _spectra(ax, shown),
-        "Seconds of training": lambda ax: _bars(ax, shown, lambda r: r["train_seconds"], "seconds"),
-        "Peak memory": lambda ax: _bars(ax, shown, lambda r: r["peak_memory_mib"], "MiB"),
+        "Seconds of training": lambda ax: _bars(ax, shown, lambda r: r.train_seconds, "seconds"),
+        "Peak memory": lambda ax: _bars(ax, shown, lambda r: r.peak_memory_mib, "MiB"),
     }
     for further in comparison.further:
         title = f"Learned and forgotten: {further.replace('_', ' ')} against {metric}"
@@ -135,9 +135,9 @@ def _scores(axes: Axes, comparison: Comparison, metric: str) -> None:
     methods = list(dict.fromkeys(row.method for row in comparison.rows))
     for i, method in enumerate(methods):
         rows = [row for row in comparison.rows if row.method == method]
-        scores = [row.values(comparison.metric) for row in rows]
+        scores = [row.scores(comparison.metric) for row in rows]
         axes.errorbar(
-            [row.records[0]["trainable_parameters"] for row in rows],
+            [row.records[0].trainable_parameters for row in rows],
             [mean(s) for s in scores],
             [stdev(s) if len(s) > 1 else 0.0 for s in scores],
             capsize=3,
@@ -175,8 +175,8 @@ def _low(axes: Axes) -> dict[str, Any]:
 def _learned_and_forgotten(axes: Axes, comparison: Comparison, further: str) -> None:
     for i, method in enumerate(dict.fromkeys(row.method for row in comparison.rows)):
         rows = [row for row in comparison.rows if row.method == method]
-        learned = [mean(row.values(comparison.metric)) for row in rows]
-        kept = [mean(row.values(further)) for row in rows]
+        learned = [mean(row.scores(comparison.metric)) for row in rows]
+        kept = [mean(row.scores(further)) for row in rows]
         axes.plot(learned, kept, label=method, **_style(i))
         for row, x, y in zip(rows, learned, kept, strict=True):
             if row.rank is not None:
@@ -194,7 +194,7 @@ def _by_time(axes: Axes, rows: Sequence[Row]) -> None:
     for i, row in enumerate(rows):
         curves = [[e["train_loss"] for e in history["epochs"]] for history in row.histories]
         losses = [mean(v) for v in zip(*curves, strict=False)]
-        step = mean(r["train_seconds"] / r["steps"] for r in row.records)
+        step = row.mean(lambda record: record.train_seconds / record.steps)
         seconds = [step * e["step"] for e in row.histories[0]["epochs"]]
         axes.plot(seconds[: len(losses)], losses, label=row.name, **_style(i))
     axes.set(xlabel="seconds", ylabel="training loss")
@@ -244,7 +244,7 @@ def _spectra(axes: Axes, rows: Sequence[Row]) -> None:
 
 def _bars(axes: Axes, rows: Sequence[Row], value: Any, label: str) -> None:
     names = [row.name for row in rows][::-1]
-    values = [mean(value(record) for record in row.records) for row in rows][::-1]
+    values = [row.mean(value) for row in rows][::-1]
     colours = [_style(i)["color"] for i in range(len(rows))][::-1]
     bars = axes.barh(range(len(rows)), values, color=colours)
     axes.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)

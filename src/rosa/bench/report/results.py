@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 from urllib.parse import unquote
 
 from rosa.bench import runs
 from rosa.bench.cells import ERROR
-from rosa.bench.compare import COMPARISON, best_record
+from rosa.bench.compare import COMPARISON
+from rosa.bench.record import Record, best_record, is_done, read_record
 from rosa.errors import UserError
 
 
@@ -23,7 +25,7 @@ class Row:
     rank: int | None
     lr: float
     at_edge: bool
-    records: list[dict[str, Any]]
+    records: list[Record]
     histories: list[dict[str, Any]] = field(repr=False)
 
     @property
@@ -31,9 +33,13 @@ class Row:
         """The method with its rank."""
         return self.method if self.rank is None else f"{self.method}, r {self.rank}"
 
-    def values(self, key: str) -> list[float]:
-        """A number of every seed's record."""
-        return [record[key] for record in self.records]
+    def scores(self, name: str) -> list[float]:
+        """A metric of every seed."""
+        return [record.scores[name] for record in self.records]
+
+    def mean(self, value: Callable[[Record], float]) -> float:
+        """The mean over the seeds of something of a record."""
+        return mean(value(record) for record in self.records)
 
 
 @dataclass
@@ -55,7 +61,7 @@ class Comparison:
     further: list[str]
     before: dict[str, float]
     settings: dict[str, Any]
-    cells: dict[str, dict[str, Any]]
+    cells: dict[str, Record]
     rows: list[Row]
     failed: list[str]
     unfinished: list[str]
@@ -70,13 +76,12 @@ def read_comparison(folder: Path) -> Comparison:
     """
     if not (folder / COMPARISON).is_file():
         raise FileNotFoundError(f"{folder} is not a comparison's folder (no {COMPARISON})")
-    groups: dict[tuple[str, int | None], list[tuple[dict[str, Any], Path]]] = {}
+    groups: dict[tuple[str, int | None], list[tuple[Record, Path]]] = {}
     failed, unfinished = [], []
     for place in sorted(p for p in folder.iterdir() if p.is_dir()):
-        if (place / runs.METRICS).is_file():
-            record = runs.read_json(place / runs.METRICS)
-            group = record.get("variant") or _variant_before(place, record), record.get("rank")
-            groups.setdefault(group, []).append((record, place))
+        if is_done(place):
+            record = read_record(place)
+            groups.setdefault((record.variant, record.rank), []).append((record, place))
         elif (place / ERROR).is_file():
             failed.append(_shown(place.name))
         elif runs.settings_of(place):
@@ -96,20 +101,16 @@ def read_comparison(folder: Path) -> Comparison:
             settings[name] = _without_machine(settings[name])
     rows.sort(key=lambda row: (row.rank or 0, row.method))
     cells = {
-        _shown(place.name): {**record, "variant": _shown(variant)}
-        for (variant, _), group in groups.items()
+        _shown(place.name): replace(record, variant=_shown(record.variant))
+        for group in groups.values()
         for record, place in group
     }
     before = settings.pop("before", {})
-    known = {f"{part}_{first['metric']}" for part in ("train", "eval", "test")}
-    further = [k for k in first if k.endswith(f"_{first['metric']}") and k not in known]
-    reported = first["reported"]
-    return Comparison(folder, reported, further, before, settings, cells, rows, failed, unfinished)
-
-
-def _variant_before(place: Path, record: Mapping[str, Any]) -> str:
-    """The variant of a record that does not say it: of a run before records did."""
-    return place.name.rsplit("-lr", 1)[0].removesuffix(f"-r{record.get('rank')}")
+    known = {f"{part}_{first.metric}" for part in ("train", "eval", "test")}
+    further = [k for k in first.scores if k.endswith(f"_{first.metric}") and k not in known]
+    return Comparison(
+        folder, first.reported, further, before, settings, cells, rows, failed, unfinished
+    )
 
 
 def _without_machine(path: str) -> str:
@@ -123,13 +124,13 @@ def _shown(variant: str) -> str:
     return "+".join(f"{name}{equals}{_without_machine(value)}" for name, equals, value in options)
 
 
-def _row(method: str, rank: int | None, cells: list[tuple[dict[str, Any], Path]]) -> Row:
+def _row(method: str, rank: int | None, cells: list[tuple[Record, Path]]) -> Row:
     """Choose the learning rate by the validation metric of the seed that tried the most of them."""
-    ((tuned_on, _),) = Counter(record["seed"] for record, _ in cells).most_common(1)
-    tuning = [record for record, _ in cells if record["seed"] == tuned_on]
-    lr = best_record(tuning)["lr"]
-    rates = [record["lr"] for record in tuning]
-    chosen = sorted((c for c in cells if c[0]["lr"] == lr), key=lambda cell: cell[0]["seed"])
+    ((tuned_on, _),) = Counter(record.seed for record, _ in cells).most_common(1)
+    tuning = [record for record, _ in cells if record.seed == tuned_on]
+    lr = best_record(tuning).lr
+    rates = [record.lr for record in tuning]
+    chosen = sorted((c for c in cells if c[0].lr == lr), key=lambda cell: cell[0].seed)
     return Row(
         _shown(method),
         rank,

@@ -63,7 +63,7 @@ def table_rows(comparison: Comparison) -> list[dict[str, Any]]:
     """The numbers of the table: a dictionary with the columns' names for each row."""
     found = []
     for row in comparison.rows:
-        scores = row.values(comparison.metric)
+        scores = row.scores(comparison.metric)
         cells = (
             row.method,
             row.rank,
@@ -71,13 +71,13 @@ def table_rows(comparison: Comparison) -> list[dict[str, Any]]:
             len(scores),
             mean(scores),
             stdev(scores) if len(scores) > 1 else None,
-            mean(row.values("train_loss")),
-            row.records[0]["trainable_parameters"],
-            mean(row.values("adapter_bytes")) / 1e6,
-            mean(row.values("peak_memory_mib")),
-            mean(row.values("train_seconds")),
-            mean(row.values("resample_seconds")),
-            *(mean(row.values(name)) for name in comparison.further),
+            row.mean(lambda record: record.train_loss),
+            row.records[0].trainable_parameters,
+            row.mean(lambda record: record.adapter_bytes / 1e6),
+            row.mean(lambda record: record.peak_memory_mib),
+            row.mean(lambda record: record.train_seconds),
+            row.mean(lambda record: record.resample_seconds),
+            *(mean(row.scores(name)) for name in comparison.further),
         )
         names = columns(comparison)
         found.append({**dict(zip(names, cells, strict=True)), "at_edge": row.at_edge})
@@ -117,7 +117,7 @@ def markdown(comparison: Comparison) -> str:
 
 def notes(comparison: Comparison) -> list[str]:
     """How the table came about, and what is missing from it."""
-    counts = Counter(r["test_examples"] for row in comparison.rows for r in row.records)
+    counts = Counter(r.test_examples for row in comparison.rows for r in row.records)
     examples = counts.most_common(1)[0][0]
     found = [
         f"score: {comparison.metric.removeprefix('test_').replace('_', ' ')} on the {examples} "

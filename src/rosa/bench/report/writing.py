@@ -44,7 +44,8 @@ def write_report(folder: Path, say: Any, output: Path | None = None) -> None:
         writer = csv.writer(file)
         writer.writerow(names)
         writer.writerows([row[name] for name in names] for row in table_rows(comparison))
-    whole = {"settings": comparison.settings, "cells": comparison.cells}
+    cells = {name: record.to_json() for name, record in comparison.cells.items()}
+    whole = {"settings": comparison.settings, "cells": cells}
     runs.write_json(output / "report.json", whole)
     write_page(comparison, output / "report.html")
     say.print(f"wrote report.md, .csv, .html, and every cell's record in report.json, to {output}")
