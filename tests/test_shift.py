@@ -104,13 +104,13 @@ def test_the_command_compares_methods_on_both_texts(world, files, tmp_path, caps
     assert found.before["source_loss"] == pytest.approx(world.start["source_loss"], abs=1e-4)
     assert len(found.rows) == 2
     for row in found.rows:
-        assert row.records[0]["steps"] == 8
-        assert row.records[0]["reported"] == "test_loss"
+        assert row.records[0].steps == 8
+        assert row.records[0].reported == "test_loss"
         assert [e["step"] for e in row.histories[0]["epochs"]] == [2, 4, 6, 8]
         assert [e["step"] for e in row.histories[0]["changes"]["epochs"]] == [2, 4, 6, 8]
     (drawn,) = (h["drawn_at"] for row in found.rows for h in row.histories if "drawn_at" in h)
     rosa = next(row for row in found.rows if row.method.startswith("rosa"))
-    assert len(drawn) == rosa.records[0]["resamples"] >= 2
+    assert len(drawn) == rosa.records[0].resamples >= 2
     page = (output / "report.html").read_text()
     assert "Learned and forgotten" in page
     run("shift", *how)  # nothing is left to do
