@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from peft.utils import (
 )
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from rosa import RosaConfig, export_lora, resample
@@ -254,6 +256,31 @@ def test_an_adapter_with_settings_that_are_no_more_loads_with_one_warning(tmp_pa
     with pytest.warns(UserWarning, match="these are ignored"):
         config = RosaConfig.from_pretrained(str(tmp_path))
     assert not GONE.keys() & config.to_dict().keys()
+
+
+OLD = Path(__file__).parent / "data" / "adapter-of-0.1"
+"""An adapter of three draws as version 0.1 saved it on November 26th, 2026 (commit 84c7536)."""
+
+
+def old_base() -> nn.Module:
+    """The model that `OLD` belongs to."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.arange(weight.numel()).reshape(weight.shape).mul(0.7).sin())
+    return model
+
+
+def test_an_adapter_of_an_older_version_loads_and_computes_what_it_did(tmp_path):
+    expected = load_file(OLD / "expected.safetensors")
+    with pytest.warns(UserWarning, match="these are ignored"):
+        model = PeftModel.from_pretrained(old_base(), str(OLD), is_trainable=True)
+    torch.testing.assert_close(model(expected["inputs"]), expected["outputs"])
+    model.save_pretrained(str(tmp_path))
+    again = PeftModel.from_pretrained(old_base(), str(tmp_path))
+    torch.testing.assert_close(again(expected["inputs"]), expected["outputs"])
+    learn(model)
+    assert not torch.allclose(model(expected["inputs"]), expected["outputs"])
 
 
 def test_a_state_dict_without_offsets_is_not_saved(saved, tmp_path_factory):

@@ -209,8 +209,8 @@ def shift(
 
     A decoder of 0.9 M parameters is pretrained on one text, once, and each method adapts it to
     another. The table and the pictures show what it learned (the loss on the new text) and what it
-    forgot (on the old one). Without arguments, from English prose to Python code; takes about a
-    quarter of an hour on 2 cores, half of which is the pretraining.
+    forgot (on the old one). Without arguments, from English prose to Python code; takes about
+    20 minutes on 2 slow cores, a good part of which is the pretraining.
 
         rosa shift
 
