@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -217,6 +218,22 @@ def test_gpt2s_path(name, tmp_path, trainers, monkeypatch):
     assert prompt("name[P0]") == "Input: name[P0] Output:"
     if name in PAPERS:  # two epochs: one draw, as the second begins
         assert record["resamples"] == 1
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_recipe_is_compared_with_lora(name, settings_by, monkeypatch, tmp_path):
+    settings, taken = settings_by(name), []
+    monkeypatch.setattr(
+        "rosa.bench.compare.compare", lambda base, grid, jobs: taken.append((base, grid)) or {}
+    )
+    monkeypatch.setattr("rosa.bench.report.writing.write_report", lambda *_: None)
+    run("compare", "--recipe", RECIPES / name, "--output", tmp_path / "cmp")
+    base, grid = taken[0]
+    assert [variant.method for variant in grid.variants] == ["rosa", "lora"]
+    assert grid.ranks == (settings.rank,)
+    cell = replace(base, method="rosa", rank=settings.rank, **grid.variants[0].options)
+    same = {"output": settings.output, "record_changes": False, "lr": settings.lr}
+    assert check(replace(cell, **same)) == settings
 
 
 def test_bad_recipes_are_refused(tmp_path, capsys):

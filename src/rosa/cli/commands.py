@@ -48,6 +48,8 @@ def _read_recipe(context: typer.Context, recipe: Path | None) -> Path | None:
     except yaml.YAMLError as error:
         raise UserError(f"recipe {recipe} is not YAML: {error}") from error
     known = [parameter.name for parameter in context.command.params]
+    if "methods" in known and isinstance(found, dict):
+        found = _as_comparison(found)
     unknown = [name for name in found if name not in known] if isinstance(found, dict) else [found]
     if unknown:
         raise UserError(
@@ -56,6 +58,20 @@ def _read_recipe(context: typer.Context, recipe: Path | None) -> Path | None:
         )
     context.default_map = {**(context.default_map or {}), **found}
     return recipe
+
+
+def _as_comparison(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as options of `rosa compare`: its method, with settings of its own, against LoRA."""
+    own = {n: v for n, v in recipe.items() if n in OPTIONS and n not in SHARED}
+    found = {n: v for n, v in recipe.items() if n not in own}
+    method = own.pop("method", "rosa")
+    for name, several in (("rank", "ranks"), ("seed", "seeds")):
+        if name in own:
+            found[several] = str(own.pop(name))
+    if "lr" in own:
+        found["lrs"] = [f"{method}={own.pop('lr')}"]
+    variant = "+".join([method, *(f"{OPTIONS[n].name}={v}" for n, v in own.items())])
+    return {"methods": f"{variant},{'rosa' if method == 'lora' else 'lora'}", **found}
 
 
 Recipe = Annotated[
@@ -141,7 +157,11 @@ def compare(
     goes on where it was by the same command; `rosa report <folder>` makes tables and pictures.
 
         rosa compare --model roberta-base --task cola --methods rosa,lora,full --ranks 2,8
-        --output runs/cola
+        --output runs/cola-compared
+
+    A recipe's method, with its settings, against LoRA (or the methods given):
+
+        rosa compare --recipe recipes/glue/cola.yaml --output runs/cola-compared
     """
     from rosa.bench.compare import compare as run
     from rosa.bench.compare import make_grid
@@ -162,7 +182,7 @@ def report(
 ) -> None:
     """Make a comparison's table (terminal, Markdown, CSV) and its page with pictures (HTML).
 
-    rosa report runs/cola
+    rosa report runs/cola-compared
     """
     from rosa.bench.report.writing import write_report
 
