@@ -7,14 +7,13 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import matplotlib
-
-matplotlib.use("Agg")
 from matplotlib import pyplot
-from matplotlib.axes import Axes
+
+from rosa.bench.report.pictures import COLOURS, tidy  # also chooses the backend without a display
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-BLUE, ORANGE, GREEN, PINK, BLACK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000"
+BLUE, ORANGE, GREEN, PINK, *_, BLACK = COLOURS
 ROSA, RANDOM = "rosa", "rosa+directions=orthonormal"
 SHOWN = {
     "lora": ("LoRA", BLUE, "s"),
@@ -64,11 +63,6 @@ def lead(folder: str, method: str, rank: int) -> tuple[float, float]:
     pairs = [sign * (mine[seed] - others[seed]) for seed in mine.keys() & others.keys()]
     error = stdev(pairs) / len(pairs) ** 0.5 if len(pairs) > 1 else 0.0
     return mean(pairs), error
-
-
-def tidy(axes: Axes) -> None:
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def steps() -> None:

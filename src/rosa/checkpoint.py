@@ -12,6 +12,7 @@ from rosa.algebra.lowrank import are_finite
 from rosa.algebra.subspace import same_fingerprint
 from rosa.errors import UserError
 from rosa.layers.base import RosaLayer
+from rosa.layers.statedict import PARTS
 
 
 def is_rosa_key(key: str) -> bool:
@@ -22,8 +23,7 @@ def is_rosa_key(key: str) -> bool:
 def state_keys(layer_name: str, adapter_name: str) -> list[str]:
     """The keys of a layer's adapter in the model's state dict."""
     prefix = f"{layer_name}." if layer_name else ""
-    offset = [f"{prefix}rosa_offset.{adapter_name}.{part}" for part in ("A", "B", "draws")]
-    return [f"{prefix}rosa_A.{adapter_name}", f"{prefix}rosa_B.{adapter_name}", *offset]
+    return [prefix + part.format(adapter_name) for part in PARTS]
 
 
 def check_adapter_file(

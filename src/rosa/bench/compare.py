@@ -23,7 +23,7 @@ from rosa.bench import runs
 from rosa.bench.cells import Job, run_all
 from rosa.bench.checking import check
 from rosa.bench.methods import METHODS, find_method
-from rosa.bench.record import best_record, is_done, read_record
+from rosa.bench.record import best_record, read_record
 from rosa.bench.settings import RunSettings
 from rosa.bench.training import load_task
 from rosa.errors import UserError
@@ -255,7 +255,7 @@ def _check_folder(base: RunSettings) -> None:
 
 def _best(folder: Path, cells: list[Cell]) -> float | None:
     """The chosen learning rate of cells that differ in it alone; None if every one failed."""
-    found = [read_record(folder / c.name) for c in cells if is_done(folder / c.name)]
+    found = [read_record(folder / c.name) for c in cells if runs.is_done(folder / c.name)]
     return best_record(found).lr if found else None
 
 
@@ -263,7 +263,7 @@ def _train_all(
     base: RunSettings, cells: list[Cell], jobs: int, title: str, console: Console
 ) -> dict[str, str]:
     """Train what is not finished; returns why cells failed, by name."""
-    todo = [cell for cell in cells if not is_done(base.output / cell.name)]
+    todo = [cell for cell in cells if not runs.is_done(base.output / cell.name)]
     done = len(cells) - len(todo)
     console.print(f"{title}: {len(cells)} cells, {done} of them finished before")
     made = [Job(_settings_of(base, cell), cell.variant.name) for cell in todo]

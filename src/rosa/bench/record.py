@@ -77,11 +77,6 @@ class Record:
         write_json(folder / METRICS, self.to_json())
 
 
-def is_done(folder: Path) -> bool:
-    """Whether a folder holds a finished run."""
-    return (folder / METRICS).is_file()
-
-
 def read_record(folder: Path) -> Record:
     """The record of a finished run's folder.
 

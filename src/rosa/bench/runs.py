@@ -48,6 +48,11 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid JSON ({error}): the file is damaged") from error
 
 
+def is_done(folder: Path) -> bool:
+    """Whether a folder holds a finished run."""
+    return (folder / METRICS).is_file()
+
+
 def settings_of(folder: Path) -> dict[str, Any]:
     """The settings of the run in a folder; empty if there is no run there."""
     if not (folder / SETTINGS).is_file():
@@ -165,8 +170,7 @@ def load_trained(
 
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder: name a run's or an adapter's")
-    unfinished = (folder / SETTINGS).is_file() and not (folder / METRICS).is_file()
-    if unfinished:
+    if (folder / SETTINGS).is_file() and not is_done(folder):
         raise UserError(f"the run in {folder} is not finished: go on with it by --resume first")
     place = next((p for p in (folder / ADAPTER, folder / MODEL) if p.is_dir()), folder)
     if (place / "adapter_config.json").is_file():

@@ -18,7 +18,7 @@ from rosa.bench.checking import check
 from rosa.bench.methods import find_method
 from rosa.bench.processes import join, say
 from rosa.bench.reading import longest_input
-from rosa.bench.record import Record, is_done, read_record
+from rosa.bench.record import Record, read_record
 from rosa.bench.saving import save_trained
 from rosa.bench.settings import RunSettings
 from rosa.bench.tasks.task import DataSettings, Generation, Task
@@ -67,7 +67,7 @@ def train(
     state = join()
     if state.is_main_process:  # the only one that writes there
         runs.check_output(settings.output, settings.to_json(), resume, overwrite)
-    if resume and is_done(settings.output):
+    if resume and runs.is_done(settings.output):
         say(f"the run in {settings.output} is finished: nothing to resume")
         return read_record(settings.output)
 

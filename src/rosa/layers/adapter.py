@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from rosa.algebra import subspace
 from rosa.algebra.lowrank import LowRank
-from rosa.algebra.sketch import Sketch
+from rosa.algebra.sketch import Sketch, Watch
 from rosa.config import RosaConfig
 
 
@@ -117,3 +117,11 @@ class Adapter:
             subspace.generator(self.config.seed, f"{self.layer}.{self.name}.watch", self.draws),
             like=like,
         )
+
+
+def watched(result: Tensor, x: Tensor, adapters: list[Adapter]) -> Tensor:
+    """A layer's outputs of x, whose gradient reaches the sketches of these adapters."""
+    for adapter in adapters:
+        if adapter.sketch is not None:
+            result = Watch.apply(result, x, adapter.sketch)  # type: ignore[assignment]
+    return result

@@ -133,6 +133,11 @@ class RosaLayer(nn.Module, BaseTunerLayer, Kind):
             return None
         return adapter.terms
 
+    @property
+    def _takes_turns(self) -> bool:
+        """Whether different changes take turns in the weight."""
+        return len(self.adapters) > 1 or bool(self.merged_adapters)
+
     @torch.no_grad()
     def synchronize(self, leaving: str | None = None, accept: bool = False) -> None:
         """Bring the weight in memory to what the layer's state asks for.
@@ -143,8 +148,7 @@ class RosaLayer(nn.Module, BaseTunerLayer, Kind):
         """
         self._take_account(leaving, accept)
         wanted = {n: self._wanted(a) for n, a in self.adapters.items() if n != leaving}
-        several = len(self.adapters) > 1 or bool(self.merged_adapters)
-        self.base_weight.put({n: c for n, c in wanted.items() if c is not None}, several)
+        self.base_weight.put({n: c for n, c in wanted.items() if c is not None}, self._takes_turns)
         for name, adapter in self.adapters.items():
             adapter.merged = name in self.merged_adapters and name != leaving
 
@@ -219,7 +223,7 @@ class RosaLayer(nn.Module, BaseTunerLayer, Kind):
                 if change is not None:
                     back[name] = adapter.terms if own else change.to(dtype=dtype)
                 adapter.merged = merged[name]
-            self.base_weight.put(back, len(self.adapters) > 1 or bool(self.merged_adapters))
+            self.base_weight.put(back, self._takes_turns)
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:

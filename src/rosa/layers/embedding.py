@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rosa.algebra.sketch import Watch
+from rosa.layers.adapter import watched
 from rosa.layers.base import RosaLayer
 from rosa.layers.tracing import is_traced
 from rosa.layers.views import MatrixView
@@ -56,7 +56,5 @@ class RosaEmbedding(RosaLayer):
             result = result + F.linear(hidden * keep, b)
         result = result.to(dtype)
         if result.requires_grad and not traced:
-            for adapter in active:
-                if adapter.sketch is not None:
-                    result = Watch.apply(result, x, adapter.sketch)
+            result = watched(result, x, active)
         return result

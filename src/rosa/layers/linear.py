@@ -10,8 +10,7 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from rosa.algebra.sketch import Watch
-from rosa.layers.adapter import Adapter
+from rosa.layers.adapter import Adapter, watched
 from rosa.layers.base import RosaLayer
 from rosa.layers.fused import adapted_linear, can_fuse
 from rosa.layers.tracing import is_traced
@@ -75,9 +74,7 @@ class RosaLinear(RosaLayer):
         if active and result.requires_grad and not traced:
             if x.requires_grad:
                 result = self._guarded(result)
-            for adapter in active:
-                if adapter.sketch is not None:
-                    result = Watch.apply(result, x, adapter.sketch)
+            result = watched(result, x, active)
         return result
 
     def _plainly(self, x: Tensor, active: list[Adapter], *args: Any, **kwargs: Any) -> Tensor:

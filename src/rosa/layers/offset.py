@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from rosa.algebra.lowrank import LowRank
 from rosa.layers.adapter import Adapter
 
-_PARTS = ("A", "B", "draws")
+PARTS = ("A", "B", "draws")
+"""What a state dict holds of an offset."""
 
 
 class OffsetDict(nn.Module):
@@ -77,13 +78,13 @@ class OffsetDict(nn.Module):
     ) -> None:
         for name, adapter in self.adapters.items():
             key = f"{prefix}{name}."
-            there = {part for part in _PARTS if f"{key}{part}" in state_dict}
-            missing_keys.extend(f"{key}{part}" for part in _PARTS if part not in there)
+            there = {part for part in PARTS if f"{key}{part}" in state_dict}
+            missing_keys.extend(f"{key}{part}" for part in PARTS if part not in there)
             pieces = self._pieces.setdefault(name, {})
             pieces.update({part: state_dict[f"{key}{part}"].detach().cpu() for part in there})
-            if len(pieces) < len(_PARTS):
+            if len(pieces) < len(PARTS):
                 continue
-            a, b, draws = (pieces[part] for part in _PARTS)
+            a, b, draws = (pieces[part] for part in PARTS)
             del self._pieces[name]
             out_features, in_features = adapter.shape
             if a.shape[1] != in_features or b.shape[0] != out_features:

@@ -17,10 +17,12 @@ from typing import Any, Protocol
 import torch
 
 from rosa.errors import UserError
+from rosa.layers import offset
 from rosa.layers.adapter import Adapter
 from rosa.layers.weight import BaseWeight
 
-_PARTS = ("rosa_A.{}", "rosa_B.{}", "rosa_offset.{}.A", "rosa_offset.{}.B", "rosa_offset.{}.draws")
+PARTS = ("rosa_A.{}", "rosa_B.{}", *(f"rosa_offset.{{}}.{part}" for part in offset.PARTS))
+"""The keys of an adapter in a layer's state dict, but for its name."""
 
 
 class Mark(IntEnum):
@@ -65,7 +67,7 @@ class Arrived:
     def lacks(self, adapter: str) -> bool:
         """Whether a part of an adapter has come and another one has not."""
         came, perhaps = self.parts.get(adapter, set()), self.perhaps.get(adapter, set())
-        return bool(came) and len(came | perhaps) < len(_PARTS)
+        return bool(came) and len(came | perhaps) < len(PARTS)
 
     def is_whole(self, adapters: list[str]) -> bool:
         """Whether there is no sign that more is to come."""
@@ -79,15 +81,9 @@ def after_save(layer: Stateful, state_dict: dict[str, Any], prefix: str, _: Any)
     The state dict of a module inside a PeftModel is how PEFT reads the base model's weights. That
     of the whole PeftModel keeps the weight in memory, without a copy, unless one is kept anyway.
     """
-    standing = layer.base_weight.standing
-    marks = {
-        name: Mark.NOTHING
-        if name not in standing
-        else Mark.WHOLE
-        if adapter.merged
-        else Mark.OFFSET
-        for name, adapter in layer.adapters.items()
-    }
+    marks = dict.fromkeys(layer.adapters, Mark.NOTHING)
+    for name in layer.adapters.keys() & layer.base_weight.standing.keys():
+        marks[name] = Mark.WHOLE if layer.adapters[name].merged else Mark.OFFSET
     if layer.arrived is None and _gives_pretrained(layer, prefix):
         give_pretrained(layer, state_dict, prefix)
         marks = dict.fromkeys(marks, Mark.NOTHING)
@@ -135,8 +131,8 @@ def before_load(layer: Stateful, state_dict: dict[str, Any], prefix: str, *_: An
     brings_weight &= not in_place or base.is_written()
     arrived = layer.arrived or Arrived()
     for name, adapter in layer.adapters.items():
-        factors = dict(zip(_PARTS, adapter.factors, strict=False))
-        for part in _PARTS:
+        factors = dict(zip(PARTS, adapter.factors, strict=False))
+        for part in PARTS:
             value = state_dict.get(prefix + part.format(name))
             if value is not None:
                 known = part in factors and _same_memory(value, factors[part])

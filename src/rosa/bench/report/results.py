@@ -13,7 +13,7 @@ from urllib.parse import unquote
 from rosa.bench import runs
 from rosa.bench.cells import ERROR
 from rosa.bench.compare import COMPARISON
-from rosa.bench.record import Record, best_record, is_done, read_record
+from rosa.bench.record import Record, best_record, read_record
 from rosa.errors import UserError
 
 
@@ -79,7 +79,7 @@ def read_comparison(folder: Path) -> Comparison:
     groups: dict[tuple[str, int | None], list[tuple[Record, Path]]] = {}
     failed, unfinished = [], []
     for place in sorted(p for p in folder.iterdir() if p.is_dir()):
-        if is_done(place):
+        if runs.is_done(place):
             record = read_record(place)
             groups.setdefault((record.variant, record.rank), []).append((record, place))
         elif (place / ERROR).is_file():
