@@ -65,8 +65,8 @@ class RosaConfig(PeftConfig):
         metadata={
             "help": "Where a subspace comes from: svd (singular triplets of the weight, a uniform "
             "random choice: the paper's), orthonormal (random directions, far cheaper to "
-            "draw), gradient (directions in which the loss falls; random ones until a "
-            "gradient was seen, see rosa.watch) or zero (nothing of the weight: a fresh "
+            "draw), gradient (once, directions in which the loss falls, see rosa.watch; random "
+            "ones before and after) or zero (nothing of the weight: a fresh "
             "zero product, as LoRA starts)."
         },
     )

@@ -34,10 +34,11 @@ class RosaCallback(TrainerCallback, ExportableState):
     schedule is the Trainer's own step count) and with `load_best_model_at_end`. Nothing is drawn
     before the first step or after the last one.
 
-    With ``directions="gradient"`` the first draw comes early, at the step `first`, and the others a
-    period after one another; the 4 steps before each are watched. A run that is resumed between the
-    two watches anew, so it draws up to 4 steps later than it would have. Weight decay pulls the
-    factors toward what they were drawn as (`rosa.resampling.decay`).
+    With ``directions="gradient"`` the first draw comes early, at the step `first`, and the 4 steps
+    before it are watched. A run that is resumed among those watches anew, so it draws up to 4 steps
+    later than it would have. The draws after it, a period after one another, are of random
+    directions: what the gradient shows most of is by then learned. Weight decay pulls the factors
+    toward what they were drawn as (`rosa.resampling.decay`).
 
     Args:
         every: ``"auto"``, when the model was shown twice as many items as it trains numbers, and 64
@@ -83,7 +84,7 @@ class RosaCallback(TrainerCallback, ExportableState):
         self.seconds = 0.0
         self.period: int | None = None
         self._first: int | None = None  # the step that begins with the first draw
-        self._watched = 0  # steps that are watched before each draw
+        self._watched = 0  # steps that are watched before it
         self._draw_at: int | None = None
         self._last_step = -1
         self._decay: DecayTowardDrawn | None = None
@@ -174,10 +175,11 @@ class RosaCallback(TrainerCallback, ExportableState):
 
     def _begin_step(self, step: int, resumed: bool, model: Any, optimizer: Any) -> None:
         ahead = self._steps_to_draw(step)
-        if ahead is not None and (ahead == self._watched or (resumed and ahead < self._watched)):
-            if self._watched:
+        watched = self._watched if self._first is None or step <= self._first else 0
+        if ahead is not None and (ahead == watched or (resumed and ahead < watched)):
+            if watched:
                 watch(model)
-            self._draw_at = step + self._watched
+            self._draw_at = step + watched
         if step == self._draw_at:
             started = time.perf_counter()
             self.drawn += resample(model, optimizer, moments=self.moments)

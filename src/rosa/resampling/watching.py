@@ -11,6 +11,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from rosa.errors import UserError
+from rosa.layers.adapter import Adapter
 from rosa.resampling.active import Active, active_adapters
 
 
@@ -90,9 +91,8 @@ def agree(found: list[Active]) -> None:
 
 
 def warn_of_blind(found: list[Active]) -> None:
-    """Warn of weights whose gradient was not seen."""
-    sketches = {active.name: active.adapter.sketch for active in found}
-    blind = [name for name, sketch in sketches.items() if sketch is None or sketch.is_empty()]
+    """Warn of weights whose gradient was not seen, after a `watch` or at their first resample."""
+    blind = [active.name for active in found if _is_blind(active.adapter)]
     if blind:
         warnings.warn(
             f"no gradient was seen of {len(blind)} of {len(found)} weights, such as {blind[0]}: "
@@ -100,3 +100,9 @@ def warn_of_blind(found: list[Active]) -> None:
             "rosa.resample, or give it batches; if you did, their loss is 0, NaN or infinite",
             stacklevel=3,
         )
+
+
+def _is_blind(adapter: Adapter) -> bool:
+    if adapter.sketch is None:
+        return adapter.draws <= 1
+    return adapter.sketch.is_empty()
