@@ -183,7 +183,6 @@ SETTINGS = {
     "svd": {"directions": "svd"},
     "orthonormal": {"directions": "orthonormal", "alpha": 3},
     "zero": {"directions": "zero"},
-    "right": {"side": "right"},
     "ranks": {"rank_pattern": {r".*(0|1)\..*": 3}, "bias": "rosa_only"},
     "half": {},
 }

@@ -148,16 +148,16 @@ def test_what_is_not_a_comparison_makes_no_report(tmp_path, capsys):
 
 def test_a_variant_holds_its_own_settings_and_rates():
     grid = make_grid(
-        ["rosa", "rosa+side=both+first_draw=5", "full"], [2, 4], ["1e-3", "full=1e-5,3e-5"], [0]
+        ["rosa", "rosa+moments=keep+first_draw=5", "full"], [2, 4], ["1e-3", "full=1e-5,3e-5"], [0]
     )
     _, variant, full = grid.variants
-    assert variant.options == {"side": "both", "first_draw": 5}
+    assert variant.options == {"moments": "keep", "first_draw": 5}
     assert grid.rates(variant) == (1e-3,)
     assert grid.rates(full) == (1e-5, 3e-5)
     assert [rank for _, rank in grid.groups()] == [2, 4, 2, 4, None]
     assert make_grid(["full"], [], [], [0]).rates(full) == (1.5e-5, 5e-5, 1.5e-4)
-    cell = Cell(Variant.parse("rosa+side=both"), 2, 1e-3, 0)
-    assert cell.name == "rosa+side=both-r2-lr0.001-s0"
+    cell = Cell(Variant.parse("rosa+moments=keep"), 2, 1e-3, 0)
+    assert cell.name == "rosa+moments=keep-r2-lr0.001-s0"
 
 
 def test_a_rate_at_the_edge_of_the_grid_is_marked(comparison):
@@ -169,7 +169,7 @@ VARIANTS = [
     "rosa",
     "lora",
     "head",
-    "rosa+side=both",
+    "rosa+moments=keep",
     "rosa+target_modules=a-lr0.1:b-r8",
     "rosa+target_modules=x-r2",
     "full+target_modules=layer.1.out-lr",

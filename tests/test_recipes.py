@@ -84,7 +84,7 @@ def test_a_recipe_of_the_papers_has_its_settings(name, settings_by):
     config = config_of(settings)
     assert (config.r, config.alpha or config.r) == (wanted["rank"], wanted["rank"])
     assert config.directions == "svd"
-    assert (config.rosa_dropout, config.bias, config.init_weights) == (0, "none", True)
+    assert (config.rosa_dropout, config.bias) == (0, "none")
     assert not config.rank_pattern
     assert not config.alpha_pattern
     callback = schedule(settings)
@@ -98,7 +98,7 @@ def test_a_recipe_of_ours_differs_by_what_is_drawn_and_when(name, settings_by):
     assert read(name) == {**same, "resample_every": "auto"}
     settings = settings_by(name)
     config, default = config_of(settings), RosaConfig()
-    assert (config.directions, config.side) == (default.directions, default.side)
+    assert config.directions == default.directions
     assert config.is_informed
     assert vars(schedule(settings)) == vars(RosaCallback())
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from peft import PeftConfig
 
-from rosa.algebra.subspace import DIRECTIONS, SIDES
+from rosa.algebra.subspace import DIRECTIONS
 from rosa.errors import UserError, UserTypeError
 from rosa.registration import ROSA
 
@@ -70,13 +70,6 @@ class RosaConfig(PeftConfig):
             "zero product, as LoRA starts)."
         },
     )
-    side: str = field(
-        default="left",
-        metadata={
-            "help": "Of which side of the weight gradient takes its directions: the outputs' "
-            "(left), the inputs' (right) or half of them each's (both)."
-        },
-    )
     seed: int = field(
         default=0,
         metadata={
@@ -121,13 +114,6 @@ class RosaConfig(PeftConfig):
     alpha_pattern: dict[str, float] = field(
         default_factory=dict,
         metadata={"help": "Alphas that differ from alpha, by layer name or regex."},
-    )
-    init_weights: bool = field(
-        default=True,
-        metadata={
-            "help": "True starts at the pretrained model's outputs. False leaves the start out of "
-            "the offset, so that the outputs change at once: for tests."
-        },
     )
     base_fingerprint: dict | None = field(
         default=None,
@@ -177,7 +163,6 @@ class RosaConfig(PeftConfig):
         for name, alpha in (self.alpha_pattern or {}).items():
             _check_alpha(f"alpha_pattern[{name!r}]", alpha)
         _check_choice("directions", self.directions, DIRECTIONS)
-        _check_choice("side", self.side, SIDES)
         _check_choice("bias", self.bias, ("none", "all", "rosa_only"))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise UserTypeError(f"seed must be an integer, got {self.seed!r}")

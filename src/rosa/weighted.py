@@ -66,7 +66,7 @@ def weighted_config(
     configs = [as_rosa_config(model.peft_config[adapter]) for adapter in adapters]
     config = copy.deepcopy(configs[0])
     config.r = max(each.r for each in configs)
-    config.inference_mode, config.init_weights = False, True
+    config.inference_mode = False
     ranks = {
         name: max(layer.adapters[each].r for each in adapters if each in layer.adapters)
         for name, layer in layers.items()

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -26,15 +25,6 @@ from rosa.errors import UserError
 Directions = Literal["svd", "orthonormal", "gradient", "zero"]
 
 DIRECTIONS: tuple[str, ...] = get_args(Directions)
-SIDES = ("left", "right", "both")
-
-NOTHING_KNOWN: Mapping[str, Tensor] = MappingProxyType({})
-
-
-def rank_of_sides(side: str, rank: int) -> dict[str, int]:
-    """How many of a subspace's directions are the outputs' ("left") and the inputs' ("right")."""
-    left = {"left": rank, "right": 0, "both": rank - rank // 2}[side]
-    return {"left": left, "right": rank - left}
 
 
 def generator(seed: int, name: str, draws: int) -> torch.Generator:
@@ -65,44 +55,28 @@ def orthonormal_basis(
     return torch.linalg.qr(columns).Q
 
 
-def _orthonormal_factors(
-    weight: Tensor,
-    change: LowRank | None,
-    bases: Mapping[str, Tensor],
-    size: float,
-    scaling: float,
+def _part_in_outputs(
+    weight: Tensor, change: LowRank | None, u: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """A and B of the part of the weight, with the change, in directions of one side or of both.
-
-    With U of the left side and V of the right one that is ``U U^T W + (I - U U^T) W V V^T``. B has
-    U as it is; A has V in the size given, so that B learns at the speed that a typical singular
-    triplet gives it. On the smaller side the part carries rank / min(out, in) of the weight's
-    energy, as random triplets do.
-
-    Args:
-        weight: (out, in).
-        change: added to it first.
-        bases: orthonormal columns by side, (out, k) of "left" and (in, l) of "right".
-        size: of a direction of the right side.
-        scaling: see `draw`.
-    """
+    """A and B of U U^T W, of the weight with the change: B is U (out, r), as it is."""
     # The weight and the change are projected one by one: their sum is never written down.
-    a, b, rows = [], [], None
-    if (u := bases.get("left")) is not None:
-        rows = u.T @ weight
-        if change is not None:
-            rows.addmm_(u.T @ change.B, change.A)
-        a.append(rows / scaling)
-        b.append(u)
-    if (v := bases.get("right")) is not None:
-        columns = weight @ v
-        if change is not None:
-            columns.addmm_(change.B, change.A @ v)
-        if u is not None and rows is not None:
-            columns.addmm_(u, rows @ v, alpha=-1)  # what both sides hold is taken once
-        a.append((v * size).T)
-        b.append(columns.div_(size * scaling))
-    return (a[0], b[0]) if len(a) == 1 else (torch.cat(a), torch.cat(b, dim=1))
+    rows = u.T @ weight
+    if change is not None:
+        rows.addmm_(u.T @ change.B, change.A)
+    return rows.div_(scaling), u
+
+
+def _part_in_inputs(
+    weight: Tensor, change: LowRank | None, v: Tensor, size: float, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """A and B of W V V^T, of the weight with the change: A is V^T (r, in) in the size given.
+
+    So that B learns at the speed that a typical singular triplet gives it.
+    """
+    columns = weight @ v
+    if change is not None:
+        columns.addmm_(change.B, change.A @ v)
+    return (v * size).T, columns.div_(size * scaling)
 
 
 def root_mean_square_size(norm: float, shape: Sequence[int]) -> float:
@@ -119,8 +93,7 @@ def draw(
     scaling: float = 1.0,
     change: LowRank | None = None,
     size: float | None = None,
-    sides: Mapping[str, int] | None = None,
-    known: Mapping[str, Tensor] = NOTHING_KNOWN,
+    known: Tensor | None = None,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Draw a subspace of a weight: ``scaling * B @ A`` is the weight's part in it.
@@ -131,16 +104,16 @@ def draw(
         weight: (out, in), in float32 or float64.
         rank: r, at most min(out, in).
         directions: singular triplets of the weight, a uniform random subset; random orthonormal
-            directions; orthonormal directions of the loss gradient (`known`); or "zero", which
-            takes nothing of the weight: a random A and a zero B, as LoRA starts.
+            directions of its smaller side, which carry rank / min(out, in) of its energy, as
+            random triplets do; those of the loss gradient (`known`); or "zero", which takes
+            nothing of the weight: a random A and a zero B, as LoRA starts.
         scaling: the factor s that the layer multiplies the product with.
         change: to be added to the weight first, such as what was learned since the last draw.
         size: that A gives a direction of the inputs' side, times `scaling`; None takes the root
             mean square of the weight's singular values.
-        sides: how many of the orthonormal directions are the outputs' ("left") and the inputs'
-            ("right"), as `rank_of_sides` says; None takes the smaller side's.
-        known: orthonormal directions that the subspace shall have, by side, (out, k) for "left" and
-            (in, k) for "right"; random ones complete them. For ``directions="gradient"``.
+        known: for ``directions="gradient"``, orthonormal directions of the outputs that the
+            subspace shall have, (out, k); random ones of the outputs complete them. None draws as
+            "orthonormal" does.
         generator: see `generator`.
 
     Returns:
@@ -163,17 +136,15 @@ def draw(
         chosen = torch.randperm(min(weight.shape), generator=generator)[:rank].sort().values
         u, sizes, v = singular_triplets(whole, chosen)
         return (sizes / scaling)[:, None] * v, u
+    out_features, in_features = weight.shape
+    if known is not None or out_features <= in_features:
+        u = orthonormal_basis(out_features, rank, generator, weight, known)
+        return _part_in_outputs(weight, change, u, scaling)
+    v = orthonormal_basis(in_features, rank, generator, weight)
     if size is None:
         whole = weight if change is None else weight + change.dense()
         size = root_mean_square_size(float(torch.linalg.vector_norm(whole)), weight.shape)
-    if sides is None:
-        sides = rank_of_sides("left" if weight.shape[0] <= weight.shape[1] else "right", rank)
-    bases = {
-        name: orthonormal_basis(length, sides[name], generator, weight, known.get(name))
-        for name, length in zip(("left", "right"), weight.shape, strict=True)
-        if sides[name]
-    }
-    return _orthonormal_factors(weight, change, bases, size / scaling, scaling)
+    return _part_in_inputs(weight, change, v, size / scaling, scaling)
 
 
 @full_precision()

@@ -150,7 +150,7 @@ def make_grid(
     rates: dict[str, tuple[float, ...]] = {}
     for text in lrs:
         name, equals, values = text.rpartition("=")
-        # A variant's own settings have an = too: "rosa+side=both=1e-3" names rosa+side=both.
+        # A variant's own settings have an = too: "rosa+moments=keep=1e-3" names rosa+moments=keep.
         known = {v.name for v in variants} | {v.method for v in variants}
         if equals and name not in known:
             raise UserError(f"--lrs {text}: {name!r} is none of the methods compared")

@@ -61,7 +61,6 @@ def _rosa(settings: RunSettings, rank: int, shared: dict[str, Any], shapes: Shap
         r=rank,
         alpha=settings.alpha,
         directions=settings.directions,
-        side=settings.side,
         seed=settings.seed,
         **shared,
     )

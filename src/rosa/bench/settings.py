@@ -63,7 +63,6 @@ class RunSettings:
     )
     alpha: float | None = _is(METHOD, "Scale is alpha / rank; default: rank (LoRA: 2 rank).", None)
     directions: str = _of_rosa("directions")
-    side: str = _of_rosa("side")
     resample_every: str = _is(
         METHOD,
         "ROSA: draw new subspaces every: auto, epoch, never, 200 (steps), 0.5epochs.",

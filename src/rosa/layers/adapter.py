@@ -78,11 +78,10 @@ class Adapter:
     def drawn(self) -> LowRank | None:
         """S B A as the factors were last drawn: the offset's last r terms take it out again.
 
-        None where nothing is taken out: the factors were drawn at zero, or with ``init_weights``
-        off, or were not drawn yet.
+        None where nothing is taken out: the factors were drawn at zero, or were not drawn yet.
         """
-        config, terms, r = self.config, self.terms, self.r
-        if config.directions == "zero" or not config.init_weights or terms.rank < r:
+        terms, r = self.terms, self.r
+        if self.config.directions == "zero" or terms.rank < r:
             return None
         start = terms[-r:]
         return LowRank(-start.B, start.A)
@@ -112,7 +111,7 @@ class Adapter:
         """
         self.sketch = Sketch(
             *self.shape,
-            subspace.rank_of_sides(self.config.side, self.r),
+            self.r,
             # Not the draw's own, which goes on from its beginning.
             subspace.generator(self.config.seed, f"{self.layer}.{self.name}.watch", self.draws),
             like=like,

@@ -325,9 +325,7 @@ class RosaLayer(nn.Module, BaseTunerLayer, Kind):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         on_meta = adapter.is_on_meta or self.base_weight.parameter.is_meta
         if not on_meta and not config.inference_mode:
-            start = draw(adapter, self.pretrained_weight(), self._norm())
-            if config.init_weights:
-                adapter.terms = start.to("cpu")
+            adapter.terms = draw(adapter, self.pretrained_weight(), self._norm()).to("cpu")
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _norm(self) -> float:

@@ -27,13 +27,7 @@ def draw(adapter: Adapter, weight: Tensor, norm: float, change: LowRank | None =
         ValueError: the weight could not be decomposed.
     """
     config, sketch, adapter.sketch = adapter.config, adapter.sketch, None
-    sides = subspace.rank_of_sides(config.side, adapter.r)
-    known: dict[str, Tensor] = {}
-    if not config.is_informed:
-        sketch = None
     try:
-        if sketch is not None:
-            known = {side: sketch.directions(side, k) for side, k in sides.items() if k}
         drawn = subspace.draw(
             weight,
             adapter.r,
@@ -42,8 +36,7 @@ def draw(adapter: Adapter, weight: Tensor, norm: float, change: LowRank | None =
             change=change,
             # Of the pretrained weight: the speed of learning does not drift with the training.
             size=subspace.root_mean_square_size(norm, weight.shape),
-            sides=None if sketch is None else sides,
-            known=known,
+            known=None if sketch is None else sketch.directions(adapter.r),
             generator=subspace.generator(
                 config.seed, f"{adapter.layer}.{adapter.name}", adapter.draws
             ),

@@ -86,8 +86,7 @@ def agree(found: list[Active]) -> None:
     if there and torch.distributed.get_world_size() > 1:
         for active in found:
             if active.adapter.sketch is not None:
-                for total in active.adapter.sketch.sums.values():
-                    torch.distributed.all_reduce(total)
+                torch.distributed.all_reduce(active.adapter.sketch.total)
 
 
 def warn_of_blind(found: list[Active]) -> None:
