@@ -87,6 +87,19 @@ def test_the_same_seed_gives_the_same_run(basics, tmp_path):
     assert records[0]["eval_loss"] == pytest.approx(records[1]["eval_loss"], rel=1e-6)
 
 
+def test_lora_fa_trains_b_alone(basics, tmp_path):
+    numbers = {}
+    for method in ("lora", "lora_fa", "head"):
+        out = tmp_path / method
+        run("train", *basics, *QUICK, "--method", method, "--output", out)
+        numbers[method] = json.loads((out / "metrics.json").read_text())["trainable_parameters"]
+    factors = load_file(tmp_path / "lora_fa" / "adapter" / "adapter_model.safetensors")
+    b = [values for key, values in factors.items() if "lora_B" in key]
+    assert all(values.any() for values in b)
+    assert numbers["lora_fa"] - numbers["head"] == sum(values.numel() for values in b)
+    assert numbers["lora_fa"] < numbers["lora"]
+
+
 def products(adapter: Path) -> dict[str, torch.Tensor]:
     """An adapter's tensors, each pair of factors multiplied: signs of singular vectors are free."""
     found = load_file(adapter / "adapter_model.safetensors")
@@ -95,10 +108,14 @@ def products(adapter: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def test_an_interrupted_run_is_resumed_as_if_it_had_not_been(basics, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("method", "draws"), [("rosa", 2), ("lora_fa", 0)])
+def test_an_interrupted_run_is_resumed_as_if_it_had_not_been(
+    basics, tmp_path, monkeypatch, capsys, method, draws
+):
     # Informed draws of two runs that differ by rounding can part, where two directions hold about
     # the same of the gradient; that such runs resume is tested with the callback.
-    how = [*QUICK, "--directions", "svd", "--epochs", 3, "--record-changes"]
+    how = [*QUICK, "--method", method, "--epochs", 3, "--record-changes"]
+    how += ["--directions", "svd"] if method == "rosa" else []
     run("train", *basics, *how, "--output", tmp_path / "whole")
     from transformers import Trainer
 
@@ -118,7 +135,7 @@ def test_an_interrupted_run_is_resumed_as_if_it_had_not_been(basics, tmp_path, m
     )
     (out / "checkpoints" / "checkpoint-99").mkdir()  # a save that was cut off
     run("train", *basics, *how, "--output", out, "--resume")
-    assert json.loads((out / "metrics.json").read_text())["resamples"] == 2
+    assert json.loads((out / "metrics.json").read_text())["resamples"] == draws
     histories = [json.loads((f / "history.json").read_text()) for f in (tmp_path / "whole", out)]
     assert [len(h["changes"]["epochs"]) for h in histories] == [3, 3]
     assert [len(h["epochs"]) for h in histories] == [3, 3]

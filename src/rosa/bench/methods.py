@@ -14,6 +14,7 @@ from rosa.errors import UserError
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+    from torch.optim import Optimizer
 
 
 TOKENS = 20
@@ -24,6 +25,7 @@ Shapes = Sequence[tuple[int, int]]
 
 Config = Callable[[RunSettings, int, dict[str, Any], Shapes], "PeftConfig"]
 Optim = Callable[[RunSettings, int], dict[str, str]]
+Build = Callable[[RunSettings, int, Any], "Optimizer"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Method:
         virtual_tokens: places of the model's input that it takes for itself.
         optim: the optimizer that makes it what it is, as keywords of `TrainingArguments` from a
             run's settings and the rank; it is given the target weights, and knows no weight decay.
+        optimizer: makes the adapter's own optimizer from a run's settings, the rank and the model.
         needs: packages of the extra `optimizers`, by the names that they are imported by.
     """
 
@@ -51,6 +54,7 @@ class Method:
     has_rank: bool = False
     virtual_tokens: int = 0
     optim: Optim | None = None
+    optimizer: Build | None = None
     needs: tuple[str, ...] = ()
 
 
@@ -94,6 +98,19 @@ def _lora(**options: Any) -> Config:
         )
 
     return config
+
+
+def _lora_fa(settings: RunSettings, rank: int, model: Any) -> Optimizer:
+    from peft.optimizers import create_lorafa_optimizer
+
+    alpha = 2 * rank if settings.alpha is None else settings.alpha
+    return create_lorafa_optimizer(
+        model,
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # a float works too
+        lr=settings.lr,  # type: ignore[arg-type]  # `check` has chosen one
+        weight_decay=settings.weight_decay,
+    )
 
 
 def _lora_ga(
@@ -253,6 +270,7 @@ def _apollo(settings: RunSettings, rank: int) -> dict[str, str]:
 METHODS: dict[str, Method] = {
     "rosa": Method("random subspaces of the weights, drawn anew as it trains", 1e-3, _rosa, True),
     "lora": Method("one low-rank product beside each weight (alpha 2r)", 1e-3, _lora(), True),
+    "lora_fa": Method("LoRA with A left as drawn", 1e-3, _lora(), True, optimizer=_lora_fa),
     "rslora": Method("LoRA scaled by alpha / sqrt(r)", 1e-3, _lora(use_rslora=True), True),
     "dora": Method("LoRA with a magnitude of its own a row", 1e-3, _lora(use_dora=True), True),
     "pissa": Method(

@@ -96,6 +96,7 @@ def build_trainer(
         answers = predicted[:, 0] if task.kind == "regression" else predicted.argmax(-1)
         return task.compute(answers, labels)  # type: ignore[misc]
 
+    optimizer = method.optimizer(settings, settings.rank or 0, model) if method.optimizer else None
     callback = schedule(settings) if settings.method in RESAMPLED else None
     trainer = MeanTrainer(
         model=model,
@@ -106,6 +107,7 @@ def build_trainer(
         eval_dataset=rows["validation"],
         compute_metrics=compute if task.compute else None,
         callbacks=[callback] if callback else None,
+        optimizers=(optimizer, None),
     )
     if settings.method == "adalora":
         trainer.add_callback(_rank_allocation(model, steps))
