@@ -16,6 +16,8 @@ from rosa.registration import ROSA
 T = TypeVar("T", bound=PeftConfig)
 MOMENTS = ("clear", "keep")
 """What can become of the optimizer's moments of the factors, when a new subspace is drawn."""
+TRAINED = ("both", "A", "B")
+"""Which factor can be trained: one alone leaves the other as it was drawn."""
 HINT = "a ROSA adapter: pip install rosa-finetune, and import rosa before PEFT loads it"
 _CARD = """
 ## Loading this adapter
@@ -68,6 +70,14 @@ class RosaConfig(PeftConfig):
             "draw), gradient (once, directions in which the loss falls, see rosa.watch; random "
             "ones before and after) or zero (nothing of the weight: a fresh "
             "zero product, as LoRA starts)."
+        },
+    )
+    trained: str = field(
+        default="both",
+        metadata={
+            "help": "Which factor learns: both, or one of them, A or B, while the other stays as "
+            "drawn. For B alone no layer's input is kept for the backward pass: less memory "
+            "than LoRA, so that a higher rank fits."
         },
     )
     seed: int = field(
@@ -163,6 +173,12 @@ class RosaConfig(PeftConfig):
         for name, alpha in (self.alpha_pattern or {}).items():
             _check_alpha(f"alpha_pattern[{name!r}]", alpha)
         _check_choice("directions", self.directions, DIRECTIONS)
+        _check_choice("trained", self.trained, TRAINED)
+        if self.directions == "zero" and self.trained == "A":
+            raise UserError(
+                "directions='zero' begins with B at zero, which keeps A from learning: use "
+                "trained='B' or 'both' with it"
+            )
         _check_choice("bias", self.bias, ("none", "all", "rosa_only"))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise UserTypeError(f"seed must be an integer, got {self.seed!r}")

@@ -93,6 +93,7 @@ def draw(
     scaling: float = 1.0,
     change: LowRank | None = None,
     size: float | None = None,
+    side: str | None = None,
     known: Tensor | None = None,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
@@ -137,10 +138,12 @@ def draw(
         u, sizes, v = singular_triplets(whole, chosen)
         return (sizes / scaling)[:, None] * v, u
     out_features, in_features = weight.shape
-    if known is not None or out_features <= in_features:
+    if side is None:
+        side = "left" if known is not None or out_features <= in_features else "right"
+    if side == "left":
         u = orthonormal_basis(out_features, rank, generator, weight, known)
         return _part_in_outputs(weight, change, u, scaling)
-    v = orthonormal_basis(in_features, rank, generator, weight)
+    v = orthonormal_basis(in_features, rank, generator, weight, known)
     if size is None:
         whole = weight if change is None else weight + change.dense()
         size = root_mean_square_size(float(torch.linalg.vector_norm(whole)), weight.shape)

@@ -65,6 +65,7 @@ def _rosa(settings: RunSettings, rank: int, shared: dict[str, Any], shapes: Shap
         r=rank,
         alpha=settings.alpha,
         directions=settings.directions,
+        trained=settings.trained,
         seed=settings.seed,
         **shared,
     )

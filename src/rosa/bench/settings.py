@@ -63,6 +63,7 @@ class RunSettings:
     )
     alpha: float | None = _is(METHOD, "Scale is alpha / rank; default: rank (LoRA: 2 rank).", None)
     directions: str = _of_rosa("directions")
+    trained: str = _of_rosa("trained")
     resample_every: str = _is(
         METHOD,
         "ROSA: draw new subspaces every: auto, epoch, never, 200 (steps), 0.5epochs.",

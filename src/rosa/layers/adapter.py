@@ -75,6 +75,16 @@ class Adapter:
         """All that the adapter changes about the pretrained weight: O + s B A, in main memory."""
         return self.terms + self.learned().to("cpu")
 
+    def with_learned(self, learned: LowRank) -> LowRank:
+        """O + s B A, with r terms less where a factor is what it was drawn as."""
+        terms, r = self.terms, self.r
+        start = terms[-r:] if terms.rank >= r else None
+        if start is not None and torch.equal(start.A, learned.A):
+            return terms[:-r] + LowRank(start.B + learned.B, start.A)
+        if start is not None and torch.equal(-start.B, learned.B):
+            return terms[:-r] + LowRank(learned.B, learned.A - start.A)
+        return terms + learned
+
     def drawn(self) -> LowRank | None:
         """S B A as the factors were last drawn: the offset's last r terms take it out again.
 

@@ -11,6 +11,10 @@ from rosa.errors import UserError
 from rosa.layers.adapter import Adapter
 
 
+SIDES = {"both": None, "A": "left", "B": "right"}
+"""Whose directions are drawn: those that the factor that stays holds."""
+
+
 @torch.no_grad()
 def draw(adapter: Adapter, weight: Tensor, norm: float, change: LowRank | None = None) -> LowRank:
     """Draw an adapter's factors; returns what takes their product out of the weight.
@@ -36,6 +40,7 @@ def draw(adapter: Adapter, weight: Tensor, norm: float, change: LowRank | None =
             change=change,
             # Of the pretrained weight: the speed of learning does not drift with the training.
             size=subspace.root_mean_square_size(norm, weight.shape),
+            side=SIDES[config.trained],
             known=None if sketch is None else sketch.directions(adapter.r),
             generator=subspace.generator(
                 config.seed, f"{adapter.layer}.{adapter.name}", adapter.draws

@@ -75,8 +75,10 @@ class _Read(torch.autograd.Function):
             with torch.no_grad():
                 ctx.sketch.add_gradient(full)
         full = full.to(a.dtype)
-        grad_a, grad_b = ctx.scaling * (b.T @ full), ctx.scaling * (full @ a.T)
-        return grad if ctx.needs_input_grad[0] else None, grad_a, grad_b, None, None, None, None
+        for_weight, for_a, for_b, *_ = ctx.needs_input_grad
+        grad_a = ctx.scaling * (b.T @ full) if for_a else None
+        grad_b = ctx.scaling * (full @ a.T) if for_b else None
+        return grad if for_weight else None, grad_a, grad_b, None, None, None, None
 
 
 class _Unread(Tensor):

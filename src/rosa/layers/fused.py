@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from rosa.algebra.sketch import Sketch
+from rosa.errors import UserError
 from rosa.layers.tracing import is_traced
 from rosa.layers.versions import unpack
 
@@ -94,7 +95,9 @@ class _AdaptedLinear(torch.autograd.Function):
         hidden = a @ x.T
         if s != 1.0:
             hidden *= s  # r numbers a row, not the whole output
-        ctx.save_for_backward(x, weight, a, b, hidden)
+        _, for_weight, _, for_a, for_b, *_ = ctx.needs_input_grad
+        keeps_x = for_weight or for_a or sketch is not None
+        ctx.save_for_backward(x if keeps_x else None, weight, a, b, hidden if for_b else None)
         ctx.s, ctx.sketch = s, sketch
         out = F.linear(x, weight, bias)
         out.T.addmm_(b, hidden)
@@ -107,9 +110,14 @@ class _AdaptedLinear(torch.autograd.Function):
         if ctx.sketch is not None:
             with torch.no_grad():
                 ctx.sketch.add(grad.detach(), x.detach())
-        if torch.is_grad_enabled():  # to be differentiated again: what was kept has no history
-            hidden = a @ x.T * ctx.s
         for_x, for_weight, for_bias, for_a, for_b, *_ = ctx.needs_input_grad
+        if torch.is_grad_enabled() and for_b:  # to be differentiated again
+            if x is None:
+                raise UserError(
+                    "second derivatives need the inputs of the layers, which are not kept where B "
+                    "alone is trained: use RosaConfig(trained='both')"
+                )
+            hidden = a @ x.T * ctx.s  # what was kept has no history
         inner = b.T.contiguous() @ grad.T
         if ctx.s != 1.0:
             inner = inner * ctx.s

@@ -206,7 +206,8 @@ class RosaCallback(TrainerCallback, ExportableState):
         if self._stepped == COUNTED and self._counter is not None:
             counted, self._counter = self._counter.stop() / COUNTED, None
             examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-            numbers = sum(f.numel() for adapter in self._adapters for f in adapter.factors)
+            factors = [f for adapter in self._adapters for f in adapter.factors]
+            numbers = sum(f.numel() for f in factors if f.requires_grad)
             wanted = math.ceil(ITEMS_A_NUMBER * numbers / (counted or examples))
             self.period = max(wanted, SHORTEST_ROUND)
             self._plan(state.max_steps)
@@ -216,7 +217,8 @@ def _warn_of_idle(adapters: list[Adapter]) -> None:
     idle = [
         adapter.layer
         for adapter in adapters
-        if all(f.requires_grad and f.grad is None for f in adapter.factors)
+        if all(f.grad is None for f in adapter.factors)
+        and any(f.requires_grad for f in adapter.factors)
     ]
     if 0 < len(idle) < len(adapters):  # where none has a gradient, it is kept elsewhere
         warnings.warn(

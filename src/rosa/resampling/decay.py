@@ -66,8 +66,8 @@ class DecayTowardDrawn:
     def _give_back(self, optimizer: Optimizer, *_: Any) -> None:
         for group in optimizer.param_groups:
             share = float(group["lr"] * group.get("weight_decay", 0.0))
-            held = [p for p in group["params"] if p in self._drawn] if share else []
-            if held:
+            held = [p for p in group["params"] if p in self._drawn and p.grad is not None]
+            if share and held:
                 torch._foreach_add_(held, [self._drawn[p] for p in held], alpha=share)  # type: ignore[attr-defined]
 
     def stop(self) -> None:
