@@ -183,6 +183,8 @@ SETTINGS = {
     "svd": {"directions": "svd"},
     "orthonormal": {"directions": "orthonormal", "alpha": 3},
     "zero": {"directions": "zero"},
+    "A": {"trained": "A"},
+    "B": {"trained": "B", "directions": "orthonormal"},
     "ranks": {"rank_pattern": {r".*(0|1)\..*": 3}, "bias": "rosa_only"},
     "half": {},
 }

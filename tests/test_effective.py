@@ -52,7 +52,9 @@ def pair(**options):
     return [get_peft_model(m, RosaConfig(**copy.deepcopy(config))) for m in (reading, calling)]
 
 
-@pytest.mark.parametrize("options", [{}, {"directions": "svd"}, {"alpha": 5.0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"directions": "svd", "trained": "B"}, {"alpha": 5.0, "trained": "A"}]
+)
 def test_a_model_that_reads_weights_trains_like_one_that_calls_layers(options):
     models = pair(**options)
     with torch.no_grad():

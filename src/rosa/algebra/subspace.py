@@ -112,9 +112,11 @@ def draw(
         change: to be added to the weight first, such as what was learned since the last draw.
         size: that A gives a direction of the inputs' side, times `scaling`; None takes the root
             mean square of the weight's singular values.
+        side: of which the orthonormal directions are, "left" (the outputs', which B holds) or
+            "right" (the inputs', which A holds); None takes that of `known`, or the smaller one.
         known: for ``directions="gradient"``, orthonormal directions of the outputs that the
-            subspace shall have, (out, k); random ones of the outputs complete them. None draws as
-            "orthonormal" does.
+            subspace shall have, (out, k); random ones complete them. None draws as "orthonormal"
+            does.
         generator: see `generator`.
 
     Returns:

@@ -10,7 +10,6 @@ from rosa.algebra.lowrank import LowRank
 from rosa.errors import UserError
 from rosa.layers.adapter import Adapter
 
-
 SIDES = {"both": None, "A": "left", "B": "right"}
 """Whose directions are drawn: those that the factor that stays holds."""
 

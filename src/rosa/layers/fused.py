@@ -111,7 +111,7 @@ class _AdaptedLinear(torch.autograd.Function):
             with torch.no_grad():
                 ctx.sketch.add(grad.detach(), x.detach())
         for_x, for_weight, for_bias, for_a, for_b, *_ = ctx.needs_input_grad
-        if torch.is_grad_enabled() and for_b:  # to be differentiated again
+        if torch.is_grad_enabled() and for_b and (for_x or for_a):  # to be differentiated again
             if x is None:
                 raise UserError(
                     "second derivatives need the inputs of the layers, which are not kept where B "

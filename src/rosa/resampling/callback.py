@@ -96,7 +96,11 @@ class RosaCallback(TrainerCallback, ExportableState):
         """What the Trainer's checkpoints hold of it."""
         return {
             "args": {"every": self.every, "moments": self.moments, "first": self.first},
-            "attributes": {"period": self.period, "drawn_at": list(self.drawn_at)},
+            "attributes": {
+                "period": self.period,
+                "drawn_at": list(self.drawn_at),
+                "trained": self._trained(),
+            },
         }
 
     def on_train_begin(
@@ -109,7 +113,12 @@ class RosaCallback(TrainerCallback, ExportableState):
         self._adapters = [active.adapter for active in found]
         self._stepped = 0
         self._last_step, self._draw_at = -1, None
-        before = self._before(state)
+        before, trained = self._before(state), self._trained()
+        if before.get("trained", trained) != trained:
+            raise UserError(
+                f"the checkpoint is of a training of factors {before['trained']}, this one is of "
+                f"{trained}: give RosaConfig the checkpoint's trained=, or begin anew"
+            )
         self.drawn_at = [step for step in before.get("drawn_at", []) if step < state.global_step]
         if self.every == "auto":
             self.period = before.get("period")
@@ -129,6 +138,9 @@ class RosaCallback(TrainerCallback, ExportableState):
         found = saved.get(type(self).__name__, {})
         found = found[0] if isinstance(found, list) else found
         return found.get("attributes", {})
+
+    def _trained(self) -> str:
+        return ", ".join(sorted({adapter.config.trained for adapter in self._adapters}))
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Leave the optimizer's weight decay and the model as they were."""
