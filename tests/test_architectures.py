@@ -184,7 +184,7 @@ SETTINGS = {
     "orthonormal": {"directions": "orthonormal", "alpha": 3},
     "zero": {"directions": "zero"},
     "A": {"trained": "A"},
-    "B": {"trained": "B", "directions": "orthonormal"},
+    "B": {"trained": "B"},
     "ranks": {"rank_pattern": {r".*(0|1)\..*": 3}, "bias": "rosa_only"},
     "half": {},
 }

@@ -241,3 +241,11 @@ def test_vmap_and_grad_transforms():
     for name, p in layer.named_parameters():
         if "rosa_" in name:
             torch.testing.assert_close(gradients[name], p.grad)
+
+
+@pytest.mark.parametrize("trained", ["both", "A", "B"])
+def test_a_model_without_values_tells_its_shapes(trained):
+    """As tools do that count operations and bytes on the meta device."""
+    with torch.device("meta"):
+        model, _ = adapted(trained=trained)
+        assert model(torch.empty(4, 6)).shape == (4, 5)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
-from rosa import RosaCallback, RosaConfig, export_lora, resample
+from rosa import RosaCallback, RosaConfig, export_lora, resample, watch
 from rosa.layers.fused import adapted_linear
 from rosa.layers.kinds import rosa_layers
 from rosa.resampling.decay import DecayTowardDrawn
@@ -233,6 +233,20 @@ def test_second_derivatives_are_right_or_refused_where_they_need_inputs_that_are
     loss = adapted_linear(base, learned_x, a, learned_b, 0.7).square().sum()
     with pytest.raises(ValueError, match="second derivatives need the inputs"):
         torch.autograd.grad(loss, learned_b, create_graph=True)
+
+
+def test_where_b_alone_learns_draws_are_random_and_nothing_is_watched():
+    """What it would take to see the gradient's directions of the inputs is to keep the inputs."""
+    factors = []
+    for directions in ("gradient", "orthonormal"):
+        torch.manual_seed(1)
+        model = adapted("B", directions=directions)
+        assert watch(model) == 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            resample(model)
+        factors.append([f for _, layer in rosa_layers(model) for f in layer.parameters()])
+    torch.testing.assert_close(factors[0], factors[1])
 
 
 def test_what_cannot_learn_is_refused():

@@ -68,8 +68,8 @@ class RosaConfig(PeftConfig):
             "help": "Where a subspace comes from: svd (singular triplets of the weight, a uniform "
             "random choice: the paper's), orthonormal (random directions, far cheaper to "
             "draw), gradient (once, directions in which the loss falls, see rosa.watch; random "
-            "ones before and after) or zero (nothing of the weight: a fresh "
-            "zero product, as LoRA starts)."
+            "ones before and after, and where B alone is trained) or zero (nothing of the "
+            "weight: a fresh zero product, as LoRA starts)."
         },
     )
     trained: str = field(
@@ -137,7 +137,7 @@ class RosaConfig(PeftConfig):
     @property
     def is_informed(self) -> bool:
         """Whether the loss gradient decides what is drawn."""
-        return self.directions == "gradient"
+        return self.directions == "gradient" and self.trained != "B"
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save as PEFT does; a model card that PEFT has put there is told how to load it."""

@@ -43,9 +43,14 @@ def can_fuse(base: nn.Module, x: Tensor, factor: Tensor) -> bool:
 def _one_dtype(*tensors: Tensor) -> bool:
     """Whether they are multiplied in one precision as they are, or by autocast."""
     dtypes = {t.dtype for t in tensors}
-    if torch.is_autocast_enabled(tensors[0].device.type):
+    if _is_autocast(tensors[0]):
         return torch.float64 not in dtypes  # which autocast leaves alone
     return len(dtypes) == 1
+
+
+def _is_autocast(x: Tensor) -> bool:
+    device = x.device.type  # of which torch refuses to tell where there is none, as on meta
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def adapted_linear(
@@ -66,7 +71,7 @@ def adapted_linear(
     """
     weight: Tensor = base.weight.T if isinstance(base, Conv1D) else base.weight  # type: ignore
     bias: Tensor | None = base.bias  # type: ignore[assignment]
-    if torch.is_autocast_enabled(x.device.type):
+    if _is_autocast(x):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, a, b = (t.to(dtype) for t in (x, weight, a, b))
         bias = None if bias is None else bias.to(dtype)
