@@ -32,6 +32,7 @@ from transformers import (
     PretrainedConfig,
     RobertaConfig,
 )
+from transformers.initialization import no_init_weights
 
 import rosa
 
@@ -191,7 +192,10 @@ def count(shapes: str) -> list[Count]:
     ]
     found = []
     for number in (1, 2):
-        model = kind.from_config(config_of(number), dtype=DTYPE).train()
+        with no_init_weights():  # counting asks for no values but finite ones
+            model = kind.from_config(config_of(number), dtype=DTYPE).train()
+        for parameter in model.parameters():
+            parameter.data.fill_(0.01)
         model.enable_input_require_grads()  # as below any adapter
         about = f"{shapes}, {number} of {layers} layers"
         found.append([measure(model, m, r or 1, c) for m, r, c in track(cases, about)])
