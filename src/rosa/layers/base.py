@@ -324,7 +324,10 @@ class RosaLayer(nn.Module, BaseTunerLayer, Kind):
         self.adapters[adapter_name] = adapter
         if config.trained != "both":
             stays = "rosa_A" if config.trained == "B" else "rosa_B"
-            self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: {stays}}
+            self.frozen_peft_weight_names = {
+                **self.frozen_peft_weight_names,
+                adapter_name: (stays,),
+            }
         self._move_adapter_to_device_of_base_layer(adapter_name)
         on_meta = adapter.is_on_meta or self.base_weight.parameter.is_meta
         if not on_meta and not config.inference_mode:
