@@ -60,6 +60,11 @@ class Adapter:
         return of_a[self.name], of_b[self.name]
 
     @property
+    def stays(self) -> tuple[str, ...]:
+        """Which of its layer's dictionaries hold a factor that is not trained."""
+        return {"both": (), "A": ("rosa_B",), "B": ("rosa_A",)}[self.config.trained]
+
+    @property
     def is_on_meta(self) -> bool:
         """Whether the factors have no memory yet."""
         return self.factors[0].is_meta
@@ -75,15 +80,21 @@ class Adapter:
         """All that the adapter changes about the pretrained weight: O + s B A, in main memory."""
         return self.terms + self.learned().to("cpu")
 
-    def with_learned(self, learned: LowRank) -> LowRank:
-        """O + s B A, with r terms less where a factor is what it was drawn as."""
+    def next_terms(self, change: LowRank) -> LowRank:
+        """The offset after a draw: with the r terms that were learned, and those taken out anew.
+
+        A factor that stayed is the same in what was learned and in what was taken out before it:
+        there these are r terms together, not 2 r.
+        """
         terms, r = self.terms, self.r
-        start = terms[-r:] if terms.rank >= r else None
-        if start is not None and torch.equal(start.A, learned.A):
-            return terms[:-r] + LowRank(start.B + learned.B, start.A)
-        if start is not None and torch.equal(-start.B, learned.B):
-            return terms[:-r] + LowRank(learned.B, learned.A - start.A)
-        return terms + learned
+        if self.config.trained == "both" or terms.rank < r:
+            return terms + change
+        before, learned = terms[-r:], change[:r]
+        if torch.equal(before.A, learned.A):
+            terms, learned = terms[:-r], LowRank(before.B + learned.B, before.A)
+        elif torch.equal(before.B, -learned.B):
+            terms, learned = terms[:-r], LowRank(learned.B, learned.A - before.A)
+        return (terms + learned + change[r:]).joined()
 
     def drawn(self) -> LowRank | None:
         """S B A as the factors were last drawn: the offset's last r terms take it out again.

@@ -322,12 +322,8 @@ class RosaLayer(nn.Module, BaseTunerLayer, Kind):
         how = shape, self.base_weight.work_dtype, (self.rosa_A, self.rosa_B)
         adapter = Adapter(adapter_name, self.name, config, r, alpha, *how)
         self.adapters[adapter_name] = adapter
-        if config.trained != "both":
-            stays = "rosa_A" if config.trained == "B" else "rosa_B"
-            self.frozen_peft_weight_names = {
-                **self.frozen_peft_weight_names,
-                adapter_name: (stays,),
-            }
+        frozen = {**self.frozen_peft_weight_names, adapter_name: adapter.stays}
+        self.frozen_peft_weight_names = frozen  # of the instance: PEFT's own is the class's
         self._move_adapter_to_device_of_base_layer(adapter_name)
         on_meta = adapter.is_on_meta or self.base_weight.parameter.is_meta
         if not on_meta and not config.inference_mode:
@@ -372,7 +368,7 @@ class RosaLayer(nn.Module, BaseTunerLayer, Kind):
         learned = adapter.learned()
         start = draw(adapter, base.matrix.to(base.work_dtype), self._norm(), learned)
         change = (learned + start).joined()
-        terms = adapter.with_learned(learned.to("cpu")) + start.to("cpu")
+        terms = adapter.next_terms(change.to("cpu"))
         if terms.rank > _MOST_TERMS * min(base.shape):
             settled = terms.rank - start.rank  # what was drawn stays last: see `Adapter.drawn`
             terms = terms[:settled].compressed() + terms[settled:]
