@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.optimizers import create_lorafa_optimizer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -118,17 +119,19 @@ def attach_jobs() -> Jobs:
 # -- training --------------------------------------------------------------------------------------
 
 
-def step_jobs(half: bool = False) -> Jobs:
+def step_jobs(half: bool = False, trained: str = "both", peer_fa: bool = False) -> Jobs:
     """Forward, backward and AdamW, batch 16 x 64; the floor is the frozen model's own share.
 
     Args:
         half: under autocast to bfloat16.
+        trained: ROSA's factors that learn.
+        peer_fa: the peer is LoRA-FA, with its own optimizer, instead of LoRA.
     """
     ids, labels = torch.randint(1000, (16, 64)), torch.randint(2, (16,))
     base = BertConfig()
     options = {"target_modules": ATTENTION, "task_type": "SEQ_CLS"}
     configs = {
-        "rosa": rosa.RosaConfig(r=RANK, **options),
+        "rosa": rosa.RosaConfig(r=RANK, trained=trained, **options),
         "peer": LoraConfig(r=RANK, lora_alpha=2 * RANK, **options),
     }
 
@@ -140,7 +143,10 @@ def step_jobs(half: bool = False) -> Jobs:
     jobs: Jobs = {}
     for name, config in configs.items():
         model = get_peft_model(BertForSequenceClassification(base), config).train()
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        if name == "peer" and peer_fa:
+            optimizer = create_lorafa_optimizer(model, r=RANK, lora_alpha=2 * RANK, lr=1e-3)
+        else:
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
 
         def train(model=model, optimizer=optimizer) -> None:
             optimizer.zero_grad()
@@ -322,6 +328,16 @@ ROWS = {
         "training step, RoBERTa-base, attention, 16 x 64, r 8; peer: PEFT's LoRA", step_jobs, 0.95
     ),
     "step-bf16": Row("the same under autocast to bfloat16", lambda: step_jobs(half=True), 0.95),
+    "step-b": Row(
+        "the same, float32, B alone trained; peer: PEFT's LoRA",
+        lambda: step_jobs(trained="B"),
+        0.90,
+    ),
+    "step-b-fa": Row(
+        "the same; peer: LoRA-FA by PEFT's optimizer",
+        lambda: step_jobs(trained="B", peer_fa=True),
+        0.97,
+    ),
     "merged": Row("inference after merge_and_unload; peer: the base model", merged_jobs, 1.02),
     "load": Row("loading an adapter; peer: a LoRA of its file size", load_jobs, 1.5),
     "switch": Row("switching between two adapters; peer: PEFT's LoRA", switch_jobs, 1.5),
