@@ -22,7 +22,7 @@ SHOWN = {
     RANDOM: ("ROSA, random directions", PINK, "^"),
     "full": ("full fine-tuning", BLACK, "v"),
 }
-LENGTHS = {500: "shift-german-500", 1500: "shift-german-1500", 3000: "shift-german-3000"}
+LENGTHS = {length: f"shift-german-default-{length}" for length in (500, 1500, 3000)}
 
 
 def scores(folder: str, method: str, rank: int | None) -> dict[int, float]:
@@ -75,9 +75,9 @@ def steps() -> None:
         left.plot(list(found), means, color=colour, marker=marker, label=name)
         if method in ("lora", "full"):
             continue
-        leads = [lead(folder, method, 4) for folder in LENGTHS.values()]
+        leads = [lead(LENGTHS[length], method, 4) for length in found]
         right.errorbar(
-            list(LENGTHS),
+            list(found),
             [value for value, _ in leads],
             [error for _, error in leads],
             color=colour,
@@ -117,7 +117,7 @@ def tasks() -> None:
         value, error = lead(folder, method, 4)
         x, code = shown_per_number(folder, method, 4), folder == "shift-code"
         colour = BLACK if code else SHOWN[method][1]
-        first = folder in ("shift-code", "shift-german-500")
+        first = folder in ("shift-code", LENGTHS[500])
         label = "English prose to code" if code else f"English to German, {SHOWN[method][0]}"
         marker = "s" if code else SHOWN[method][2]
         bottom.errorbar(
