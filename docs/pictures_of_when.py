@@ -124,13 +124,13 @@ def tasks() -> None:
             x, value, error, color=colour, marker=marker, capsize=3, label=label if first else None
         )
         if method == ROSA:
-            place = (-6, -14) if code else (6, -4)
+            place = (-6, -14) if code else (-58, -4) if text == "3,000 steps" else (6, -4)
             bottom.annotate(text, (x, value), place, textcoords="offset points", fontsize=8)
     for rank in (1, 16):
         value, error = lead("shift-german-ranks", ROSA, rank)
         x = shown_per_number("shift-german-ranks", ROSA, rank)
         bottom.errorbar(x, value, error, color=ORANGE, marker="o", capsize=3)
-        place = (-60, -4) if rank == 1 else (-78, -4)
+        place = (-60, -16) if rank == 1 else (-78, -4)
         text = f"1,500 steps, r {rank}"
         bottom.annotate(text, (x, value), place, textcoords="offset points", fontsize=8)
     for axes in (top, bottom):
