@@ -327,7 +327,7 @@ def test_bad_training_files(encoder, tmp_path, capsys, content, message):
         (["--rank", 0], "rank must be a positive integer, got 0"),
         (["--rank", -2], "rank must be a positive integer, got -2"),
         (["--rank", "many"], "Invalid value for '--rank'"),
-        (["--method", "loraa"], "unknown method 'loraa'; there are: rosa, lora, rslora"),
+        (["--method", "loraa"], "unknown method 'loraa'; there are: rosa, lora, lora_fa, rslora"),
         (["--directions", "up"], "directions must be one of svd, orthonormal"),
         (["--resample-every", "often"], "resample_every must be auto, epoch, never"),
         (["--target-modules", "qurey"], "Did you mean query"),

@@ -109,7 +109,7 @@ def test_a_rank_that_is_no_positive_integer_is_refused(rank):
     ("options", "message"),
     [
         ({"directions": "random"}, "directions must be one of svd, orthonormal"),
-        ({"side": "top"}, "side must be one of left, right, both"),
+        ({"trained": "C"}, "trained must be one of both, A, B"),
         ({"bias": "lora_only"}, "bias must be one of none, all, rosa_only"),
         ({"alpha": 0}, "alpha must be a positive number"),
         ({"alpha": "8"}, "alpha must be a positive number"),
