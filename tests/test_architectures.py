@@ -45,12 +45,14 @@ class Trained:
         self.model: Any = get_peft_model(self.base(), RosaConfig(**self.options)).eval()
         self.attached = self.outputs(self.model)
         self.jumps: list[float] = []  # of the outputs, at each draw
+        self.roundings: list[float] = []  # of the outputs, if each weight were rounded once more
         for round_ in range(3):
             if round_:
                 watch(self.model)
             optimizer = train(self.model, self.inputs, steps=3)
             if round_:
                 before = self.outputs(self.model)
+                self.roundings.append(far(self.outputs(rounded_anew(self.model)), before))
                 resample(self.model, optimizer)
                 self.jumps.append(far(self.outputs(self.model), before))
         self.trained = self.outputs(self.model)
@@ -83,6 +85,19 @@ def train(model: nn.Module, inputs: dict[str, Tensor], steps: int) -> torch.opti
     return optimizer
 
 
+@torch.no_grad()
+def rounded_anew(model: nn.Module) -> nn.Module:
+    """A copy whose adapted weights are off by one rounding: what a model makes of that, it must.
+
+    A few models make much of it: MobileBERT, which has no norms, hundreds of times as much.
+    """
+    model = copy.deepcopy(model)
+    for _, layer in rosa_layers(model):
+        weight = layer.base_weight.parameter
+        weight.mul_(1 + torch.finfo(weight.dtype).eps * torch.empty_like(weight).uniform_(-1, 1))
+    return model
+
+
 def far(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max())
 
@@ -102,7 +117,7 @@ def check_training(case: Trained) -> None:
     assert case.change > (0.03 if case.dtype == torch.float32 else 0.1) * scale, "nothing learned"
     assert far(case.attached, case.pretrained) <= rounding
     assert len(case.jumps) == 2
-    assert max(case.jumps) <= rounding
+    assert max(case.jumps) <= max(rounding, 4 * max(case.roundings))
     names = adapted(case.model)
     assert names
     assert not [n for n in names if is_trained_in_full(RosaConfig(**case.options), n)]

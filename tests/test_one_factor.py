@@ -259,6 +259,18 @@ def test_what_cannot_learn_is_refused():
     assert all(b.any() for b in factors(model)[0])
 
 
+def test_a_rate_for_factors_that_do_not_learn_is_refused():
+    model = adapted("B")
+    learn, fixed = factors(model)
+    resample(model, torch.optim.AdamW([{"params": [p]} for p in model.parameters()], lr=0.1))
+    resample(model, torch.optim.AdamW([{"params": learn}, {"params": fixed}], lr=0.1))
+    resample(model, torch.optim.SGD([{"params": learn, "lr": 1.0}, {"params": learn[:0]}], lr=0.1))
+    for cls in (torch.optim.AdamW, torch.optim.SGD):
+        optimizer = cls([{"params": learn}, {"params": fixed, "lr": 0.01}], lr=0.1)
+        with pytest.raises(ValueError, match="rate of its own, 0.01, for 3 factors that do not"):
+            resample(model, optimizer)
+
+
 def trainer(folder, trained, **options):
     rows = Dataset.from_dict(
         {"input_ids": torch.randint(50, (16, 6)).tolist(), "labels": [i % 2 for i in range(16)]}

@@ -82,7 +82,8 @@ def active_adapters(model: nn.Module, optimizer: Any = None) -> list[Active]:
         )
     if optimizer is not None:
         named = {factor: active.name for active in found for factor in active.factors}
-        check_optimizer(optimizer, {f: name for f, name in named.items() if f.requires_grad})
+        learn = {factor: name for factor, name in named.items() if factor.requires_grad}
+        check_optimizer(optimizer, learn, {f: named[f] for f in named if f not in learn})
     return found
 
 

@@ -118,16 +118,20 @@ def _held(optimizer: Any) -> set[int]:
     return {id(p) for group in _groups(optimizer) for p in group.get("params", ())}
 
 
-def check_optimizer(optimizer: Any, factors: Mapping[nn.Parameter, str]) -> None:
+def check_optimizer(
+    optimizer: Any, factors: Mapping[nn.Parameter, str], fixed: Mapping[nn.Parameter, str]
+) -> None:
     """Raise ValueError unless a draw can change these factors under an optimizer's hands.
 
     Each must be held by an optimizer whose state lies where torch's does. One that keeps copies of
     the factors (master weights, slow weights) would write them back over what is drawn; one that
-    knows LoRA's factors by their names does not do for ROSA's what it is for.
+    knows LoRA's factors by their names does not do for ROSA's what it is for; a rate of their own
+    for factors that do not learn trains nothing.
 
     Args:
         optimizer: see `optimizers_in`.
         factors: what is trained, each with its layer's name.
+        fixed: the factors that are not.
 
     Raises:
         TypeError: there is no optimizer in it.
@@ -136,6 +140,7 @@ def check_optimizer(optimizer: Any, factors: Mapping[nn.Parameter, str]) -> None
     held: set[int] = set()
     for one in found:
         _check_made_for_lora(one, factors)
+        _check_rates(one, factors, fixed)
         _check_without_copies(one, factors)
         if isinstance(getattr(one, "state", None), MutableMapping):
             held |= _held(one)
@@ -147,6 +152,21 @@ def check_optimizer(optimizer: Any, factors: Mapping[nn.Parameter, str]) -> None
                 "from the model after get_peft_model, from parameters with requires_grad. One that "
                 "trains copies of them (master weights, as DeepSpeed, Apex, Megatron and "
                 "offloading make) would overwrite what is drawn: train data-parallel without it"
+            )
+
+
+def _check_rates(
+    optimizer: Any, factors: Mapping[nn.Parameter, str], fixed: Mapping[nn.Parameter, str]
+) -> None:
+    groups = [group for group in _groups(optimizer) if "lr" in group and group.get("params")]
+    rates = [float(g["lr"]) for g in groups if any(p in factors for p in g["params"])]
+    for group in groups:
+        if all(p in fixed for p in group["params"]) and float(group["lr"]) not in rates:
+            raise UserError(
+                f"the optimizer has a learning rate of its own, {float(group['lr']):g}, for "
+                f"{len(group['params'])} factors that do not learn, such as one of layer "
+                f"{fixed[group['params'][0]]} (RosaConfig's trained=, or requires_grad): drop "
+                "that group, or train that factor"
             )
 
 
@@ -206,7 +226,7 @@ def _check_made_for_lora(optimizer: Any, factors: Mapping[nn.Parameter, str]) ->
     if isinstance(optimizer, LoraFAOptimizer):
         raise UserError(
             "LoRA-FA's optimizer finds LoRA's factors by their names, and would train ROSA's as "
-            "plain AdamW does: use torch.optim.AdamW (with rosa_A frozen, if that is wanted)"
+            "plain AdamW does: use torch.optim.AdamW, and RosaConfig(trained='B') to leave A as it is"
         )
     if _is_loraplus(_groups(optimizer), {id(factor) for factor in factors}):
         raise UserError(
