@@ -267,7 +267,7 @@ def test_a_rate_for_factors_that_do_not_learn_is_refused():
     resample(model, torch.optim.SGD([{"params": learn, "lr": 1.0}, {"params": learn[:0]}], lr=0.1))
     for cls in (torch.optim.AdamW, torch.optim.SGD):
         optimizer = cls([{"params": learn}, {"params": fixed, "lr": 0.01}], lr=0.1)
-        with pytest.raises(ValueError, match="rate of its own, 0.01, for 3 factors that do not"):
+        with pytest.raises(ValueError, match=r"rate of its own, 0\.01, for 3 factors that do not"):
             resample(model, optimizer)
 
 

@@ -226,7 +226,7 @@ def _check_made_for_lora(optimizer: Any, factors: Mapping[nn.Parameter, str]) ->
     if isinstance(optimizer, LoraFAOptimizer):
         raise UserError(
             "LoRA-FA's optimizer finds LoRA's factors by their names, and would train ROSA's as "
-            "plain AdamW does: use torch.optim.AdamW, and RosaConfig(trained='B') to leave A as it is"
+            "plain AdamW does: use torch.optim.AdamW, and RosaConfig(trained='B') to train B alone"
         )
     if _is_loraplus(_groups(optimizer), {id(factor) for factor in factors}):
         raise UserError(
