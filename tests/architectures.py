@@ -100,6 +100,10 @@ def for_seq2seq() -> dict[str, Tensor]:
     return {"input_ids": tokens(), "decoder_input_ids": tokens(3, 5), "labels": tokens(3, 5)}
 
 
+def videos() -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(2, 4, 3, 16, 16), "labels": torch.randint(LABELS, (2,))}
+
+
 def pictures(size: int = 16) -> Inputs:
     def draw() -> dict[str, Tensor]:
         return {
@@ -243,6 +247,13 @@ GPT2 = {
 }
 
 SEQ_CLS, CAUSAL_LM = "SEQ_CLS", "CAUSAL_LM"
+WHISPER = BART | {
+    "num_mel_bins": 8,
+    "max_source_positions": 8,
+    "max_target_positions": 16,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+}
 ARCHITECTURES = {
     # encoders; the heads of the first five are modules of several layers
     "roberta": Architecture("RobertaForSequenceClassification", COMMON, for_classes, SEQ_CLS),
@@ -440,6 +451,33 @@ ARCHITECTURES = {
         pictures(),
     ),
     "clip": Architecture("CLIPModel", CLIP, pictures_with_texts),
+    "vit-patches": Architecture(
+        "ViTForImageClassification",
+        VISION,
+        pictures(),
+        target_modules=["projection", "query"],
+        adapter={"modules_to_save": ["classifier"]},
+    ),
+    "convnext": Architecture(
+        "ConvNextForImageClassification",
+        {
+            "hidden_sizes": [8, 12],
+            "depths": [1, 1],
+            "num_stages": 2,
+            "num_labels": LABELS,
+            "initializer_range": 0.3,
+            "layer_scale_init_value": 0.5,
+        },
+        pictures(32),
+        target_modules=r".*\.(dwconv|pwconv1|pwconv2|patch_embeddings|downsampling_layer\.1)",
+        lora=False,  # depthwise convolutions
+    ),
+    "videomae": Architecture(
+        "VideoMAEForVideoClassification",
+        VISION | {"num_frames": 4, "tubelet_size": 2},
+        videos,
+        target_modules=["projection", "value"],
+    ),
     # audio
     "wav2vec2": Architecture("Wav2Vec2ForSequenceClassification", SPEECH, sounds),
     "wav2vec2-ctc": Architecture(
@@ -448,15 +486,14 @@ ARCHITECTURES = {
     "wavlm": Architecture("WavLMForSequenceClassification", SPEECH, sounds, lora=False),
     "whisper": Architecture(
         "WhisperForConditionalGeneration",
-        BART
-        | {
-            "num_mel_bins": 8,
-            "max_source_positions": 8,
-            "max_target_positions": 16,
-            "suppress_tokens": None,
-            "begin_suppress_tokens": None,
-        },
+        WHISPER,
         spectra,
+    ),
+    "wav2vec2-convolutions": Architecture(
+        "Wav2Vec2ForSequenceClassification",
+        SPEECH,
+        sounds,
+        target_modules=r".*\.(conv_layers\.\d\.conv|q_proj)",
     ),
     # state space
     "mamba": Architecture(

@@ -164,7 +164,7 @@ def adaptable_weight(name: str, module: nn.Module) -> torch.Tensor:
         )
     check_in_memory(name, base)
     in_part = is_sharded(weight) or weight.numel() < (kind.numbers(base) or 0)
-    if weight.ndim != 2 or weight.numel() == 0 or in_part:
+    if weight.ndim < 2 or weight.numel() == 0 or in_part:
         raise UserError(
             f"the weight of {name} is empty or sharded over processes (shape "
             f"{tuple(weight.shape)}): attach ROSA to the whole model, and train it "

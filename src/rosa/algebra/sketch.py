@@ -11,6 +11,7 @@ section 4 (the range finder).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class Sketch:
         like: a tensor of the precision and on the device to sum in.
 
     Attributes:
+        test: T, (in, p).
         total: (p, out), the sum.
     """
 
@@ -44,7 +46,7 @@ class Sketch:
     ) -> None:
         width = min(rank + OVERSAMPLING, out_features, in_features)
         test = torch.randn(in_features, width, generator=generator, dtype=like.dtype)
-        self._test = test.to(like.device)
+        self.test = test.to(like.device)
         self.total = like.new_zeros(width, out_features)
 
     def add(self, grad: Tensor, x: Tensor) -> None:
@@ -54,19 +56,20 @@ class Sketch:
             grad: the gradient of the outputs, (..., out).
             x: the inputs, (..., in); or the indices (...) of inputs that are one-hot.
         """
-        test = self._test
+        test = self.test
         grad = grad.reshape(-1, grad.shape[-1]).to(test.dtype)
         if x.is_floating_point():
             projected = x.reshape(-1, x.shape[-1]).to(test.dtype) @ test
         else:
             projected = test[x.flatten()]
-        self._add(projected.T @ grad)
+        self.add_projected(projected.T @ grad)
 
     def add_gradient(self, gradient: Tensor) -> None:
         """Add a gradient of the weight itself, (out, in)."""
-        self._add((gradient.to(self._test.dtype) @ self._test).T)
+        self.add_projected((gradient.to(self.test.dtype) @ self.test).T)
 
-    def _add(self, found: Tensor) -> None:
+    def add_projected(self, found: Tensor) -> None:
+        """Add ``(G T)^T``, (p, out), of a gradient G."""
         # A pass that overflowed, as under loss scaling, is left out: without a wait for the device.
         self.total += torch.where(torch.isfinite(found).all(), found, 0.0)
 
@@ -94,17 +97,17 @@ class Watch(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, x: Tensor, sketch: Sketch) -> Tensor:
-        """Keep the input (..., in) of a layer with the outputs `out` (..., out)."""
+    def forward(ctx: Any, out: Tensor, x: Tensor, look: Callable[[Tensor, Tensor], None]) -> Tensor:
+        """Keep the input x of a layer with the outputs `out`, of whose gradient `look` is told."""
         ctx.save_for_backward(x)
-        ctx.sketch = sketch
+        ctx.look = look
         ctx.mark_dirty(out)  # handed on as it is: a model may change it in place, but not a view
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        """Add to the sketch; the gradient goes on as it is."""
+        """Look; the gradient goes on as it is."""
         (x,) = ctx.saved_tensors
         with torch.no_grad():
-            ctx.sketch.add(grads[0].detach(), x.detach())
+            ctx.look(grads[0].detach(), x.detach())
         return grads[0], None, None

@@ -67,8 +67,12 @@ def write_lora(model: PeftModel, adapter: str, folder: Path) -> None:
         change = layer.whole_change(adapter).compressed()
         if change.rank == 0:  # LoRA has no rank 0
             change = LowRank(torch.zeros(layer.out_features, 1), torch.zeros(1, layer.in_features))
-        of_a, of_b = layer.lora_names
-        state[f"{name}.{of_a}"], state[f"{name}.{of_b}"] = change.A, change.B
+        try:
+            factors = layer.as_lora(layer.get_base_layer(), change)
+        except ValueError as error:
+            raise _no_lora(f"{error} (layer {name.removeprefix(_PREFIX)})") from error
+        for factor, values in zip(layer.lora_names, factors, strict=True):
+            state[f"{name}.{factor}"] = values.contiguous()
         ranks[name.removeprefix(_PREFIX)] = change.rank
     others = _beside_layers(model, adapter)  # heads, biases: named alike by every method
     state.update({key: value.detach().cpu().contiguous() for key, value in others.items()})
@@ -170,7 +174,7 @@ def _check_lora(model: PeftModel, adapter: str, others: dict[str, Tensor], folde
         if isinstance(layer, LoraLayer):
             held = layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B
             a, b = (p.data for d in held for p in d.parameters())
-            factors[name] = LowRank(b * layer.scaling["default"], a)
+            factors[name] = LowRank(b.flatten(1) * layer.scaling["default"], a.flatten(1))
     layers = layers_of(model, adapter)
     differ = [
         name

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -139,9 +142,14 @@ class Adapter:
         )
 
 
-def watched(result: Tensor, x: Tensor, adapters: list[Adapter]) -> Tensor:
-    """A layer's outputs of x, whose gradient reaches the sketches of these adapters."""
+def watched(
+    result: Tensor,
+    x: Tensor,
+    adapters: list[Adapter],
+    look: Callable[[Sketch, Tensor, Tensor], None] = Sketch.add,
+) -> Tensor:
+    """A layer's outputs of x, whose gradient reaches the sketches of these adapters by `look`."""
     for adapter in adapters:
         if adapter.sketch is not None:
-            result = Watch.apply(result, x, adapter.sketch)  # type: ignore[assignment]
+            result = Watch.apply(result, x, partial(look, adapter.sketch))  # type: ignore[assignment]
     return result

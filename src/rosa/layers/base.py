@@ -231,6 +231,15 @@ class RosaLayer(nn.Module, BaseTunerLayer, Kind):
         super().__setstate__(state)
         self.base_weight.copied()
 
+    def __getattr__(self, name: str) -> Any:
+        """What models ask of a layer beside its weight, as a convolution's stride."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "base_layer" not in self._modules:
+                raise
+            return getattr(self.get_base_layer(), name)
+
     def __repr__(self) -> str:
         return "rosa." + super().__repr__()
 
@@ -276,11 +285,9 @@ class RosaLayer(nn.Module, BaseTunerLayer, Kind):
         weight = self.base_weight.parameter
         if self._disable_adapters or self.merged:
             return weight
-        transposed = self._base_weight.view.transposed
         for adapter in map(self.adapters.get, self.active_adapters):
             if adapter is not None and not adapter.is_on_meta:
-                how = adapter.scaling, transposed, adapter.sketch, self._note_read
-                weight = effective_weight(weight, *adapter.factors, *how)
+                weight = effective_weight(weight, adapter, self.base_weight.view, self._note_read)
         return weight
 
     def _note_read(self) -> None:

@@ -16,38 +16,31 @@ from torch.utils._pytree import tree_map
 from rosa.algebra.lowrank import full_precision
 from rosa.algebra.sketch import Sketch
 from rosa.errors import UserError
+from rosa.layers.adapter import Adapter
 from rosa.layers.tracing import is_traced
+from rosa.layers.views import MatrixView
 
 
 def effective_weight(
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scaling: float,
-    transposed: bool,
-    sketch: Sketch | None,
-    note: Callable[[], None],
+    weight: Tensor, adapter: Adapter, view: MatrixView, note: Callable[[], None]
 ) -> Tensor:
     """``W + s B A`` in the shape and precision of W; differentiable.
 
     Args:
-        weight: W, (out, in), or (in, out) if `transposed`.
-        a: A, (r, in).
-        b: B, (out, r).
-        scaling: s.
-        transposed: as W is.
-        sketch: what is to see the gradient, if something is.
+        weight: W, as it is stored.
+        adapter: whose product it is, and whose sketch is to see the gradient, if it has one.
+        view: how W is a matrix (out, in).
         note: is called when a value is first needed.
     """
+    how = weight, *adapter.factors, adapter.scaling, view
     if is_traced():
-        return _product(weight, a, b, scaling, transposed)
-    return _Read.apply(weight, a, b, scaling, transposed, sketch, note)  # type: ignore[return-value]
+        return _product(*how)
+    return _Read.apply(*how, adapter.sketch, note)  # type: ignore[return-value]
 
 
 @full_precision()
-def _product(weight: Tensor, a: Tensor, b: Tensor, scaling: float, transposed: bool) -> Tensor:
-    left, right = (a.T, b.T) if transposed else (b, a)
-    return weight + ((left * scaling) @ right).to(weight.dtype)
+def _product(weight: Tensor, a: Tensor, b: Tensor, scaling: float, view: MatrixView) -> Tensor:
+    return weight + view.as_stored((b * scaling) @ a).to(weight.dtype)
 
 
 class _Read(torch.autograd.Function):
@@ -58,19 +51,19 @@ class _Read(torch.autograd.Function):
         a: Tensor,
         b: Tensor,
         scaling: float,
-        transposed: bool,
+        view: MatrixView,
         sketch: Sketch | None,
         note: Callable[[], None],
     ) -> Tensor:
         ctx.save_for_backward(a, b)
-        ctx.scaling, ctx.transposed, ctx.sketch = scaling, transposed, sketch
-        return _Unread(note, weight.detach(), a.detach(), b.detach(), scaling, transposed)
+        ctx.scaling, ctx.view, ctx.sketch = scaling, view, sketch
+        return _Unread(note, weight.detach(), a.detach(), b.detach(), scaling, view)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         a, b = ctx.saved_tensors
         (grad,) = grads
-        full = grad.T if ctx.transposed else grad
+        full = ctx.view.as_matrix(grad)
         if ctx.sketch is not None:
             with torch.no_grad():
                 ctx.sketch.add_gradient(full)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
+from rosa.algebra.lowrank import LowRank
 from rosa.layers.views import MatrixView
 
 
@@ -40,3 +41,8 @@ class Kind:
     @abstractmethod
     def view_of(base: nn.Module) -> MatrixView:
         """A module's weight as a matrix (out, in)."""
+
+    @staticmethod
+    def as_lora(base: nn.Module, change: LowRank) -> tuple[Tensor, Tensor]:
+        """A and B of a change in the shapes that PEFT's LoRA has; ValueError if it cannot be it."""
+        return change.A, change.B

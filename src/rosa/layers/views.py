@@ -13,7 +13,7 @@ class MatrixView:
         transposed: whether it is stored as (in, out).
     """
 
-    def __init__(self, module: nn.Module, transposed: bool) -> None:
+    def __init__(self, module: nn.Module, transposed: bool = False) -> None:
         self.module = module
         self.transposed = transposed
 
@@ -25,8 +25,12 @@ class MatrixView:
     @property
     def matrix(self) -> Tensor:
         """Its memory as (out, in), without gradient history: what is written there is in it."""
-        return self.as_stored(self.parameter.detach())
+        return self.as_matrix(self.parameter.detach())
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """A tensor of the weight's shape as (out, in)."""
+        return weight.T if self.transposed else weight
 
     def as_stored(self, matrix: Tensor) -> Tensor:
-        """A matrix (out, in) in the shape of the weight; or the other way round."""
+        """A matrix (out, in) in the shape of the weight."""
         return matrix.T if self.transposed else matrix

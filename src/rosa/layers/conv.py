@@ -1,0 +1,133 @@
+"""The adapted convolution: `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`, in groups or not."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from rosa.algebra.lowrank import LowRank
+from rosa.algebra.sketch import Sketch
+from rosa.errors import UserError
+from rosa.layers.adapter import watched
+from rosa.layers.base import RosaLayer
+from rosa.layers.tracing import is_traced
+from rosa.layers.views import MatrixView
+
+_PLAIN: tuple[type[_ConvNd], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class KernelView(MatrixView):
+    """A kernel (out, in / groups, *size) as a matrix (out, in / groups * size)."""
+
+    @property
+    def matrix(self) -> Tensor:
+        """Its memory as a matrix; ValueError where no matrix has that memory."""
+        weight = self.parameter.detach()
+        matrix = self.as_matrix(weight)
+        if matrix.data_ptr() != weight.data_ptr():
+            raise UserError(
+                f"the weight of {self.module} lies in memory in another order than its shape's "
+                "(channels_last): give the model back torch's own, "
+                "model.to(memory_format=torch.contiguous_format); its inputs may stay as they are"
+            )
+        return matrix
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """A kernel as a matrix."""
+        return weight.flatten(1) if weight.dim() > 2 else weight  # fewer are a shard's
+
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        """A matrix as a kernel."""
+        return matrix.reshape(self.parameter.shape)
+
+
+class RosaConv(RosaLayer):
+    """ROSA on a convolution: A is r kernels of one group's inputs, B mixes them to outputs.
+
+    In groups, each group's inputs meet the same A, and its outputs have their rows of B: that is
+    the change s B A of the kernel as a matrix (out, in / groups * size), of rank r.
+    """
+
+    adapts = "torch.nn.Conv1d, Conv2d and Conv3d"
+
+    @staticmethod
+    def matches(module: nn.Module) -> bool:
+        """Whether a module is a convolution; a transposed one is not."""
+        return isinstance(module, _PLAIN)
+
+    @staticmethod
+    def is_plain(base: nn.Module) -> bool:
+        """Whether it convolves as torch does: a subclass may change its inputs or its weight."""
+        kind = next(kind for kind in _PLAIN if isinstance(base, kind))
+        names = ("forward", "_conv_forward")
+        return all(getattr(type(base), name) is getattr(kind, name) for name in names)
+
+    @staticmethod
+    def numbers(base: nn.Module) -> int | None:
+        """How many numbers the whole weight has."""
+        assert isinstance(base, _ConvNd)
+        size = torch.Size(base.kernel_size).numel()
+        return base.out_channels * (base.in_channels // base.groups) * size
+
+    @staticmethod
+    def view_of(base: nn.Module) -> MatrixView:
+        """The kernel as (out, in / groups * size)."""
+        return KernelView(base)
+
+    @staticmethod
+    def as_lora(base: nn.Module, change: LowRank) -> tuple[Tensor, Tensor]:
+        """The factors as kernels, where PEFT's LoRA computes the same with them."""
+        assert isinstance(base, _ConvNd)
+        if base.groups > 1:
+            raise ValueError("LoRA's product of a convolution in groups goes across the groups")
+        if any(step != 1 for step in base.dilation) or base.padding_mode != "zeros":
+            raise ValueError("LoRA knows no dilation and no padding but zeros")
+        ones = (1,) * len(base.kernel_size)
+        a = change.A.reshape(len(change.A), -1, *base.kernel_size)
+        return a, change.B.reshape(*change.B.shape, *ones)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output plus ``s B A * x`` per active adapter; ([n,] channels, *size)."""
+        traced = is_traced()
+        active = self._in_use(x, traced)
+        result = self.base_layer(x, *args, **kwargs)
+        dtype = result.dtype
+        for adapter in active:
+            (a, b), dropout = adapter.factors, self.rosa_dropout[adapter.name]
+            hidden = self._convolved(dropout(self._cast_input_dtype(x, a.dtype)), a)
+            result = result + self._mixed(hidden * adapter.scaling, b)
+        result = result.to(dtype)
+        if active and result.requires_grad and not traced:
+            if x.requires_grad:
+                result = self._guarded(result)
+            result = watched(result, x, active, self._look)
+        return result
+
+    @property
+    def _conv(self) -> _ConvNd:
+        return cast(_ConvNd, self.get_base_layer())
+
+    def _convolved(self, x: Tensor, a: Tensor) -> Tensor:
+        """Rows (r, in / groups * size) as kernels over each group: (..., groups * r, *size)."""
+        conv = self._conv
+        kernels = a.reshape(len(a), -1, *conv.kernel_size)
+        kernels = kernels.repeat(conv.groups, *(1 for _ in kernels.shape[1:]))
+        return conv._conv_forward(x, kernels, None)  # type: ignore[operator]
+
+    def _mixed(self, hidden: Tensor, b: Tensor) -> Tensor:
+        """Each group's r channels mixed to its outputs by its rows of b (out, r)."""
+        conv = self._conv
+        ones = (1,) * len(conv.kernel_size)
+        mix = getattr(nn.functional, f"conv{len(ones)}d")
+        return mix(hidden, b.reshape(*b.shape, *ones), groups=conv.groups)
+
+    def _look(self, sketch: Sketch, grad: Tensor, x: Tensor) -> None:
+        """Let a sketch see the gradient of the outputs, without the inputs' patches."""
+        groups, dims = self._conv.groups, len(self._conv.kernel_size)
+        seen = self._convolved(x.to(sketch.test.dtype), sketch.test.T)
+        seen, grad = (t.flatten(-dims).unflatten(-2, (groups, -1)) for t in (seen, grad))
+        found = torch.einsum("...gpl,...gol->pgo", seen, grad.to(seen.dtype))
+        sketch.add_projected(found.flatten(1))
