@@ -250,16 +250,46 @@ class Padded(nn.Conv2d):
         return super().forward(nn.functional.pad(x, (1, 1)))
 
 
+@pytest.mark.parametrize("kind", [Standardized, Padded])
+def test_a_subclass_computes_with_the_changed_kernel(kind, tmp_path):
+    conv = kind(IN, OUT, 3, groups=2).double()
+    x, fresh = inputs_for(conv), nn.Sequential(copy.deepcopy(conv))
+    before = conv(x)
+    model = attach(conv).double()
+    torch.testing.assert_close(model(x), before)
+    moved(model)
+    plain, *expected_leaves = with_kernel(model)
+    leaves = layer_of(model).adapters["default"].factors
+    watch(model)
+    found, expected = model(x), plain(x)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(expected)
+    torch.testing.assert_close(
+        torch.autograd.grad((found * weights).sum(), leaves),
+        torch.autograd.grad((expected * weights).sum(), expected_leaves),
+    )
+    sketch = layer_of(model).adapters["default"].sketch
+    assert sketch is not None
+    assert not sketch.is_empty()
+    resample(model)
+    torch.testing.assert_close(model(x), expected)
+    model.save_pretrained(str(tmp_path / "own"))
+    torch.testing.assert_close(PeftModel.from_pretrained(fresh, str(tmp_path / "own"))(x), expected)
+    with pytest.raises(ExportError, match="cannot be exported to LoRA"):
+        export_lora(model, tmp_path / "lora")
+    torch.testing.assert_close(model.merge_and_unload()(x), expected)
+    with pytest.raises(ValueError, match="leave rosa_dropout at 0"):
+        attach(kind(IN, OUT, 3), rosa_dropout=0.1)
+
+
 @pytest.mark.parametrize(
     ("module", "message"),
     [
         (nn.ConvTranspose2d(IN, OUT, 3), "is a ConvTranspose2d, which is not supported"),
-        (Standardized(IN, OUT, 3), "computes something else"),
-        (Padded(IN, OUT, 3), "computes something else"),
         (nn.utils.parametrizations.weight_norm(nn.Conv2d(IN, OUT, 3)), "computed from others"),
     ],
 )
-def test_what_is_no_plain_convolution_is_refused(module, message):
+def test_what_is_no_convolution_of_its_weight_is_refused(module, message):
     with pytest.raises(ValueError, match=message):
         attach(module)
 

@@ -6,10 +6,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd
 
 from rosa.algebra.lowrank import LowRank
 from rosa.algebra.sketch import Sketch
+from rosa.config import RosaConfig
 from rosa.errors import UserError
 from rosa.layers.adapter import watched
 from rosa.layers.base import RosaLayer
@@ -44,14 +46,22 @@ class KernelView(MatrixView):
         return matrix.reshape(self.parameter.shape)
 
 
+def _convolves(base: nn.Module) -> bool:
+    """Whether it convolves as torch does; a subclass may change its inputs or its weight."""
+    kind = next(kind for kind in _PLAIN if isinstance(base, kind))
+    names = ("forward", "_conv_forward")
+    return all(getattr(type(base), name) is getattr(kind, name) for name in names)
+
+
 class RosaConv(RosaLayer):
     """ROSA on a convolution: A is r kernels of one group's inputs, B mixes them to outputs.
 
     In groups, each group's inputs meet the same A, and its outputs have their rows of B: that is
-    the change s B A of the kernel as a matrix (out, in / groups * size), of rank r.
+    the change s B A of the kernel as a matrix (out, in / groups * size), of rank r. A subclass that
+    computes otherwise, as one that pads its inputs first, is called with the changed kernel.
     """
 
-    adapts = "torch.nn.Conv1d, Conv2d and Conv3d"
+    adapts = "torch.nn.Conv1d, Conv2d, Conv3d"
 
     @staticmethod
     def matches(module: nn.Module) -> bool:
@@ -60,10 +70,8 @@ class RosaConv(RosaLayer):
 
     @staticmethod
     def is_plain(base: nn.Module) -> bool:
-        """Whether it convolves as torch does: a subclass may change its inputs or its weight."""
-        kind = next(kind for kind in _PLAIN if isinstance(base, kind))
-        names = ("forward", "_conv_forward")
-        return all(getattr(type(base), name) is getattr(kind, name) for name in names)
+        """True: whatever a subclass makes of its weight, it makes of the changed one."""
+        return True
 
     @staticmethod
     def numbers(base: nn.Module) -> int | None:
@@ -81,6 +89,8 @@ class RosaConv(RosaLayer):
     def as_lora(base: nn.Module, change: LowRank) -> tuple[Tensor, Tensor]:
         """The factors as kernels, where PEFT's LoRA computes the same with them."""
         assert isinstance(base, _ConvNd)
+        if not _convolves(base):
+            raise ValueError(f"LoRA knows nothing of what {type(base).__name__} computes")
         if base.groups > 1:
             raise ValueError("LoRA's product of a convolution in groups goes across the groups")
         if any(step != 1 for step in base.dilation) or base.padding_mode != "zeros":
@@ -89,10 +99,23 @@ class RosaConv(RosaLayer):
         a = change.A.reshape(len(change.A), -1, *base.kernel_size)
         return a, change.B.reshape(*change.B.shape, *ones)
 
+    def update_layer(
+        self, adapter_name: str, r: int, alpha: float | None, config: RosaConfig
+    ) -> None:
+        """Add an adapter; ValueError for dropout where the product has no inputs of its own."""
+        if config.rosa_dropout > 0 and not _convolves(self._conv):
+            raise UserError(
+                f"{self.name} is a {type(self._conv).__name__}, whose kernel is changed as a "
+                "whole: leave rosa_dropout at 0"
+            )
+        super().update_layer(adapter_name, r, alpha, config)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus ``s B A * x`` per active adapter; ([n,] channels, *size)."""
         traced = is_traced()
         active = self._in_use(x, traced)
+        if active and not _convolves(self._conv):
+            return functional_call(self.base_layer, {"weight": self.weight}, (x, *args), kwargs)
         result = self.base_layer(x, *args, **kwargs)
         dtype = result.dtype
         for adapter in active:
