@@ -168,14 +168,14 @@ def test_unsupported_layers_are_named():
         def __init__(self):
             super().__init__()
             self.emb = nn.Embedding(5, 4, max_norm=1.0)
-            self.conv = nn.Conv2d(3, 3, 1)
+            self.conv = nn.ConvTranspose2d(3, 3, 1)
             self.attention = nn.MultiheadAttention(4, 2)
             self.whole = nn.Linear(4, 4)
             self.whole.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), False)
 
     with pytest.raises(ValueError, match=r"emb is a Embedding, which is not supported.* changes"):
         attach(Mixed(), target_modules=["emb"])
-    with pytest.raises(ValueError, match="conv is a Conv2d, which is not supported: ROSA adapts"):
+    with pytest.raises(ValueError, match="conv is a ConvTranspose2d, which is not supported: ROSA"):
         attach(Mixed(), target_modules=["conv"])
     with pytest.raises(ValueError, match=r"out_proj is a NonDynamically"):
         attach(Mixed(), target_modules=["out_proj"])
