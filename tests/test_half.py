@@ -1,0 +1,136 @@
+"""Half-precision weights through many draws with training between: off by one rounding, never more.
+
+Held against the ideal, computed in float64: the pretrained weight plus all that was learned.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from rosa import RosaConfig, export_lora, resample
+from rosa.layers.base import RosaLayer
+from rosa.layers.kinds import rosa_layers
+
+NAMES = ["words", "images", "linear", "transposed"]
+HALVES = [torch.float16, torch.bfloat16]
+
+
+class Kinds(nn.Module):
+    """A layer of every kind."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.words = nn.Embedding(20, 8)
+        self.images = nn.Conv2d(3, 8, 3, padding=1)
+        self.linear = nn.Linear(8, 12)
+        self.transposed = Conv1D(5, 12)
+        nn.init.normal_(self.transposed.weight, std=0.3)
+        self.to(dtype)
+
+    def forward(self, x: tuple[Tensor, Tensor]) -> Tensor:
+        ids, pixels = x
+        seen = self.images(pixels).mean((-1, -2))[:, None]
+        return self.transposed(torch.tanh(self.linear(torch.tanh(self.words(ids) + seen))))
+
+
+def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return torch.randint(20, (6, 4)), torch.randn(6, 3, 5, 5).to(dtype)
+
+
+@pytest.fixture(params=HALVES, ids=["float16", "bfloat16"])
+def dtype(request: pytest.FixtureRequest, _fresh_random_inputs: None) -> torch.dtype:
+    return request.param
+
+
+def trained(base: nn.Module, dtype: torch.dtype, rounds: int = 20) -> Any:
+    """A model that has learned in many subspaces."""
+    model: Any = get_peft_model(base, RosaConfig(r=2, target_modules=NAMES))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    x = inputs(dtype)
+    target = torch.randn_like(model(x))
+    for _ in range(rounds):
+        for _ in range(3):
+            (model(x) - target).float().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        resample(model, optimizer)
+    for _ in range(3):
+        (model(x) - target).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def layers(model: Any) -> dict[str, RosaLayer]:
+    return {name.rpartition(".")[2]: layer for name, layer in rosa_layers(model)}
+
+
+def as_matrix(layer: RosaLayer, weight: Tensor) -> Tensor:
+    return layer.base_weight.view.as_matrix(weight.detach()).double()
+
+
+def assert_one_rounding(found: Tensor, ideal: Tensor, dtype: torch.dtype) -> None:
+    info = torch.finfo(dtype)
+    close = 0.5 * info.eps * ideal.abs() * (1 + 1e-3) + info.smallest_normal * info.eps
+    assert bool(((found - ideal).abs() <= close + 1e-6 * info.eps).all())
+
+
+def test_all_forms_of_it_are_one_rounding_from_the_ideal(dtype, tmp_path):
+    base = Kinds(dtype)
+    pretrained, fresh = copy.deepcopy(base), copy.deepcopy(base)
+    model = trained(base, dtype)
+    ideal = {}
+    for name, layer in layers(model).items():
+        before = as_matrix(layer, pretrained.get_submodule(name).weight)
+        change, offset = layer.whole_change("default"), layer.adapters["default"].terms
+        ideal[name] = before + change.B.double() @ change.A.double()
+        assert float((ideal[name] - before).norm()) > 0.05 * float(before.norm())
+        standing = before + offset.B.double() @ offset.A.double()
+        assert_one_rounding(as_matrix(layer, layer.base_layer.weight), standing, dtype)
+
+    model.save_pretrained(str(tmp_path / "own"))
+    loaded = layers(PeftModel.from_pretrained(copy.deepcopy(fresh), str(tmp_path / "own")))
+    for name, layer in layers(model).items():
+        assert torch.equal(layer.base_layer.weight, loaded[name].base_layer.weight)
+        for one, other in zip(
+            layer.adapters["default"].factors, loaded[name].adapters["default"].factors, strict=True
+        ):
+            assert torch.equal(one, other)
+
+    export_lora(model, tmp_path / "lora")
+    lora = PeftModel.from_pretrained(copy.deepcopy(fresh), str(tmp_path / "lora"))
+    for name, layer in layers(model).items():
+        module = lora.base_model.model.get_submodule(name)
+        found = module.get_delta_weight("default")
+        change = layer.whole_change("default")
+        torch.testing.assert_close(
+            as_matrix(layer, found), change.B.double() @ change.A.double(), rtol=1e-4, atol=1e-5
+        )
+
+    with model.disable_adapter():
+        for name, layer in layers(model).items():
+            assert torch.equal(layer.base_layer.weight, pretrained.get_submodule(name).weight)
+    merged = copy.deepcopy(model).merge_and_unload()
+    for name, layer in layers(model).items():
+        weight = merged.get_submodule(name).weight
+        assert weight.dtype == dtype
+        assert_one_rounding(as_matrix(layer, weight), ideal[name], dtype)
+    for name, weight in pretrained.state_dict().items():
+        assert torch.equal(model.unload().state_dict()[name], weight)
+
+
+def test_the_copy_of_the_pretrained_weight_costs_what_the_docs_say(dtype):
+    """One more of each adapted weight in main memory, while an offset stands in it."""
+    model = trained(Kinds(dtype), dtype, rounds=1)
+    for layer in layers(model).values():
+        assert layer.base_weight.keeps_a_copy
+    with model.disable_adapter():
+        for layer in layers(model).values():
+            assert not layer.base_weight.keeps_a_copy
