@@ -455,7 +455,7 @@ ARCHITECTURES = {
         "ViTForImageClassification",
         VISION,
         pictures(),
-        target_modules=["projection", "query"],
+        target_modules=["projection", "q_proj"],
         adapter={"modules_to_save": ["classifier"]},
     ),
     "convnext": Architecture(
