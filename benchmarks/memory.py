@@ -1,11 +1,15 @@
 """What a training step keeps in memory, counted: LoRA, LoRA-FA, and ROSA with both factors or one.
 
     python benchmarks/memory.py --output docs/results/memory
+    python benchmarks/memory.py --output docs/results/memory --model <decoder>
 
 What autograd keeps for the backward pass is counted tensor by tensor, each piece of memory once and
 without the weights, in a real forward pass of models of one and of two layers; every further layer
 keeps as much as the second. Beside it stand the bytes of the weights, of what is trained, of its
 gradients and of Adam's moments, and from all of them the largest batch that a device holds.
+
+With ``--model`` that decoder itself is counted, in float32, for a batch of that many texts of so
+many tokens: what is kept, and what an adapter is with its gradients and moments.
 """
 
 from __future__ import annotations
@@ -242,13 +246,43 @@ def batch_rows(counts: list[Count]) -> list[list[str]]:
     ]
 
 
+def of_decoder(folder: str, batch: int, tokens: int) -> list[list[str]]:
+    """A row a method and rank: MiB kept, of the adapter with its optimizer, and both."""
+    rows = []
+    for method, rank in ((m, r) for m in METHODS if m not in ("frozen", "ROSA, A") for r in RANKS):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+        model.requires_grad_(False)
+        adapted = METHODS[method](model, rank)
+        model.enable_input_require_grads()
+        ids = torch.randint(5, model.config.vocab_size, (batch, tokens))
+        kept = kept_bytes(adapted, {"input_ids": ids, "labels": ids})
+        named = list(adapted.named_parameters())
+        factors = sum(p.nbytes for name, p in named if "rosa_" in name or "lora_" in name)
+        trained = sum(p.nbytes for _, p in named if p.requires_grad)
+        beside = factors + 3 * trained  # gradients and two moments
+        sizes = (kept, beside, kept + beside)
+        rows.append([method, str(rank), *(f"{size / MIB:.1f}" for size in sizes)])
+    return rows
+
+
 def main() -> None:
     """Count everything; print the tables and write them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--output", type=Path, help="folder for memory.json and memory.md")
+    parser.add_argument("--model", help="folder or hub id of a decoder to count instead")
+    parser.add_argument("--batch", type=int, default=16, help="its texts a step (16)")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of each (64)")
     args = parser.parse_args()
+    if args.model:
+        columns = ["method", "rank", "kept", "adapter, gradients, moments", "together"]
+        title = f"MiB, {args.batch} texts of {args.tokens} tokens, float32"
+        text = table(title, of_decoder(args.model, args.batch, args.tokens), columns)
+        if args.output:
+            args.output.mkdir(parents=True, exist_ok=True)
+            (args.output / "decoder.md").write_text(text)
+        return
     counts = [one for shapes in SHAPES for one in count(shapes)]
     parts = []
     for checkpointing in (False, True):
