@@ -13,6 +13,10 @@ from rosa.algebra.lowrank import LowRank
 from rosa.algebra.sketch import Sketch, Watch
 from rosa.config import RosaConfig
 
+# An offset is compressed when it has this many times the terms that any matrix of its shape needs:
+# not at every resample once it is of full rank, since that costs about as much as a full SVD.
+_MOST_TERMS = 1.5
+
 
 class Adapter:
     """An adapter's part in one layer: it adds O + s B A to the weight.
@@ -89,6 +93,13 @@ class Adapter:
         A factor that stayed is the same in what was learned and in what was taken out before it:
         there these are r terms together, not 2 r.
         """
+        terms, r = self._joined(change), self.r
+        if terms.rank > _MOST_TERMS * min(self.shape):
+            settled = terms.rank - (change.rank - r)  # what was drawn stays last: see `drawn`
+            terms = terms[:settled].compressed() + terms[settled:]
+        return terms
+
+    def _joined(self, change: LowRank) -> LowRank:
         terms, r = self.terms, self.r
         if self.config.trained == "both" or terms.rank < r:
             return terms + change

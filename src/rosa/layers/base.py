@@ -27,10 +27,6 @@ from rosa.layers.offset import OffsetDict
 from rosa.layers.versions import Unchanged
 from rosa.layers.weight import BaseWeight
 
-# An offset is compressed when it has this many times the terms that any matrix of its shape needs:
-# not at every resample once it is of full rank, since that costs about as much as a full SVD.
-_MOST_TERMS = 1.5
-
 
 class RosaLayer(nn.Module, BaseTunerLayer, Kind):
     """The adapters of one weight. A kind of layer (`Kind`) is a subclass that computes with it.
@@ -375,13 +371,9 @@ class RosaLayer(nn.Module, BaseTunerLayer, Kind):
         learned = adapter.learned()
         start = draw(adapter, base.matrix.to(base.work_dtype), self._norm(), learned)
         change = (learned + start).joined()
-        terms = adapter.next_terms(change.to("cpu"))
-        if terms.rank > _MOST_TERMS * min(base.shape):
-            settled = terms.rank - start.rank  # what was drawn stays last: see `Adapter.drawn`
-            terms = terms[:settled].compressed() + terms[settled:]
-        adapter.terms = terms
+        adapter.terms = adapter.next_terms(change.to("cpu"))
         # In one pass over the weight: cheaper than the old offset out and the new one in.
-        if not base.add(adapter.name, change, terms):
+        if not base.add(adapter.name, change, adapter.terms):
             self.synchronize()
 
     def delete_adapter(self, adapter_name: str) -> None:
