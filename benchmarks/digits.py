@@ -34,11 +34,11 @@ from transformers import Trainer, TrainingArguments, set_seed
 from rosa import RosaCallback, RosaConfig
 
 METHODS = {
-    "full fine-tuning": (5e-4, 1e-3, 2e-3),
+    "full fine-tuning": (2.5e-4, 5e-4, 1e-3),
     "head alone": (3e-3, 1e-2, 3e-2),
-    "LoRA, pointwise": (1e-3, 3e-3, 1e-2),
-    "ROSA, pointwise": (1e-3, 3e-3, 1e-2),
-    "ROSA, all convolutions": (1e-3, 3e-3, 1e-2),
+    "LoRA, pointwise": (3e-3, 1e-2, 3e-2),
+    "ROSA, pointwise": (3e-3, 1e-2, 3e-2),
+    "ROSA, all convolutions": (3e-3, 1e-2, 3e-2),
 }
 POINTWISE = r".*(_expand_conv|_project_conv|_conv_head)"
 ALL = r".*(_conv|_depthwise_conv|_conv_head|_conv_stem)"
