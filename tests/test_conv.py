@@ -213,23 +213,45 @@ def test_under_autocast(conv):
     torch.testing.assert_close(found.float(), model(x), rtol=0.05, atol=0.1)
 
 
-def test_inputs_may_be_channels_last_and_the_weight_may_not():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_inputs_may_be_channels_last_and_the_kernel_gets_torchs_own_order(dtype):
     conv = nn.Conv2d(IN, OUT, 3)
     x = torch.randn(2, IN, 5, 5).to(memory_format=torch.channels_last)
-    model = attach(copy.deepcopy(conv))
-    assert model(x).is_contiguous(memory_format=torch.channels_last)
-    with pytest.raises(ValueError, match="another order than its shape's"):
-        attach(copy.deepcopy(conv).to(memory_format=torch.channels_last))
-    moved(model)
-    resample(model)
-    expected = model(x)
-    model.to(memory_format=torch.channels_last)
-    with pytest.raises(ValueError, match="another order than its shape's"):
+    for given in (conv, copy.deepcopy(conv).to(memory_format=torch.channels_last)):
+        pretrained, before = given.weight.detach().clone(), given(x)
+        model = attach(given)
+        assert model(x).is_contiguous(memory_format=torch.channels_last)
+        moved(model)
         resample(model)
-    model.to(memory_format=torch.contiguous_format)
-    torch.testing.assert_close(model(x), expected)
-    resample(model)
-    torch.testing.assert_close(model(x), expected)
+        expected = model(x)
+        model.to(dtype=dtype, memory_format=torch.channels_last)
+        close = {"rtol": 0, "atol": 64 * max(torch.finfo(dtype).eps, 2**-23)}
+        torch.testing.assert_close(model(x.to(dtype)).float(), expected, **close)
+        resample(model)
+        torch.testing.assert_close(model(x.to(dtype)).float(), expected, **close)
+        with model.disable_adapter():
+            torch.testing.assert_close(model(x.to(dtype)).float(), before, **close)
+        found = model.unload()[0].weight
+        once = max(torch.finfo(dtype).eps, 2**-22)
+        torch.testing.assert_close(found.float(), pretrained, rtol=0, atol=once)
+
+
+class OfBoundedNorm(nn.Conv2d):
+    """As EEGNet's, which gives its weight other values in each call."""
+
+    def forward(self, x):
+        self.weight.data = torch.renorm(self.weight.data, p=2, dim=0, maxnorm=0.3)
+        return super().forward(x)
+
+
+def test_a_forward_that_writes_its_weight_writes_the_changed_one():
+    conv = OfBoundedNorm(IN, OUT, 3).double()
+    x, plain = inputs_for(conv), copy.deepcopy(conv)
+    model = attach(conv).double()
+    torch.testing.assert_close(model(x), plain(x))
+    moved(model)
+    changed, *_ = with_kernel(model)
+    torch.testing.assert_close(model(x), changed(x))
 
 
 def test_models_can_ask_for_what_they_ask_of_a_convolution(conv):
@@ -295,7 +317,7 @@ def test_what_is_no_convolution_of_its_weight_is_refused(module, message):
 
 
 def test_a_rank_beyond_a_groups_is_capped_with_a_warning():
-    with pytest.warns(UserWarning, match="larger than the smaller side"):
+    with pytest.warns(UserWarning, match=r"larger than the smaller side.*: 0 \(32 to 6\)"):
         model = attach(nn.Conv2d(IN, IN, 3, groups=IN), r=32)
     assert layer_of(model).rosa_A["default"].shape == (6, 9)
 

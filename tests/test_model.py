@@ -492,3 +492,15 @@ def test_a_head_that_peft_cannot_save_is_not_adapted():
         assert "lm_head" not in names(attach(build(0), target_modules="all-linear"))
     with pytest.raises(ValueError, match=r"lm_head of a Wav2Vec2ForCTC cannot be adapted"):
         attach(build(0), target_modules=["lm_head", "q_proj"])
+
+
+def test_norms_whose_statistics_no_file_holds_are_named():
+    def model():
+        return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+    with pytest.warns(UserWarning, match="1 norms such as 1 keep running statistics"):
+        get_peft_model(model(), RosaConfig(r=2, target_modules=["0"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        get_peft_model(model(), RosaConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
+        get_peft_model(nn.Sequential(nn.Linear(4, 4)), RosaConfig(r=2, target_modules=["0"]))

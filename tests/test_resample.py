@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from rosa import RosaConfig, resample
+from rosa import RosaConfig, resample, watch
 from rosa.algebra import subspace
 from rosa.algebra.lowrank import LowRank
 from rosa.layers.kinds import rosa_layers
@@ -221,3 +221,52 @@ def test_factors_that_wait_for_a_file_are_refused():
     model = get_peft_model(Mlp(), config, low_cpu_mem_usage=True)
     with pytest.raises(ValueError, match=r"first are on the meta device .*load the adapter's file"):
         resample(model)
+
+
+@pytest.mark.parametrize("cast", [nn.Module.double, nn.Module.float, nn.Module.bfloat16])
+def test_a_cast_between_looking_and_drawing(cast):
+    model = get_peft_model(Mlp(torch.float32), RosaConfig(r=2, target_modules=["first", "last"]))
+    x = torch.randn(5, 7)
+    watch(model)
+    model(x).square().sum().backward()
+    cast(model)
+    x = x.to(model.base_model.model.first.weight.dtype)
+    before = model(x)
+    resample(model)
+    close = 32 * torch.finfo(x.dtype).eps
+    torch.testing.assert_close(model(x), before, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_weight_that_is_trained_as_well_is_drawn(dtype):
+    model = get_peft_model(
+        Mlp(dtype), RosaConfig(r=2, directions="orthonormal", target_modules=["first", "last"])
+    )
+    layer = next(rosa_layers(model))[1]
+    layer.base_layer.weight.requires_grad_()
+    x = torch.randn(5, 7, dtype=dtype)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(3):
+        model(x).float().square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        before = model(x)
+        resample(model, optimizer)
+        close = 32 * torch.finfo(dtype).eps
+        torch.testing.assert_close(model(x), before, rtol=close, atol=close)
+
+
+def test_layers_that_wait_for_their_first_input_are_no_hindrance():
+    model = nn.Sequential(nn.LazyLinear(7), Mlp(torch.float32))
+    adapted = get_peft_model(model, RosaConfig(r=2, target_modules=["first"]))
+    assert adapted(torch.randn(3, 2, dtype=torch.float32)).shape == (3, 3)
+
+
+def test_looking_at_batches_leaves_the_norms_statistics():
+    model = nn.Sequential(nn.Linear(7, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)).double()
+    adapted = get_peft_model(model, RosaConfig(r=2, target_modules=["0", "2"])).train()
+    x = torch.randn(8, 7).double()
+    adapted(x)
+    before = adapted.eval()(x)
+    resample(adapted.train(), batches=[x], loss=lambda m, batch: m(batch).square().sum())
+    torch.testing.assert_close(adapted.eval()(x), before)

@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator, load_checkpoint_in_model
 from huggingface_hub import save_torch_state_dict
-from peft import get_peft_model
+from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_model, save_model
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rosa import RosaConfig, resample
 from rosa.algebra.lowrank import LowRank
 from rosa.layers.kinds import rosa_layers
-from tests.models import tiny_gpt2
+from tests.models import Mlp, tiny_gpt2
 
 IDS = torch.randint(1, 50, (3, 9))
 
@@ -382,3 +384,33 @@ def test_a_failure_inside_a_change_of_weights_leaves_the_layer_as_it_was(verb, n
     plain = model.unload().state_dict()
     for name, value in base.state_dict().items():
         torch.testing.assert_close(plain[name], value, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_a_state_dict_of_live_factors_is_refused_after_a_draw(peft):
+    """It would be new factors with an old offset; a copy is what people mean."""
+    model: Any = get_peft_model(Mlp(), RosaConfig(r=2, target_modules=["first", "last"]))
+    x = torch.randn(4, 7).double()
+    take = get_peft_model_state_dict if peft else (lambda m: m.state_dict())
+
+    def give(state):
+        (set_peft_model_state_dict if peft else nn.Module.load_state_dict)(model, state)
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    live, kept, best = take(model), copy.deepcopy(take(model)), model(x)
+    give(live)  # of now: nothing changes
+    torch.testing.assert_close(model(x), best)
+    resample(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    now = model(x)
+    with pytest.raises(ValueError, match=r"taken before a draw.*deepcopy"):
+        give(live)
+    torch.testing.assert_close(model(x), now)
+    give(kept)
+    torch.testing.assert_close(model(x), best)

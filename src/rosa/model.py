@@ -46,6 +46,8 @@ from rosa.targets import (
     is_target,
     near_names,
     resolve_all_linear,
+    shape_of,
+    warn_of_statistics,
 )
 from rosa.weighted import check_weighted, put_sum, weighted_config
 
@@ -91,6 +93,7 @@ class RosaModel(BaseTuner):
             if isinstance(wanted, str):  # "all-linear" has become the names of this model's layers
                 config.target_modules = wanted
             raise
+        warn_of_statistics(config, model)
         if isinstance(config.target_modules, set):  # the file is for models that are not compiled
             names = {n.replace(COMPILED, "") for n in config.target_modules}
             config.target_modules = names  # type: ignore[assignment]  # as PEFT has it
@@ -156,8 +159,9 @@ class RosaModel(BaseTuner):
             if not weight.is_meta:
                 self._fingerprints[name] = fingerprint_of_sound(name, module, weight.detach())
             r, _ = _rank_and_alpha(config, name)
-            if r > min(weight.shape):
-                capped.append(f"{name} ({r} to {min(weight.shape)})")
+            most = min(shape_of(module))
+            if r > most:
+                capped.append(f"{name} ({r} to {most})")
         if capped:
             warnings.warn(
                 "the rank is larger than the smaller side of some weights and is capped there: "

@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import (
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from transformers import PreTrainedModel
 
 from rosa.algebra.lowrank import are_finite
@@ -110,6 +111,25 @@ def check_full_training(config: RosaConfig, model: nn.Module) -> None:
         )
 
 
+def warn_of_statistics(config: RosaConfig, model: nn.Module) -> None:
+    """Warn of norms whose running statistics training will change, and no adapter's file holds."""
+    if config.inference_mode:
+        return
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, _NormBase) and module.track_running_stats
+        if not is_trained_in_full(config, name)
+    ]
+    if names:
+        warnings.warn(
+            f"{len(names)} norms such as {names[0]} keep running statistics, which change in train "
+            "mode and are in no adapter's file: put them in eval mode while you train, or name "
+            "them in modules_to_save",
+            stacklevel=5,
+        )
+
+
 def all_in_full(config: RosaConfig, model: nn.Module) -> str:
     """Says so if all that was named to be adapted is trained in full; else empty."""
     bare = copy.copy(config)
@@ -171,6 +191,14 @@ def adaptable_weight(name: str, module: nn.Module) -> torch.Tensor:
             "data-parallel without sharding of the weights"
         )
     return weight
+
+
+def shape_of(module: nn.Module) -> torch.Size:
+    """Of the weight of a module that can be adapted, as a matrix."""
+    base = module.get_base_layer() if isinstance(module, RosaLayer) else module
+    kind = kind_of(base)
+    assert kind is not None
+    return kind.view_of(base).as_matrix(base.weight).shape  # type: ignore[arg-type]
 
 
 def fingerprint_of_sound(name: str, module: nn.Module, weight: torch.Tensor) -> tuple[float, float]:

@@ -56,7 +56,7 @@ class Sketch:
             grad: the gradient of the outputs, (..., out).
             x: the inputs, (..., in); or the indices (...) of inputs that are one-hot.
         """
-        test = self.test
+        test = self.test.to(grad.device)
         grad = grad.reshape(-1, grad.shape[-1]).to(test.dtype)
         if x.is_floating_point():
             projected = x.reshape(-1, x.shape[-1]).to(test.dtype) @ test
@@ -71,7 +71,7 @@ class Sketch:
     def add_projected(self, found: Tensor) -> None:
         """Add ``(G T)^T``, (p, out), of a gradient G."""
         # A pass that overflowed, as under loss scaling, is left out: without a wait for the device.
-        self.total += torch.where(torch.isfinite(found).all(), found, 0.0)
+        self.total += torch.where(torch.isfinite(found).all(), found, 0.0).to(self.total.device)
 
     def is_empty(self) -> bool:
         """Whether no gradient was seen."""

@@ -24,6 +24,7 @@ from rosa.layers.drawing import draw
 from rosa.layers.effective import effective_weight
 from rosa.layers.kind import Kind
 from rosa.layers.offset import OffsetDict
+from rosa.layers.tracing import is_traced
 from rosa.layers.versions import Unchanged
 from rosa.layers.weight import BaseWeight
 
@@ -257,7 +258,6 @@ class RosaLayer(nn.Module, BaseTunerLayer, Kind):
             return []
         active = [self.adapters[name] for name in self.active_adapters if name in self.adapters]
         for adapter in active:
-            # Torch would compute with whatever lies in memory.
             if self.rosa_A[adapter.name].is_meta and not x.is_meta:
                 raise UserError(
                     f"the factors of layer {self.name} are not in memory: load the adapter's file "
@@ -277,7 +277,8 @@ class RosaLayer(nn.Module, BaseTunerLayer, Kind):
 
         In the base weight's own shape; gradients reach the factors.
         """
-        self.settle()
+        if not is_traced():
+            self.settle()
         weight = self.base_weight.parameter
         if self._disable_adapters or self.merged:
             return weight

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -13,8 +15,9 @@ from rosa.algebra.lowrank import LowRank
 from rosa.algebra.sketch import Sketch
 from rosa.config import RosaConfig
 from rosa.errors import UserError
-from rosa.layers.adapter import watched
+from rosa.layers.adapter import Adapter, watched
 from rosa.layers.base import RosaLayer
+from rosa.layers.hooks import within_hooks
 from rosa.layers.tracing import is_traced
 from rosa.layers.views import MatrixView
 
@@ -26,16 +29,15 @@ class KernelView(MatrixView):
 
     @property
     def matrix(self) -> Tensor:
-        """Its memory as a matrix; ValueError where no matrix has that memory."""
-        weight = self.parameter.detach()
-        matrix = self.as_matrix(weight)
-        if matrix.data_ptr() != weight.data_ptr():
-            raise UserError(
-                f"the weight of {self.module} lies in memory in another order than its shape's "
-                "(channels_last): give the model back torch's own, "
-                "model.to(memory_format=torch.contiguous_format); its inputs may stay as they are"
-            )
-        return matrix
+        """Its memory as a matrix.
+
+        A kernel whose memory is in another order than its shape (channels_last) is given torch's
+        own first, for no matrix has that memory; the inputs may stay as they are.
+        """
+        weight = self.parameter
+        if not weight.is_contiguous():
+            weight.data = weight.data.contiguous()
+        return self.as_matrix(weight.detach())
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         """A kernel as a matrix."""
@@ -50,7 +52,8 @@ def _convolves(base: nn.Module) -> bool:
     """Whether it convolves as torch does; a subclass may change its inputs or its weight."""
     kind = next(kind for kind in _PLAIN if isinstance(base, kind))
     names = ("forward", "_conv_forward")
-    return all(getattr(type(base), name) is getattr(kind, name) for name in names)
+    patched = "forward" in vars(base) and not hasattr(base, "_hf_hook")  # not accelerate's
+    return not patched and all(getattr(type(base), n) is getattr(kind, n) for n in names)
 
 
 class RosaConv(RosaLayer):
@@ -112,18 +115,29 @@ class RosaConv(RosaLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus ``s B A * x`` per active adapter; ([n,] channels, *size)."""
-        traced = is_traced()
-        active = self._in_use(x, traced)
+        active = self._in_use(x, is_traced())
         if active and not _convolves(self._conv):
-            return functional_call(self.base_layer, {"weight": self.weight}, (x, *args), kwargs)
-        result = self.base_layer(x, *args, **kwargs)
+            weight = self.weight.clone()  # a tensor that its forward may also give other values
+            return functional_call(self.base_layer, {"weight": weight}, (x, *args), kwargs)
+        compute = partial(self._plainly, active)
+        return within_hooks(self.base_layer, compute, x, *args, **kwargs)
+
+    def _plainly(
+        self,
+        active: list[Adapter],
+        base: Callable[..., Tensor],
+        x: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        result = base(x, *args, **kwargs)
         dtype = result.dtype
         for adapter in active:
             (a, b), dropout = adapter.factors, self.rosa_dropout[adapter.name]
             hidden = self._convolved(dropout(self._cast_input_dtype(x, a.dtype)), a)
             result = result + self._mixed(hidden * adapter.scaling, b)
         result = result.to(dtype)
-        if active and result.requires_grad and not traced:
+        if active and result.requires_grad and not is_traced():
             if x.requires_grad:
                 result = self._guarded(result)
             result = watched(result, x, active, self._look)
@@ -150,7 +164,8 @@ class RosaConv(RosaLayer):
     def _look(self, sketch: Sketch, grad: Tensor, x: Tensor) -> None:
         """Let a sketch see the gradient of the outputs, without the inputs' patches."""
         groups, dims = self._conv.groups, len(self._conv.kernel_size)
-        seen = self._convolved(x.to(sketch.test.dtype), sketch.test.T)
+        test = sketch.test.to(x.device)
+        seen = self._convolved(x.to(test.dtype), test.T)
         seen, grad = (t.flatten(-dims).unflatten(-2, (groups, -1)) for t in (seen, grad))
         found = torch.einsum("...gpl,...gol->pgo", seen, grad.to(seen.dtype))
         sketch.add_projected(found.flatten(1))

@@ -40,7 +40,7 @@ def draw(adapter: Adapter, weight: Tensor, norm: float, change: LowRank | None =
             # Of the pretrained weight: the speed of learning does not drift with the training.
             size=subspace.root_mean_square_size(norm, weight.shape),
             side=SIDES[config.trained],
-            known=None if sketch is None else sketch.directions(adapter.r),
+            known=None if sketch is None else sketch.directions(adapter.r).to(weight),
             generator=subspace.generator(
                 config.seed, f"{adapter.layer}.{adapter.name}", adapter.draws
             ),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rosa.layers.adapter import watched
+from rosa.layers.adapter import Adapter, watched
 from rosa.layers.base import RosaLayer
+from rosa.layers.hooks import within_hooks
 from rosa.layers.tracing import is_traced
 from rosa.layers.views import MatrixView
 
@@ -44,9 +47,18 @@ class RosaEmbedding(RosaLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The rows of W + s B A, transposed, that indices (...) name: (..., width)."""
-        traced = is_traced()
-        active = self._in_use(x, traced)
-        result = self.base_layer(x, *args, **kwargs)
+        compute = partial(self._plainly, self._in_use(x, is_traced()))
+        return within_hooks(self.base_layer, compute, x, *args, **kwargs)
+
+    def _plainly(
+        self,
+        active: list[Adapter],
+        base: Callable[..., Tensor],
+        x: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        result = base(x, *args, **kwargs)
         dtype = result.dtype
         for adapter in active:
             a, b = self.rosa_A[adapter.name], self.rosa_B[adapter.name]
@@ -55,6 +67,6 @@ class RosaEmbedding(RosaLayer):
             keep = self.rosa_dropout[adapter.name](hidden.new_ones(*x.shape, 1))
             result = result + F.linear(hidden * keep, b)
         result = result.to(dtype)
-        if result.requires_grad and not traced:
+        if result.requires_grad and not is_traced():
             result = watched(result, x, active)
         return result

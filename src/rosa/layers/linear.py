@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from rosa.layers.adapter import Adapter, watched
 from rosa.layers.base import RosaLayer
 from rosa.layers.fused import adapted_linear, can_fuse
+from rosa.layers.hooks import within_hooks
 from rosa.layers.tracing import is_traced
 from rosa.layers.views import MatrixView
 from rosa.layers.weight import SUPPORTED_DTYPES
@@ -31,10 +34,11 @@ class RosaLinear(RosaLayer):
     @staticmethod
     def is_plain(base: nn.Module) -> bool:
         """Whether a linear layer computes what one does; a subclass may do something else."""
-        forward = type(base).forward
+        own = type(base).forward is not nn.Linear.forward
+        own |= "forward" in vars(base) and not hasattr(base, "_hf_hook")  # not accelerate's
         if isinstance(base, NonDynamicallyQuantizableLinear):
             return False  # attention reads its weight
-        if not isinstance(base, nn.Linear) or forward is nn.Linear.forward or base.weight.is_meta:
+        if not isinstance(base, nn.Linear) or not own or base.weight.is_meta:
             return True
         if base.weight.dtype not in SUPPORTED_DTYPES or not base.weight.numel():
             return True  # refused for that, by name
@@ -42,7 +46,7 @@ class RosaLinear(RosaLayer):
         probe = probe.to(base.weight.dtype)
         try:
             with torch.no_grad():
-                found, expected = forward(base, probe), nn.Linear.forward(base, probe)
+                found, expected = base.forward(probe), nn.Linear.forward(base, probe)
         except Exception:  # it wants other arguments
             return False
         if not isinstance(found, Tensor) or found.shape != expected.shape:
@@ -70,15 +74,18 @@ class RosaLinear(RosaLayer):
             (a, b), dropout = one.factors, self.rosa_dropout[one.name]
             if isinstance(dropout, nn.Identity) and can_fuse(self.base_layer, x, a):
                 return adapted_linear(self.base_layer, x, a, b, one.scaling, one.sketch)
-        result = self._plainly(x, active, *args, **kwargs)
-        if active and result.requires_grad and not traced:
-            if x.requires_grad:
-                result = self._guarded(result)
-            result = watched(result, x, active)
-        return result
+        compute = partial(self._plainly, active)
+        return within_hooks(self.base_layer, compute, x, *args, **kwargs)
 
-    def _plainly(self, x: Tensor, active: list[Adapter], *args: Any, **kwargs: Any) -> Tensor:
-        result = self.base_layer(x, *args, **kwargs)
+    def _plainly(
+        self,
+        active: list[Adapter],
+        base: Callable[..., Tensor],
+        x: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        result = base(x, *args, **kwargs)
         dtype = result.dtype
         for adapter in active:
             name, scaling = adapter.name, adapter.scaling
@@ -87,4 +94,9 @@ class RosaLinear(RosaLayer):
             if scaling != 1.0:
                 hidden = hidden * scaling  # on r numbers a token, not on the layer's whole output
             result = result + F.linear(hidden, b)
-        return result.to(dtype)
+        result = result.to(dtype)
+        if active and result.requires_grad and not is_traced():
+            if x.requires_grad:
+                result = self._guarded(result)
+            result = watched(result, x, active)
+        return result

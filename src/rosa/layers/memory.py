@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from rosa.errors import UserError
 from rosa.layers.sharding import is_sharded
@@ -16,6 +17,8 @@ def weight_owners(model: nn.Module) -> dict[tuple[int, int], list[str]]:
     """The names of the modules that hold each weight, by where it lies in memory."""
     owners = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
+        if is_lazy(parameter):  # it has no memory, nor an end to it
+            continue
         owners[place(parameter)].append(name.removesuffix(".weight"))
     return owners
 
@@ -28,7 +31,7 @@ def place(weight: Tensor) -> tuple[int, int]:
 
 def tenants(model: nn.Module) -> Counter[int]:
     """How many parameters and buffers of a model lie in each block of memory."""
-    there = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    there = {id(t): t for t in (*model.parameters(), *model.buffers()) if not is_lazy(t)}
     return Counter(map(_block, there.values()))
 
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from rosa.algebra.lowrank import LowRank
 from rosa.layers.adapter import Adapter
 
+BESIDE_LIVE_FACTORS = "_beside_live_factors"
+"""An attribute of the count of draws in a state dict whose factors are the model's own memory."""
 PARTS = ("A", "B", "draws")
 """What a state dict holds of an offset."""
 
@@ -64,7 +66,8 @@ class OffsetDict(nn.Module):
             key = f"{prefix}{name}."
             destination[f"{key}A"] = adapter.terms.A
             destination[f"{key}B"] = adapter.terms.B
-            destination[f"{key}draws"] = torch.tensor(adapter.draws)
+            destination[f"{key}draws"] = draws = torch.tensor(adapter.draws)
+            setattr(draws, BESIDE_LIVE_FACTORS, True)
 
     def _load_from_state_dict(
         self,

@@ -131,6 +131,7 @@ def before_load(layer: Stateful, state_dict: dict[str, Any], prefix: str, *_: An
     brings_weight &= not in_place or base.is_written()
     arrived = layer.arrived or Arrived()
     for name, adapter in layer.adapters.items():
+        _check_of_one_time(layer.name, adapter, state_dict, prefix)
         factors = dict(zip(PARTS, adapter.factors, strict=False))
         for part in PARTS:
             value = state_dict.get(prefix + part.format(name))
@@ -147,6 +148,26 @@ def before_load(layer: Stateful, state_dict: dict[str, Any], prefix: str, *_: An
         layer.arrived = arrived
     if in_place:
         base.expect_write()
+
+
+def _check_of_one_time(
+    layer: str, adapter: Adapter, state_dict: dict[str, Any], prefix: str
+) -> None:
+    """Raise UserError if the factors are the adapter's own and the offset is an earlier one."""
+    draws: Any = state_dict.get(f"{prefix}rosa_offset.{adapter.name}.draws")
+    values = [state_dict.get(prefix + part.format(adapter.name)) for part in PARTS[:2]]
+    own = all(
+        value is not None and _same_memory(value, factor)
+        for value, factor in zip(values, adapter.factors, strict=True)
+    )
+    # It is a state dict as the model gave it: a loader has written into the count, or has its own.
+    untouched = hasattr(draws, offset.BESIDE_LIVE_FACTORS) and draws._version == 0
+    if own and untouched and int(draws) != adapter.draws:
+        raise UserError(
+            f"the state dict was taken before a draw, and its factors of layer {layer} are the "
+            "model's own, which have been drawn anew since: with its offset they would be another "
+            "model. Keep a copy, copy.deepcopy(model.state_dict()), or a saved file"
+        )
 
 
 def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:

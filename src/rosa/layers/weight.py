@@ -118,7 +118,8 @@ class BaseWeight:
             change: what is added.
             now: what then stands there under that name.
         """
-        if self._copy is not None or name not in self.standing:
+        half = self.parameter.dtype in _HALF  # whose copy is gone once others train the weight
+        if self._copy is not None or half or name not in self.standing:
             return False
         self._versions.leaving(self.parameter, self.standing)
         with full_precision():

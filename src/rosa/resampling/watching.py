@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from rosa.errors import UserError
 from rosa.layers.adapter import Adapter
@@ -41,7 +42,7 @@ def look(
     batches: Iterable[Any],
     loss: Callable[[nn.Module, Any], Tensor] | None,
 ) -> None:
-    """Watch the backward passes of some batches; every parameter's gradient is left as it was.
+    """Watch the backward passes of some batches; gradients and norms' statistics stay as they are.
 
     Raises:
         ValueError: a batch gives no loss.
@@ -49,6 +50,7 @@ def look(
     for active in found:
         active.watch()
     gradients = [(p, p.grad) for p in model.parameters() if p.requires_grad]
+    statistics = [(b, b.clone()) for b in _statistics(model)]
     device = next(model.parameters()).device
     try:
         for parameter, _ in gradients:
@@ -69,6 +71,13 @@ def look(
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient
+        for buffer, values in statistics:
+            buffer.copy_(values)
+
+
+def _statistics(model: nn.Module) -> list[Tensor]:
+    norms = [module for module in model.modules() if isinstance(module, _NormBase)]
+    return [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
 
 
 def _own_loss(model: nn.Module, batch: Any) -> Tensor:
