@@ -166,7 +166,8 @@ def test_several_optimizers_may_be_given_as_they_are(kind):
 def test_what_lbfgs_knows_of_all_parameters_at_once_goes():
     model = adapted(modules_to_save=None)
     bias = nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.LBFGS([bias, *trained(model)], max_iter=3)
+    # Steps short and many enough to learn of the curvature for any random inputs.
+    optimizer = torch.optim.LBFGS([bias, *trained(model)], lr=0.1, max_iter=20)
 
     def closure():
         model.zero_grad()
