@@ -265,7 +265,7 @@ class RosaLayer(nn.Module, BaseTunerLayer, Kind):
                 )
         return active
 
-    def _guarded(self, result: Tensor) -> Tensor:
+    def guarded(self, result: Tensor) -> Tensor:
         """A result that is not gone backward through once the weight has changed."""
         if self._base_weight.standing and result.requires_grad:
             return Unchanged.apply(result, self.base_weight.parameter)  # type: ignore[return-value]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,9 +13,9 @@ from rosa.algebra.lowrank import LowRank
 from rosa.algebra.sketch import Sketch
 from rosa.config import RosaConfig
 from rosa.errors import UserError
-from rosa.layers.adapter import Adapter, watched
+from rosa.layers.adapter import Adapter
 from rosa.layers.base import RosaLayer
-from rosa.layers.hooks import within_hooks
+from rosa.layers.plain import plain_sum
 from rosa.layers.tracing import is_traced
 from rosa.layers.views import MatrixView
 
@@ -119,29 +117,12 @@ class RosaConv(RosaLayer):
         if active and not _convolves(self._conv):
             weight = self.weight.clone()  # a tensor that its forward may also give other values
             return functional_call(self.base_layer, {"weight": weight}, (x, *args), kwargs)
-        compute = partial(self._plainly, active)
-        return within_hooks(self.base_layer, compute, x, *args, **kwargs)
+        return plain_sum(self, active, self._product, x, *args, look=self._look, **kwargs)
 
-    def _plainly(
-        self,
-        active: list[Adapter],
-        base: Callable[..., Tensor],
-        x: Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        result = base(x, *args, **kwargs)
-        dtype = result.dtype
-        for adapter in active:
-            (a, b), dropout = adapter.factors, self.rosa_dropout[adapter.name]
-            hidden = self._convolved(dropout(self._cast_input_dtype(x, a.dtype)), a)
-            result = result + self._mixed(hidden * adapter.scaling, b)
-        result = result.to(dtype)
-        if active and result.requires_grad and not is_traced():
-            if x.requires_grad:
-                result = self._guarded(result)
-            result = watched(result, x, active, self._look)
-        return result
+    def _product(self, adapter: Adapter, x: Tensor) -> Tensor:
+        (a, b), dropout = adapter.factors, self.rosa_dropout[adapter.name]
+        hidden = self._convolved(dropout(self._cast_input_dtype(x, a.dtype)), a)
+        return self._mixed(hidden * adapter.scaling, b)
 
     @property
     def _conv(self) -> _ConvNd:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rosa.layers.adapter import Adapter, watched
+from rosa.layers.adapter import Adapter
 from rosa.layers.base import RosaLayer
-from rosa.layers.hooks import within_hooks
+from rosa.layers.plain import plain_sum
 from rosa.layers.tracing import is_traced
 from rosa.layers.views import MatrixView
 
@@ -47,26 +45,11 @@ class RosaEmbedding(RosaLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The rows of W + s B A, transposed, that indices (...) name: (..., width)."""
-        compute = partial(self._plainly, self._in_use(x, is_traced()))
-        return within_hooks(self.base_layer, compute, x, *args, **kwargs)
+        return plain_sum(self, self._in_use(x, is_traced()), self._product, x, *args, **kwargs)
 
-    def _plainly(
-        self,
-        active: list[Adapter],
-        base: Callable[..., Tensor],
-        x: Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        result = base(x, *args, **kwargs)
-        dtype = result.dtype
-        for adapter in active:
-            a, b = self.rosa_A[adapter.name], self.rosa_B[adapter.name]
-            hidden = F.embedding(x, a.T) * adapter.scaling
-            # Dropout as of a linear layer's inputs: of whole rows here.
-            keep = self.rosa_dropout[adapter.name](hidden.new_ones(*x.shape, 1))
-            result = result + F.linear(hidden * keep, b)
-        result = result.to(dtype)
-        if result.requires_grad and not is_traced():
-            result = watched(result, x, active)
-        return result
+    def _product(self, adapter: Adapter, x: Tensor) -> Tensor:
+        a, b = adapter.factors
+        hidden = F.embedding(x, a.T) * adapter.scaling
+        # Dropout as of a linear layer's inputs: of whole rows here.
+        keep = self.rosa_dropout[adapter.name](hidden.new_ones(*x.shape, 1))
+        return F.linear(hidden * keep, b)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +10,10 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from rosa.layers.adapter import Adapter, watched
+from rosa.layers.adapter import Adapter
 from rosa.layers.base import RosaLayer
 from rosa.layers.fused import adapted_linear, can_fuse
-from rosa.layers.hooks import within_hooks
+from rosa.layers.plain import plain_sum
 from rosa.layers.tracing import is_traced
 from rosa.layers.views import MatrixView
 from rosa.layers.weight import SUPPORTED_DTYPES
@@ -74,29 +72,11 @@ class RosaLinear(RosaLayer):
             (a, b), dropout = one.factors, self.rosa_dropout[one.name]
             if isinstance(dropout, nn.Identity) and can_fuse(self.base_layer, x, a):
                 return adapted_linear(self.base_layer, x, a, b, one.scaling, one.sketch)
-        compute = partial(self._plainly, active)
-        return within_hooks(self.base_layer, compute, x, *args, **kwargs)
+        return plain_sum(self, active, self._product, x, *args, **kwargs)
 
-    def _plainly(
-        self,
-        active: list[Adapter],
-        base: Callable[..., Tensor],
-        x: Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        result = base(x, *args, **kwargs)
-        dtype = result.dtype
-        for adapter in active:
-            name, scaling = adapter.name, adapter.scaling
-            a, b = self.rosa_A[name], self.rosa_B[name]
-            hidden = F.linear(self.rosa_dropout[name](self._cast_input_dtype(x, a.dtype)), a)
-            if scaling != 1.0:
-                hidden = hidden * scaling  # on r numbers a token, not on the layer's whole output
-            result = result + F.linear(hidden, b)
-        result = result.to(dtype)
-        if active and result.requires_grad and not is_traced():
-            if x.requires_grad:
-                result = self._guarded(result)
-            result = watched(result, x, active)
-        return result
+    def _product(self, adapter: Adapter, x: Tensor) -> Tensor:
+        (a, b), dropout = adapter.factors, self.rosa_dropout[adapter.name]
+        hidden = F.linear(dropout(self._cast_input_dtype(x, a.dtype)), a)
+        if adapter.scaling != 1.0:
+            hidden = hidden * adapter.scaling  # on r numbers a token, not on the whole output
+        return F.linear(hidden, b)

@@ -1,0 +1,80 @@
+"""What an adapted layer computes in plain operations, inside the base layer's hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from rosa.algebra.sketch import Sketch
+from rosa.layers.adapter import Adapter, watched
+from rosa.layers.base import RosaLayer
+from rosa.layers.tracing import is_traced
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def within_hooks(
+    module: nn.Module, compute: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """``compute(module, x, ...)``, inside the module's own hooks if it has any.
+
+    They then see, and may change, the inputs and outputs of all that is computed, as they would of
+    the module alone. Where calls are traced they stay around the module.
+
+    Args:
+        module: with or without hooks.
+        compute: is given what to call for the module's part, and then its inputs.
+        x: the first of these.
+        args: others.
+        kwargs: and those by name.
+    """
+    if is_traced() or not any(getattr(module, name) for name in _HOOKS):
+        return compute(module, x, *args, **kwargs)
+    own = module.__dict__.get("forward")
+    module.__dict__["forward"] = partial(compute, module.forward)
+    try:
+        return module(x, *args, **kwargs)
+    finally:
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = own
+
+
+def plain_sum(
+    layer: RosaLayer,
+    active: list[Adapter],
+    product: Callable[[Adapter, Tensor], Tensor],
+    x: Tensor,
+    *args: Any,
+    look: Callable[[Sketch, Tensor, Tensor], None] = Sketch.add,
+    **kwargs: Any,
+) -> Tensor:
+    """The base layer's output of x plus the products of the active adapters, in its precision.
+
+    Args:
+        layer: the adapted layer.
+        active: its adapters that are added.
+        product: ``s B A x`` of an adapter, in the shape of the output.
+        x: the inputs.
+        args: further ones of the base layer.
+        look: see `watched`.
+        kwargs: and those by name.
+    """
+
+    def compute(base: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result = base(x, *args, **kwargs)
+        dtype = result.dtype
+        for adapter in active:
+            result = result + product(adapter, x)
+        result = result.to(dtype)
+        if active and result.requires_grad and not is_traced():
+            if x.requires_grad:
+                result = layer.guarded(result)
+            result = watched(result, x, active, look)
+        return result
+
+    return within_hooks(layer.base_layer, compute, x, *args, **kwargs)
