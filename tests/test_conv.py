@@ -140,7 +140,7 @@ def test_what_is_watched_is_the_gradient_of_the_kernel(conv, reads):
     assert sketch is not None
     torch.testing.assert_close(sketch.total, (total.flatten(1) @ sketch.test).T)
     resample(model)  # and the draw is of what was watched
-    u, b = sketch.directions(RANK), layer.rosa_B["default"].double()
+    u, b = sketch.directions(RANK, sketch.total), layer.rosa_B["default"].double()
     torch.testing.assert_close(u @ (u.T @ b), b, rtol=1e-4, atol=1e-5)
 
 

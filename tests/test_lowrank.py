@@ -18,7 +18,7 @@ def test_compression_loses_nothing_and_finds_the_rank():
 def test_terms_that_cancel_compress_to_nothing():
     terms = LowRank(torch.zeros(5, 2), torch.randn(2, 6))
     assert terms.compressed().rank == 0
-    assert LowRank.zero(5, 6, torch.float32).compressed().rank == 0
+    assert LowRank.zero((5, 6), torch.float32).compressed().rank == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -7,7 +7,7 @@ import gc
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 
 from rosa import RosaConfig, resample
 from rosa.layers.memory import make_private, tenants
@@ -65,11 +65,30 @@ def test_weights_that_someone_keeps_stay_the_pretrained_ones(hold):
     assert all(torch.equal(kept[name], value) for name, value in expected.items())
 
 
-def test_weights_that_no_one_else_holds_are_changed_where_they_are():
+def test_an_adapter_loaded_onto_weights_that_someone_keeps_leaves_them_in_memory(tmp_path):
+    base = tiny_bert().eval()
+    kept, fresh = base.state_dict(), copy.deepcopy(base)
+    expected = copy.deepcopy(kept)
+    model = attach(fresh)
+    resample(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=True)
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits)
+    assert all(torch.equal(kept[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": [], "target_parameters": ["query.weight", "value.weight"]},
+    ],
+)
+def test_weights_that_no_one_else_holds_are_changed_where_they_are(targets):
     base = tiny_bert()
     gc.collect()
     places = {n: p.data_ptr() for n, p in base.named_parameters()}
-    model = attach(base)
+    model = get_peft_model(base, RosaConfig(r=2, **targets))
     for name, parameter in model.get_base_model().named_parameters():
         if name.endswith("base_layer.weight"):
             assert parameter.data_ptr() == places[name.replace("base_layer.", "")]
@@ -85,8 +104,8 @@ def test_weights_that_lie_in_one_block_of_their_own_model_are_not_copied():
     place = base.first.weight.data_ptr()
     there = tenants(base)
     del block, parameter
-    make_private(base.first, there)
+    make_private(base.first, "weight", there)
     assert base.first.weight.data_ptr() == place
     held = base.first.weight.detach()
-    make_private(base.first, there)
+    make_private(base.first, "weight", there)
     assert base.first.weight.data_ptr() != held.data_ptr()

@@ -40,7 +40,7 @@ def sketch_of(gradient, rank, passes=3):
     """A sketch that saw a gradient as a sum of passes, none of which shows it."""
     out_features, in_features = gradient.shape
     like = torch.empty(0).double()
-    sketch = Sketch(out_features, in_features, rank, generator(0, "layer", 0), like)
+    sketch = Sketch((out_features, in_features), rank, generator(0, "layer", 0), like)
     rest = gradient
     for number in range(passes):
         part = torch.randn_like(gradient) if number < passes - 1 else rest
@@ -52,7 +52,7 @@ def sketch_of(gradient, rank, passes=3):
 @pytest.mark.parametrize("shape", [(30, 20), (20, 30)])
 def test_a_gradient_of_low_rank_is_found_exactly(shape):
     u, gradient = low_rank_gradient(*shape, [5.0, 3.0, 0.1])
-    found = sketch_of(gradient, 3).directions(3)
+    found = sketch_of(gradient, 3).directions(3, like=gradient)
     torch.testing.assert_close(found @ found.T, u @ u.T)
 
 
@@ -61,7 +61,7 @@ def test_the_sketch_keeps_nearly_all_that_the_best_directions_hold():
     shares = []
     for _ in range(50):  # on average 0.981, of one draw give or take 0.012
         u, gradient = low_rank_gradient(30, 20, decaying)
-        found = sketch_of(gradient, 4).directions(4)
+        found = sketch_of(gradient, 4).directions(4, like=gradient)
         best = (u[:, :4].T @ gradient).norm()
         shares.append(float((found.T @ gradient).norm() / best))
     assert sum(shares) / len(shares) > 0.97

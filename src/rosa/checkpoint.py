@@ -53,13 +53,17 @@ def check_adapter_file(
     wrong = []
     for name, layer in layers.items():
         a, b, offset_a, offset_b, draws = (state_dict[k] for k in state_keys(name, adapter_name))
-        r, (out_features, in_features) = layer.adapters[adapter_name].r, layer.base_weight.shape
-        if tuple(a.shape) != (r, in_features) or tuple(b.shape) != (out_features, r):
+        expected_a, expected_b = (tuple(f.shape) for f in layer.adapters[adapter_name].factors)
+        terms = offset_b.shape[-1:]
+        if tuple(a.shape) != expected_a or tuple(b.shape) != expected_b:
             wrong.append(
                 f"{name}: file A {tuple(a.shape)}, B {tuple(b.shape)}, "
-                f"model A {(r, in_features)}, B {(out_features, r)}"
+                f"model A {expected_a}, B {expected_b}"
             )
-        elif offset_a.shape != (offset_b.shape[1], in_features) or len(offset_b) != out_features:
+        elif offset_a.shape != (*expected_a[:-2], *terms, expected_a[-1]) or offset_b.shape != (
+            *expected_b[:-1],
+            *terms,
+        ):
             wrong.append(f"{name}: the offset's shapes do not fit each other or the weight")
         elif not are_finite([a, b, offset_a, offset_b]):
             wrong.append(f"{name}: NaN or infinity")
@@ -76,7 +80,7 @@ def check_adapter_file(
 def fingerprints_of(layers: dict[str, RosaLayer]) -> dict[str, Any]:
     """What tells the base weights that an adapter belongs to: see `RosaConfig.base_fingerprint`."""
     found = {layer.name: layer.base_fingerprint() for layer in layers.values()}
-    dtypes = {str(layer.get_base_layer().weight.dtype) for layer in layers.values()}
+    dtypes = {str(layer.base_weight.parameter.dtype) for layer in layers.values()}
     return {
         "dtypes": sorted(dtype.removeprefix("torch.") for dtype in dtypes),
         "layers": {name: list(value) for name, value in found.items() if value is not None},

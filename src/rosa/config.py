@@ -100,6 +100,15 @@ class RosaConfig(PeftConfig):
             "choice for the architecture."
         },
     )
+    target_parameters: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of single parameters to adapt, for modules that use theirs by "
+            "themselves, as the fused experts of a mixture do: "
+            "['mlp.experts.gate_up_proj', 'mlp.experts.down_proj']. Each expert has a subspace of "
+            "its own."
+        },
+    )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names of modules, or a regex, to leave alone."}
     )
@@ -157,6 +166,10 @@ class RosaConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
+        if isinstance(self.target_parameters, str):
+            raise UserTypeError(
+                f"target_parameters must be a list of names, got {self.target_parameters!r}"
+            )
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise UserError(
                 "layers_to_transform needs target_modules to be a list of names, got the string "

@@ -18,7 +18,7 @@ from peft.utils import (
     AuxiliaryTrainingWrapper,
     register_peft_method,
 )
-from peft.utils.constants import DUMMY_TARGET_MODULES, EMBEDDING_LAYER_NAMES
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -34,19 +34,21 @@ from rosa.errors import UserError
 from rosa.layers.base import RosaLayer
 from rosa.layers.kinds import kind_of, layers_of, rosa_layers
 from rosa.layers.memory import make_private, place, tenants, weight_owners
+from rosa.layers.parameter import ParamWrapper
 from rosa.layers.sharding import check_unsharded
 from rosa.layers.statedict import give_pretrained
 from rosa.names import COMPILED, check_adapter_name, check_modules_to_save
 from rosa.targets import (
-    adaptable_weight,
     all_in_full,
+    check_adaptable,
     check_full_training,
+    check_same_parameters,
     fingerprint_of_sound,
     has_embeddings,
     is_target,
     near_names,
     resolve_all_linear,
-    shape_of,
+    targets_of,
     warn_of_statistics,
 )
 from rosa.weighted import check_weighted, put_sum, weighted_config
@@ -113,12 +115,12 @@ class RosaModel(BaseTuner):
         return others[0] if adapter_name == "ref" and others else None
 
     def _remove_adapter(self, model: nn.Module, adapter_name: str) -> None:
-        for name, layer in list(rosa_layers(model)):
+        for name, layer in reversed(list(rosa_layers(model))):  # what lies inside first
             if adapter_name in layer.adapters:
                 layer.delete_adapter(adapter_name)
             if not layer.adapters:
                 parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, layer.get_base_layer())
+                setattr(model.get_submodule(parent), child, layer.base_layer)
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Check every layer that will be adapted, before any is touched."""
@@ -126,42 +128,48 @@ class RosaModel(BaseTuner):
         check_unsharded(model)
         self._fingerprints: dict[str, tuple[float, float]] = {}
         capped = []
-        owners, self._tenants = weight_owners(model), tenants(model)
+        owners, held = weight_owners(model), tenants(model)
         check_full_training(config, model)
+        check_same_parameters(config, self.peft_config)
         resolve_all_linear(config, model)
         wrapped = tuple(
             f"{name}."
             for name, m in model.named_modules()
             if isinstance(m, AuxiliaryTrainingWrapper)
         )
-        for name, module in self._targets(config, model):
+        targets = list(targets_of(config, model))
+        for target in targets:
+            name = target.name
             if name.startswith(wrapped):
                 raise UserError(
                     f"{name} lies in a module that another adapter trains in full, which this one "
                     "would adapt: give both the same modules_to_save, or leave it out with "
                     "exclude_modules"
                 )
-            weight = adaptable_weight(name, module)
+            check_adaptable(target)
             if name in EMBEDDING_LAYER_NAMES and not has_embeddings(model):
                 raise UserError(
                     f"{name} of a {type(model).__name__} cannot be adapted: PEFT would save the "
                     "model's embeddings with it, and there are none. Train it in full "
                     f"(modules_to_save=[{name!r}]), or leave it out of target_modules"
                 )
-            shared = [n for n in owners[place(weight)] if n.removesuffix(".base_layer") != name]
-            if shared:
+            names = (n.replace(".base_layer", "") for n in owners[place(target.weight)])
+            if shared := [n.removesuffix(".weight") for n in names if n != target.place]:
                 raise UserError(
                     f"the weight of {name} is shared with {', '.join(shared)} (tied weights): "
                     "ROSA changes the weight in memory and would change those too. Leave it out "
                     f"(exclude_modules=[{name!r}]) or untie it first (for tied embeddings load the "
                     "model with tie_word_embeddings=False and clone the weight)"
                 )
-            if not weight.is_meta:
-                self._fingerprints[name] = fingerprint_of_sound(name, module, weight.detach())
+            if not target.weight.is_meta:
+                self._fingerprints[name] = fingerprint_of_sound(target)
             r, _ = _rank_and_alpha(config, name)
-            most = min(shape_of(module))
+            most = min(target.view.as_matrix(target.weight).shape[-2:])
             if r > most:
                 capped.append(f"{name} ({r} to {most})")
+        for target in targets:  # here, since PEFT's loops hold the parameters
+            if not isinstance(target.module, RosaLayer):
+                make_private(target.base, target.parameter, held)
         if capped:
             warnings.warn(
                 "the rank is larger than the smaller side of some weights and is capped there: "
@@ -170,15 +178,13 @@ class RosaModel(BaseTuner):
                 stacklevel=2,
             )
 
-    def _targets(self, config: RosaConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        """The modules that PEFT's matching will hand to `_create_and_replace`, with their names."""
-        if config.target_modules == DUMMY_TARGET_MODULES:
-            return
-        inside = tuple(f"{name}." for name, _ in rosa_layers(model))
-        for name, module in model.named_modules():
-            adapted = name.startswith(inside)
-            if name and not adapted and self._check_target_module_exists(config, name):
-                yield name, module
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+        """PEFT's choice of modules for the architecture; none where parameters are named."""
+        config = as_rosa_config(peft_config)
+        known = model_config.get("model_type") in self.target_module_mapping
+        if config.target_modules is None and config.target_parameters and not known:
+            return config
+        return super()._prepare_adapter_config(config, model_config)
 
     @staticmethod
     def _check_target_module_exists(
@@ -198,22 +204,44 @@ class RosaModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         config = as_rosa_config(peft_config)
-        r, alpha = _rank_and_alpha(config, current_key)
-        if isinstance(target, RosaLayer):
-            target.update_layer(adapter_name, r, alpha, config)
+        adapted = isinstance(target, RosaLayer) and adapter_name in target.adapters
+        if adapted and parameter_name is None:  # with the module that it lies in
             return
-        fingerprint = self._fingerprints.get(current_key)
-        make_private(target, self._tenants)
-        name = current_key.replace(COMPILED, "")
-        kind = kind_of(target)
-        assert kind is not None  # else `_prepare_model` has refused it
-        layer = kind(target, adapter_name, config, r, alpha, name, fingerprint)
+        how = adapter_name, config, *_rank_and_alpha(config, current_key)
+        layer = self._adapted(target, current_key, parameter_name, *how)
+        if layer is target:
+            return
         if isinstance(parent, nn.TransformerEncoderLayer):
             # Its fast path reads the weights instead of calling the layers, unless one has a hook.
             layer.register_forward_pre_hook(_no_fast_path)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _adapted(
+        self,
+        target: nn.Module,
+        key: str,
+        parameter_name: str | None,
+        adapter_name: str,
+        config: RosaConfig,
+        r: int,
+        alpha: float | None,
+    ) -> RosaLayer:
+        """A module, or one parameter of it, with an adapter: a new layer, or the one there is."""
+        base = target.get_base_layer() if isinstance(target, RosaLayer) else target
+        kind = kind_of(base) if parameter_name is None else ParamWrapper
+        assert kind is not None  # else `_prepare_model` has refused it
+        how = adapter_name, config, r, alpha
+        for child, module in kind.inner(base).items():
+            setattr(base, child, self._adapted(module, f"{key}.{child}", None, *how))
+        if isinstance(target, RosaLayer) and parameter_name in (None, target.parameter_name):
+            target.update_layer(adapter_name, r, alpha, config)
+            return target
+        named = {} if parameter_name is None else {"parameter_name": parameter_name}
+        name, fingerprint = key.replace(COMPILED, ""), self._fingerprints.get(key)
+        layer = kind(target, adapter_name, config, r, alpha, name, fingerprint, **named)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+        return layer
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module

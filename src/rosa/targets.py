@@ -7,6 +7,8 @@ import difflib
 import math
 import re
 import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from peft import PeftConfig
@@ -17,9 +19,10 @@ from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers,
 )
 from peft.utils import AuxiliaryTrainingWrapper
-from peft.utils.constants import EMBEDDING_LAYER_NAMES
+from peft.utils.constants import DUMMY_TARGET_MODULES, EMBEDDING_LAYER_NAMES
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 
 from rosa.algebra.lowrank import are_finite
@@ -29,7 +32,9 @@ from rosa.errors import UserError
 from rosa.layers.base import RosaLayer
 from rosa.layers.kinds import KINDS, kind_of, rosa_layers
 from rosa.layers.memory import check_in_memory
+from rosa.layers.parameter import ParamWrapper
 from rosa.layers.sharding import is_sharded
+from rosa.layers.views import MatrixView
 from rosa.layers.weight import SUPPORTED_DTYPES
 from rosa.names import COMPILED
 
@@ -57,7 +62,7 @@ def resolve_all_linear(config: RosaConfig, model: nn.Module) -> None:
     found = as_rosa_config(
         _maybe_include_all_linear_layers(copy.copy(config), model)
     ).target_modules
-    names = {n for n in found or () if not is_trained_in_full(config, n)}
+    names = {_whole(model, n) for n in found or () if not is_trained_in_full(config, n)}
     if not names:
         return
     others = {n for n in names if not _is_plain(model.get_submodule(n))}
@@ -70,6 +75,15 @@ def resolve_all_linear(config: RosaConfig, model: nn.Module) -> None:
             "is read otherwise than a linear layer, or a head that PEFT cannot save as one",
             stacklevel=2,
         )
+
+
+def _whole(model: nn.Module, name: str) -> str:
+    """The name of the module that a linear layer is adapted with, or its own."""
+    parent, _, child = name.replace(".base_layer", "").rpartition(".")
+    module = model.get_submodule(parent)
+    base = module.get_base_layer() if isinstance(module, RosaLayer) else module
+    kind = kind_of(base)
+    return name if kind is None or child not in kind.inner(base) else parent
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -111,6 +125,20 @@ def check_full_training(config: RosaConfig, model: nn.Module) -> None:
         )
 
 
+def check_same_parameters(config: RosaConfig, others: Mapping[str, PeftConfig]) -> None:
+    """Raise ValueError if adapters of one model name different parameters.
+
+    Their wrappers lie one around the other, and an adapter's file says which is whose by that.
+    """
+    for name, other in others.items():
+        theirs = getattr(other, "target_parameters", None)
+        if config.target_parameters and theirs and {*theirs} != {*config.target_parameters}:
+            raise UserError(
+                f"target_parameters must be the same for all adapters of a model: {name!r} has "
+                f"{sorted(theirs)}, the new one {sorted(config.target_parameters)}"
+            )
+
+
 def warn_of_statistics(config: RosaConfig, model: nn.Module) -> None:
     """Warn of norms whose running statistics training will change, and no adapter's file holds."""
     if config.inference_mode:
@@ -146,8 +174,66 @@ def all_in_full(config: RosaConfig, model: nn.Module) -> str:
     )
 
 
-def adaptable_weight(name: str, module: nn.Module) -> torch.Tensor:
-    """The weight that ROSA would adapt in a module; ValueError says why it cannot."""
+@dataclass(frozen=True)
+class Target:
+    """A weight that is to be adapted.
+
+    Attributes:
+        name: its layer's, for draws and messages: the module's, with the parameter's if that was
+            named by itself.
+        module: which holds it, adapted already or not.
+        kind: the kind of layer.
+        parameter: its name in the module.
+        is_inner: whether it is adapted since the module around it is.
+    """
+
+    name: str
+    module: nn.Module
+    kind: type[RosaLayer]
+    parameter: str
+    is_inner: bool = False
+
+    @property
+    def base(self) -> nn.Module:
+        """The module without what is around it."""
+        module = self.module
+        return module.get_base_layer() if isinstance(module, RosaLayer) else module
+
+    @property
+    def view(self) -> MatrixView:
+        """The weight as a matrix."""
+        return self.kind.view_of(self.base, self.parameter)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight, as it lies in memory."""
+        return self.view.parameter
+
+    @property
+    def place(self) -> str:
+        """The parameter's name in the model without what is around its modules."""
+        named = self.kind is ParamWrapper
+        return self.name if named else f"{self.name}.{self.parameter}"
+
+
+def targets_of(config: RosaConfig, model: nn.Module) -> Iterator[Target]:
+    """All weights that a config names, in the order in which PEFT puts adapters around them."""
+    if config.target_modules != DUMMY_TARGET_MODULES:
+        inside = tuple(f"{name}." for name, _ in rosa_layers(model))
+        inner: set[str] = set()
+        for name, module in model.named_modules():
+            if not name or name in inner or name.startswith(inside) or not is_target(config, name):
+                continue
+            target = _of_module(name, module)
+            yield target
+            for child, part in target.kind.inner(target.base).items():
+                inner.add(f"{name}.{child}")
+                yield replace(_of_module(f"{name}.{child}", part), is_inner=True)
+    yield from _parameters(config, model)
+
+
+def _of_module(name: str, module: nn.Module) -> Target:
+    """A module that is named as a target; ValueError says why it cannot be."""
     base = module.get_base_layer() if isinstance(module, RosaLayer) else module
     if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not isinstance(
         module, RosaLayer
@@ -156,62 +242,109 @@ def adaptable_weight(name: str, module: nn.Module) -> torch.Tensor:
             f"{name} already carries another PEFT method ({type(module).__name__}): merge or "
             "unload it before you add ROSA"
         )
+    if type(module) is ParamWrapper:
+        raise UserError(
+            f"a parameter of {name} is adapted by itself (target_parameters): leave the module out "
+            "of target_modules, or name its parameters for this adapter too"
+        )
     kind = kind_of(base)
     if kind is None:
         raise UserError(
             f"Target module {name} is a {type(base).__name__}, which is not supported: ROSA adapts "
-            f"{', '.join(each.adapts for each in KINDS)}. Name other target_modules, or leave it "
-            "out with exclude_modules"
+            f"{', '.join(each.adapts for each in KINDS)}, and parameters that are named by "
+            "themselves (target_parameters). Name other target_modules, or leave it out with "
+            "exclude_modules"
         )
-    if "weight" not in base._parameters:
+    return Target(name, module, kind, kind.parameter_name)
+
+
+def _parameters(config: RosaConfig, model: nn.Module) -> Iterator[Target]:
+    """Those that `target_parameters` names, by PEFT's matching."""
+    wanted = config.target_parameters or ()
+    endings = tuple(f".{name}" for name in wanted)
+    known = [n.replace(".base_layer", "") for n, _ in model.named_parameters()]
+    for name in wanted:
+        if not any(key == name or key.endswith(f".{name}") for key in known):
+            ends = {".".join(key.split(".")[-1 - name.count(".") :]) for key in known}
+            near = difflib.get_close_matches(name, sorted(ends))
+            raise UserError(
+                f"{type(model).__name__} has no parameter {name} (target_parameters)."
+                + (f" Did you mean {', '.join(near)}?" if near else "")
+            )
+    for name, module in model.named_modules():
+        inner = name.endswith(".base_layer")
+        bare = name.replace(".base_layer", "")
+        around = model.get_submodule(bare) if inner else module
+        for parameter, _ in module.named_parameters(recurse=False):
+            key = f"{bare}.{parameter}"
+            if key not in wanted and not key.endswith(endings):
+                continue
+            wrapped = isinstance(around, BaseTunerLayer) and type(around) is not ParamWrapper
+            if wrapped or (name and is_target(config, bare)):
+                raise UserError(
+                    f"{key} is named by target_parameters, and the module that holds it is adapted "
+                    "as a whole: leave it out of target_modules (target_modules=[] names none)"
+                )
+            if not name:
+                raise UserError(
+                    f"{parameter} is a parameter of the model itself: PEFT can wrap only modules "
+                    "inside a model, so put the model into another one"
+                )
+            if is_trained_in_full(config, bare):
+                continue
+            yield Target(key, module, ParamWrapper, parameter)
+
+
+def check_adaptable(target: Target) -> None:
+    """Raise ValueError if a weight cannot be adapted; says why."""
+    name, base, kind = target.name, target.base, target.kind
+    if target.parameter not in base._parameters and kind.is_plain(base):
         raise UserError(
             f"the weight of {name} is computed from others at every call (weight_norm, "
             "spectral_norm, prune, a parametrization): a change of it in memory would be lost. "
             "Make it an ordinary weight first (remove_parametrizations, remove_weight_norm, "
             "prune.remove), or leave it out with exclude_modules"
         )
-    if not kind.is_plain(base):
+    if isinstance(base, NonDynamicallyQuantizableLinear) and not target.is_inner:
+        raise UserError(
+            f"Target module {name} is a {type(base).__name__}, a part of torch's attention, which "
+            "reads its weight: name the attention instead, and both of its weights are adapted"
+        )
+    if not target.is_inner and not kind.is_plain(base):
         raise UserError(
             f"Target module {name} is a {type(base).__name__}, which is not supported: it computes "
             f"something else than {kind.adapts} do, or changes its weight. Leave it out with "
             "exclude_modules"
         )
-    weight: torch.Tensor = base.weight  # type: ignore[assignment]
+    weight = target.weight
     if weight.dtype not in SUPPORTED_DTYPES:
         raise UserError(
             f"the weight of {name} is stored as {weight.dtype} (quantized?): ROSA needs "
             "float32, float64, float16 or bfloat16 weights, since it changes them in place"
         )
-    check_in_memory(name, base)
+    check_in_memory(name, base, weight)
     in_part = is_sharded(weight) or weight.numel() < (kind.numbers(base) or 0)
-    if weight.ndim < 2 or weight.numel() == 0 or in_part:
+    if weight.numel() == 0 or in_part or (weight.ndim < 2 and kind is not ParamWrapper):
         raise UserError(
             f"the weight of {name} is empty or sharded over processes (shape "
             f"{tuple(weight.shape)}): attach ROSA to the whole model, and train it "
             "data-parallel without sharding of the weights"
         )
-    return weight
-
-
-def shape_of(module: nn.Module) -> torch.Size:
-    """Of the weight of a module that can be adapted, as a matrix."""
-    base = module.get_base_layer() if isinstance(module, RosaLayer) else module
-    kind = kind_of(base)
-    assert kind is not None
-    return kind.view_of(base).as_matrix(base.weight).shape  # type: ignore[arg-type]
-
-
-def fingerprint_of_sound(name: str, module: nn.Module, weight: torch.Tensor) -> tuple[float, float]:
-    """Of the weight as it lies in memory; ValueError if it has NaN or infinity."""
-    base = module.get_base_layer() if isinstance(module, RosaLayer) else module
-    kind = kind_of(base)
-    assert kind is not None
-    found = fingerprint(kind.view_of(base).matrix)
-    # The norm has read the whole weight already; that of large numbers can overflow.
-    if not math.isfinite(found[0]) and not are_finite([weight]):
+    if kind is ParamWrapper and weight.ndim not in (2, 3):
         raise UserError(
-            f"the weight of {name} has NaN or infinity: the checkpoint is broken or was converted "
-            "to a precision that does not hold it"
+            f"{name} has {weight.ndim} dimensions: target_parameters are matrices (out, in), or "
+            "stacks of them (experts, out, in). Leave it out"
+        )
+
+
+def fingerprint_of_sound(target: Target) -> tuple[float, float]:
+    """Of the weight as it lies in memory; ValueError if it has NaN or infinity."""
+    found = fingerprint(target.view.matrix)
+    # The norm has read the whole weight already; that of large numbers can overflow.
+    if not math.isfinite(found[0]) and not are_finite([target.weight.detach()]):
+        raise UserError(
+            f"the weight of {target.name} has NaN or infinity: the checkpoint is broken or was "
+            "converted to a precision that does not hold it"
         )
     return found
 

@@ -90,11 +90,11 @@ def put_sum(
         one = layer.adapters[name]
         for factor in one.factors:
             factor.requires_grad_(False)
-        total = LowRank.zero(*one.shape, one.terms.dtype)
+        total = LowRank.zero(one.shape, one.terms.dtype)
         for adapter, weight in zip(adapters, weights, strict=True):
             if adapter in layer.adapters:
                 change = layer.whole_change(adapter)
                 total = total + LowRank(change.B * weight, change.A)
-        if total.rank > min(one.shape):
+        if total.rank > min(one.shape[-2:]):
             total = total.compressed()
         one.terms = (total + one.terms).joined()

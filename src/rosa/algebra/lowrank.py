@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 @functools.cache
@@ -46,21 +47,34 @@ def are_finite(tensors: list[Tensor]) -> bool:
     )
 
 
+def transposed(matrix: Tensor) -> Tensor:
+    """Of a matrix, or of each one in a stack."""
+    return matrix.transpose(-2, -1)
+
+
+def add_product(matrix: Tensor, b: Tensor, a: Tensor) -> Tensor:
+    """Add ``b @ a`` to a matrix, or to each one in a stack: in place, without a copy of it."""
+    return matrix.addmm_(b, a) if matrix.dim() == 2 else matrix.baddbmm_(b, a)
+
+
 class LowRank:
     """A matrix kept as a product: ``B @ A`` with ``B`` (out, k) and ``A`` (k, in); k may be 0.
 
-    Never changed in place: whoever holds one may rely on it. A sum keeps the terms of its parts,
-    and puts them side by side when someone asks for them.
+    Or a stack of such, (n, out, k) and (n, k, in). Never changed in place: whoever holds one may
+    rely on it. A sum keeps the terms of its parts, and puts them side by side when someone asks for
+    them.
     """
 
     def __init__(self, B: Tensor, A: Tensor) -> None:
         self._parts = [(B, A)]
 
     @classmethod
-    def zero(cls, out_features: int, in_features: int, dtype: torch.dtype) -> LowRank:
-        """The zero matrix (out, in), of rank 0."""
+    def zero(cls, shape: Sequence[int], dtype: torch.dtype) -> LowRank:
+        """The zero matrix, or stack of them, of a shape ([n,] out, in), of rank 0."""
+        *stack, out_features, in_features = shape
         return cls(
-            torch.zeros(out_features, 0, dtype=dtype), torch.zeros(0, in_features, dtype=dtype)
+            torch.zeros(*stack, out_features, 0, dtype=dtype),
+            torch.zeros(*stack, 0, in_features, dtype=dtype),
         )
 
     @property
@@ -82,13 +96,13 @@ class LowRank:
         if len(self._parts) > 1:
             lefts, rights = zip(*self._parts, strict=True)
             # Each in memory of its own: savers take tensors that share some for tied weights.
-            self._parts = [(torch.cat(lefts, dim=1), torch.cat(rights))]
+            self._parts = [(torch.cat(lefts, dim=-1), torch.cat(rights, dim=-2))]
         return self._parts[0]
 
     @property
     def rank(self) -> int:
         """The number of terms k (an upper bound of the rank of the matrix)."""
-        return sum(a.shape[0] for _, a in self._parts)
+        return sum(a.shape[-2] for _, a in self._parts)
 
     def __add__(self, other: LowRank) -> LowRank:
         """The sum, with the terms of both: exact, nothing is multiplied out."""
@@ -98,7 +112,13 @@ class LowRank:
 
     def __getitem__(self, terms: slice) -> LowRank:
         """Some of the terms."""
-        return LowRank(self.B[:, terms], self.A[terms])
+        return LowRank(self.B[..., terms], self.A[..., terms, :])
+
+    def padded(self, rank: int) -> LowRank:
+        """The same matrix with terms of zero beside its own, `rank` of them in all."""
+        more = rank - self.rank
+        b, a = self.B[..., :0], self.A[..., :0, :]
+        return self + LowRank(functional.pad(b, (0, more)), functional.pad(a, (0, 0, 0, more)))
 
     def joined(self) -> LowRank:
         """The same matrix with its terms side by side, in two blocks of memory.
@@ -122,12 +142,14 @@ class LowRank:
 
     @full_precision()
     def dense(self) -> Tensor:
-        """The matrix itself, (out, in)."""
+        """The matrix itself, ([n,] out, in)."""
         return self.B @ self.A
 
     @full_precision()
     def compressed(self) -> LowRank:
         """The same matrix with as few terms as its numerical rank, the scale split evenly.
+
+        Of a stack as many as the matrix of the largest rank in it has.
 
         A QR of each factor and an SVD of the small product, in float64. Singular values below the
         rounding of the factors' own dtype are dropped, so nothing is lost that the product held.
@@ -135,11 +157,11 @@ class LowRank:
         if self.rank == 0:
             return self
         q_b, r_b = torch.linalg.qr(self.B.double())
-        q_a, r_a = torch.linalg.qr(self.A.double().T)
-        u, sizes, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-        keep = int((sizes > sizes[0] * torch.finfo(self.B.dtype).eps).sum())
-        root = sizes[:keep].sqrt()
-        return LowRank(
-            (q_b @ (u[:, :keep] * root)).to(self.B.dtype).contiguous(),
-            (root[:, None] * (vh[:keep] @ q_a.T)).to(self.A.dtype).contiguous(),
-        )
+        q_a, r_a = torch.linalg.qr(transposed(self.A.double()))
+        u, sizes, vh = torch.linalg.svd(r_b @ transposed(r_a), full_matrices=False)
+        there = sizes > sizes[..., :1] * torch.finfo(self.B.dtype).eps
+        keep = int(there.sum(-1).max())
+        root = torch.where(there, sizes, 0.0)[..., :keep].sqrt()
+        b = q_b @ (u[..., :keep] * root[..., None, :])
+        a = root[..., None] * (vh[..., :keep, :] @ transposed(q_a))
+        return LowRank(b.to(self.B.dtype).contiguous(), a.to(self.A.dtype).contiguous())

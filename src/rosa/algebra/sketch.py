@@ -11,11 +11,13 @@ section 4 (the range finder).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from rosa.algebra.lowrank import transposed
 
 OVERSAMPLING = 8
 """Projections beyond the rank: with these the error is within a small factor of the smallest."""
@@ -25,29 +27,28 @@ class Sketch:
     """Sums ``(G T)^T`` over backward passes.
 
     Args:
-        out_features: of the layer.
-        in_features: of the layer.
+        shape: of the weight as a matrix, (out, in), or as a stack of them, (n, out, in).
         rank: how many directions will be asked for.
         generator: draws the projections.
         like: a tensor of the precision and on the device to sum in.
 
     Attributes:
         test: T, (in, p).
-        total: (p, out), the sum.
+        total: ([n,] p, out), the sum.
     """
 
     def __init__(
         self,
-        out_features: int,
-        in_features: int,
+        shape: Sequence[int],
         rank: int,
         generator: torch.Generator,
         like: Tensor,
     ) -> None:
+        *stack, out_features, in_features = shape
         width = min(rank + OVERSAMPLING, out_features, in_features)
         test = torch.randn(in_features, width, generator=generator, dtype=like.dtype)
         self.test = test.to(like.device)
-        self.total = like.new_zeros(width, out_features)
+        self.total = like.new_zeros(*stack, width, out_features)
 
     def add(self, grad: Tensor, x: Tensor) -> None:
         """Add a backward pass.
@@ -65,11 +66,11 @@ class Sketch:
         self.add_projected(projected.T @ grad)
 
     def add_gradient(self, gradient: Tensor) -> None:
-        """Add a gradient of the weight itself, (out, in)."""
-        self.add_projected((gradient.to(self.test.dtype) @ self.test).T)
+        """Add a gradient of the weight itself, ([n,] out, in)."""
+        self.add_projected(transposed(gradient.to(self.test.dtype) @ self.test))
 
     def add_projected(self, found: Tensor) -> None:
-        """Add ``(G T)^T``, (p, out), of a gradient G."""
+        """Add ``(G T)^T``, ([n,] p, out), of a gradient G."""
         # A pass that overflowed, as under loss scaling, is left out: without a wait for the device.
         self.total += torch.where(torch.isfinite(found).all(), found, 0.0).to(self.total.device)
 
@@ -77,16 +78,23 @@ class Sketch:
         """Whether no gradient was seen."""
         return not self.total.any()
 
-    def directions(self, count: int) -> Tensor:
+    def directions(self, count: int, like: Tensor) -> Tensor | list[Tensor]:
         """The largest left singular directions of G, (out, k), with orthonormal columns.
 
-        k is `count`; smaller where the gradient has fewer directions, and 0 where none was seen.
+        k is `count`; smaller where the gradient has fewer directions, and 0 where none was seen. In
+        the precision and on the device of `like`; of a stack a list of them.
         """
-        # Of the tall one: LAPACK is four times faster there than on the wide one.
-        columns, sizes, _ = torch.linalg.svd(self.total.T, full_matrices=False)
-        least = sizes[0] * torch.finfo(sizes.dtype).eps * max(self.total.shape)
-        there = int((sizes > least).sum())
-        return columns[:, : min(count, there)]
+        if self.total.dim() > 2:
+            return [_directions(total, count).to(like) for total in self.total]
+        return _directions(self.total, count).to(like)
+
+
+def _directions(total: Tensor, count: int) -> Tensor:
+    # Of the tall one: LAPACK is four times faster there than on the wide one.
+    columns, sizes, _ = torch.linalg.svd(total.T, full_matrices=False)
+    least = sizes[0] * torch.finfo(sizes.dtype).eps * max(total.shape)
+    there = int((sizes > least).sum())
+    return columns[:, : min(count, there)]
 
 
 class Watch(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 Nothing here knows of layers or models. Shapes follow a linear layer: a weight is (out, in), the
 factor ``A`` is (r, in) and the factor ``B`` is (out, r), so that ``B @ A`` has the weight's shape.
+A stack of weights (n, out, in), as of a mixture's experts, has a subspace of each.
 
 Source: Abdel Hameed et al., "ROSA: Random Subspace Adaptation for Efficient Fine-Tuning",
 arXiv 2407.07802, section 3. The paper writes a layer as x W and ``W = W_fixed + A B``: its W is
@@ -12,13 +13,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from rosa.algebra.lowrank import LowRank, full_precision
+from rosa.algebra.lowrank import LowRank, add_product, full_precision, transposed
 from rosa.algebra.triplets import singular_triplets
 from rosa.errors import UserError
 
@@ -44,12 +46,14 @@ def orthonormal_basis(
     """Orthonormal columns, (size, rank): some that are known, and random ones.
 
     The random ones are uniform over all subspaces (orthogonal to what is known), and drawn on the
-    CPU, so that every device gets the same, then moved to the device of `like`.
+    CPU, so that every device gets the same, then moved to the device of `like`. Where `like` is a
+    stack there are as many bases, (n, size, rank), and nothing is known.
     """
     count = rank if known is None else rank - known.shape[1]
     if known is not None and count == 0:
         return known
-    columns = torch.randn(size, count, generator=generator, dtype=like.dtype).to(like.device)
+    shape = *like.shape[:-2], size, count
+    columns = torch.randn(shape, generator=generator, dtype=like.dtype).to(like.device)
     if known is not None:
         columns = torch.cat([known, columns], dim=1)
     return torch.linalg.qr(columns).Q
@@ -60,9 +64,9 @@ def _part_in_outputs(
 ) -> tuple[Tensor, Tensor]:
     """A and B of U U^T W, of the weight with the change: B is U (out, r), as it is."""
     # The weight and the change are projected one by one: their sum is never written down.
-    rows = u.T @ weight
+    rows = transposed(u) @ weight
     if change is not None:
-        rows.addmm_(u.T @ change.B, change.A)
+        add_product(rows, transposed(u) @ change.B, change.A)
     return rows.div_(scaling), u
 
 
@@ -75,13 +79,14 @@ def _part_in_inputs(
     """
     columns = weight @ v
     if change is not None:
-        columns.addmm_(change.B, change.A @ v)
-    return (v * size).T, columns.div_(size * scaling)
+        add_product(columns, change.B, change.A @ v)
+    return transposed(v * size), columns.div_(size * scaling)
 
 
 def root_mean_square_size(norm: float, shape: Sequence[int]) -> float:
     """The root mean square of a weight's singular values, from its Frobenius norm; 1 for zero."""
-    return norm / min(shape) ** 0.5 or 1.0
+    *stack, out_features, in_features = shape
+    return norm / (math.prod(stack) * min(out_features, in_features)) ** 0.5 or 1.0
 
 
 @full_precision()
@@ -94,7 +99,7 @@ def draw(
     change: LowRank | None = None,
     size: float | None = None,
     side: str | None = None,
-    known: Tensor | None = None,
+    known: Tensor | Sequence[Tensor] | None = None,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Draw a subspace of a weight: ``scaling * B @ A`` is the weight's part in it.
@@ -102,7 +107,7 @@ def draw(
     A holds the scale, as in the authors' code.
 
     Args:
-        weight: (out, in), in float32 or float64.
+        weight: (out, in), in float32 or float64; or a stack, (n, out, in).
         rank: r, at most min(out, in).
         directions: singular triplets of the weight, a uniform random subset; random orthonormal
             directions of its smaller side, which carry rank / min(out, in) of its energy, as
@@ -116,30 +121,51 @@ def draw(
             "right" (the inputs', which A holds); None takes that of `known`, or the smaller one.
         known: for ``directions="gradient"``, orthonormal directions of the outputs that the
             subspace shall have, (out, k); random ones complete them. None draws as "orthonormal"
-            does.
+            does. Of a stack, a list of them.
         generator: see `generator`.
 
     Returns:
-        A (r, in) and B (out, r), in the dtype and on the device of the weight.
+        A ([n,] r, in) and B ([n,] out, r), in the dtype and on the device of the weight.
 
     Raises:
         ValueError: the rank does not fit the weight.
     """
-    if not 1 <= rank <= min(weight.shape):
+    *stack, out_features, in_features = weight.shape
+    most = min(out_features, in_features)
+    if not 1 <= rank <= most:
         raise UserError(
-            f"rank {rank} does not fit a weight of shape {tuple(weight.shape)}: "
-            f"choose 1 to {min(weight.shape)}"
+            f"rank {rank} does not fit a weight of shape {tuple(weight.shape)}: choose 1 to {most}"
         )
     if directions == "zero":
-        bound = weight.shape[1] ** -0.5  # as torch initialises a linear layer, and LoRA its A
-        a = torch.rand(rank, weight.shape[1], generator=generator, dtype=weight.dtype) * 2 - 1
-        return (a * bound).to(weight.device), weight.new_zeros(weight.shape[0], rank)
+        bound = in_features**-0.5  # as torch initialises a linear layer, and LoRA its A
+        a = torch.rand(*stack, rank, in_features, generator=generator, dtype=weight.dtype) * 2 - 1
+        return (a * bound).to(weight.device), weight.new_zeros(*stack, out_features, rank)
+    if stack and (directions == "svd" or known is not None):
+        draw_one = functools.partial(
+            draw,
+            rank=rank,
+            directions=directions,
+            scaling=scaling,
+            size=size,
+            side=side,
+            generator=generator,
+        )
+        each = [
+            draw_one(
+                one,
+                change=None if change is None else LowRank(change.B[i], change.A[i]),
+                known=None if known is None else known[i],
+            )
+            for i, one in enumerate(weight)
+        ]
+        a, b = zip(*each, strict=True)
+        return torch.stack(a), torch.stack(b)
+    assert known is None or isinstance(known, Tensor)
     if directions == "svd":
         whole = weight if change is None else torch.addmm(weight, change.B, change.A)
-        chosen = torch.randperm(min(weight.shape), generator=generator)[:rank].sort().values
+        chosen = torch.randperm(most, generator=generator)[:rank].sort().values
         u, sizes, v = singular_triplets(whole, chosen)
         return (sizes / scaling)[:, None] * v, u
-    out_features, in_features = weight.shape
     if side is None:
         side = "left" if known is not None or out_features <= in_features else "right"
     if side == "left":
@@ -159,9 +185,10 @@ def fingerprint(weight: Tensor) -> tuple[float, float]:
     Unlike a hash they hardly change when the same weight is stored in another precision or
     computed on another device, so they can be compared within a tolerance; see `same_fingerprint`.
     """
-    u, v = _fixed_vectors(*weight.shape)
+    *rows, in_features = weight.shape
+    u, v = _fixed_vectors(math.prod(rows), in_features)  # the rows of a stack are rows of one
     weight = weight.detach().float()
-    projection = u.to(weight.device) @ (weight @ v.to(weight.device))
+    projection = u.to(weight.device) @ (weight @ v.to(weight.device)).flatten()
     return float(torch.linalg.vector_norm(weight)), float(projection)
 
 

@@ -87,7 +87,17 @@ def adapt(
         "modules_to_save": base.fresh or None,
     }
     shapes = _target_shapes(model, shared)
-    config = method.config(settings, settings.rank or 0, shared, list(shapes.values()))
+    if settings.target_parameters:
+        shared["target_parameters"] = list(settings.target_parameters)
+    try:
+        config = method.config(settings, settings.rank or 0, shared, list(shapes.values()))
+    except TypeError as error:
+        if "target_parameters" not in str(error):
+            raise
+        raise UserError(
+            f"{settings.method} adapts no single parameters: leave --target-parameters out, or use "
+            "rosa or lora"
+        ) from error
     if settings.method == "lora_ga":
         # PEFT looks for the gradients before it makes names of "all-linear".
         config.target_modules = set(shapes)  # type: ignore[attr-defined]

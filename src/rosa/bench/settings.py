@@ -83,6 +83,11 @@ class RunSettings:
         "Layers to adapt: attention, all-linear, or names (repeat the option).",
         ("attention",),
     )
+    target_parameters: tuple[str, ...] = _is(
+        METHOD,
+        "Single parameters to adapt too, as a mixture's experts.gate_up_proj (repeat the option).",
+        (),
+    )
     lr: float | None = _is(
         TRAINING, "Peak learning rate; default: the method's own (rosa 1e-3). Tune it.", None
     )

@@ -87,7 +87,7 @@ Recipe = Annotated[
 SHARED = (
     *("model", "output", "train", "validation", "task", "data", "text_column", "label_column"),
     *("limit_train", "limit_test", "max_length", "group_by_length", "resample_every"),
-    *("target_modules", "epochs", "steps", "batch_size", "eval_batch_size"),
+    *("target_modules", "target_parameters", "epochs", "steps", "batch_size", "eval_batch_size"),
     *("gradient_accumulation", "weight_decay", "warmup", "precision", "report_to"),
 )
 

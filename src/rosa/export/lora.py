@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper as LoraParamWrapper
 from peft.utils import (
     SAFETENSORS_WEIGHTS_NAME,
     AuxiliaryTrainingWrapper,
@@ -24,12 +25,13 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rosa.algebra.lowrank import LowRank
+from rosa.algebra.lowrank import LowRank, transposed
 from rosa.checkpoint import is_rosa_key
 from rosa.config import RosaConfig
 from rosa.errors import ExportError
 from rosa.export.staging import rosa_adapter, staged
 from rosa.layers.kinds import layers_of, rosa_layers
+from rosa.layers.parameter import ParamWrapper
 
 _PREFIX = "base_model.model."
 
@@ -61,27 +63,32 @@ def write_lora(model: PeftModel, adapter: str, folder: Path) -> None:
     """Write an adapter as LoRA's, and raise ExportError if PEFT would load another model."""
     config = model.peft_config[adapter]
     assert isinstance(config, RosaConfig)
-    _check_called(model, adapter)
-    state, ranks = {}, {}
+    state, ranks, parameters = {}, {}, []
     for name, layer in layers_of(model, adapter).items():
         change = layer.whole_change(adapter).compressed()
         if change.rank == 0:  # LoRA has no rank 0
-            change = LowRank(torch.zeros(layer.out_features, 1), torch.zeros(1, layer.in_features))
+            change = change.padded(1)
         try:
             factors = layer.as_lora(layer.get_base_layer(), change)
         except ValueError as error:
             raise _no_lora(f"{error} (layer {name.removeprefix(_PREFIX)})") from error
         for factor, values in zip(layer.lora_names, factors, strict=True):
             state[f"{name}.{factor}"] = values.contiguous()
-        ranks[name.removeprefix(_PREFIX)] = change.rank
+        if isinstance(layer, ParamWrapper):
+            parameters.append(layer.name)
+            ranks[layer.name] = change.rank
+        else:
+            ranks[name.removeprefix(_PREFIX)] = change.rank
+    _check_called(model, adapter)
     others = _beside_layers(model, adapter)  # heads, biases: named alike by every method
     state.update({key: value.detach().cpu().contiguous() for key, value in others.items()})
     base = _base(model)
-    modules, parameters = _targets(base, list(ranks))
+    modules, experts = _targets(base, [name for name in ranks if name not in parameters])
     patterns = {
-        f"^{re.escape(name)}" + (r"\.weight" if f"{name}.weight" in parameters else ""): rank
+        f"^{re.escape(name)}" + (r"\.weight" if f"{name}.weight" in experts else ""): rank
         for name, rank in ranks.items()
     }
+    parameters += experts
     lora = LoraConfig(
         r=max(ranks.values()),
         lora_alpha=max(ranks.values()),
@@ -108,11 +115,17 @@ def _check_called(model: PeftModel, adapter: str) -> None:
     change, however often their weight was looked at.
     """
     layers = layers_of(model, adapter)
-    called = {name for name, layer in layers.items() if getattr(layer, "was_called", False)}
+    fast = [n for n, m in model.named_modules() if isinstance(m, nn.TransformerEncoderLayer)]
+    if found := [name for name in layers if name.startswith(tuple(f"{n}." for n in fast))]:
+        raise _no_lora(
+            f"{found[0].removeprefix(_PREFIX)} lies in a TransformerEncoderLayer of torch, which "
+            "in eval mode reads the pretrained weights, where LoRA has no effect"
+        )
+    called = {name for name, layer in layers.items() if layer.was_called}
     read = [
         name.removeprefix(_PREFIX)
         for name, layer in layers.items()
-        if called and name not in called and getattr(layer, "was_read", False)
+        if called and name not in called and layer.was_read
         if not _is_rounding(layer.whole_change(adapter))
     ]
     if read:
@@ -172,9 +185,7 @@ def _check_lora(model: PeftModel, adapter: str, others: dict[str, Tensor], folde
     factors = {}
     for name, layer in loaded.named_modules():
         if isinstance(layer, LoraLayer):
-            held = layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B
-            a, b = (p.data for d in held for p in d.parameters())
-            factors[name] = LowRank(b.flatten(1) * layer.scaling["default"], a.flatten(1))
+            factors[name] = _factors_of(layer)
     layers = layers_of(model, adapter)
     differ = [
         name
@@ -192,6 +203,18 @@ def _check_lora(model: PeftModel, adapter: str, others: dict[str, Tensor], folde
         raise _no_lora(f"PEFT loads something else for {names}{more}")
 
 
+def _factors_of(layer: LoraLayer) -> LowRank:
+    """The change of a weight by PEFT's LoRA, as a matrix or a stack of them."""
+    if isinstance(layer, LoraParamWrapper) and layer.num_experts > 1:
+        left, right, scaling = layer.get_delta_factors("default")
+        if not layer._did_swap_in_out_features:  # it is stored as (experts, in, out)
+            left, right = transposed(right), transposed(left)
+        return LowRank(left.detach() * scaling, right.detach())
+    held = layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B
+    a, b = (p.data for d in held for p in d.parameters())
+    return LowRank(b.flatten(1) * layer.scaling["default"], a.flatten(1))
+
+
 def _no_lora(reason: str) -> ExportError:
     return ExportError(
         f"this adapter cannot be exported to LoRA: {reason}. Nothing was written; export the plain "
@@ -201,7 +224,7 @@ def _no_lora(reason: str) -> ExportError:
 
 def _is_rounding(change: LowRank) -> bool:
     """Whether the terms of a change take each other out."""
-    probe = _probe(change.A.shape[1])
+    probe = _probe(change.A.shape[-1])
     b, a = change.B.double(), change.A.double()
     return float((b @ (a @ probe)).norm()) <= 1e-6 * float(b.norm() * a.norm()) * 8**0.5
 
@@ -217,14 +240,15 @@ def _same(change: LowRank, written: LowRank) -> bool:
     Told from their products with a few random vectors: what differs, differs there too, and no
     matrix of a weight's size is needed.
     """
-    if (len(change.B), change.A.shape[1]) != (len(written.B), written.A.shape[1]):
+    one, other = ((each.B.shape[:-1], each.A.shape[-1]) for each in (change, written))
+    if one != other:
         return False
     if written.A.is_meta or written.B.is_meta:  # the file did not have them
         return False
     b, a, written_b, written_a = (
         t.cpu().double() for t in (change.B, change.A, written.B, written.A)
     )
-    probe = _probe(a.shape[1])
+    probe = _probe(a.shape[-1])
     difference = float((b @ (a @ probe) - written_b @ (written_a @ probe)).norm())
     rounding = 8 * torch.finfo(written.B.dtype).eps * float(written_b.norm() * written_a.norm())
     # The SVD's own, in float64, where large terms take each other out.
@@ -244,7 +268,7 @@ def _without_weights(base: nn.Module) -> nn.Module:
     for module in base.modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             memo[id(module)] = copy.deepcopy(module.original_module, memo)
-    for _, layer in rosa_layers(base):
+    for _, layer in reversed(list(rosa_layers(base))):  # what lies inside first
         memo[id(layer)] = copy.deepcopy(layer.get_base_layer(), memo)
     skeleton = copy.deepcopy(base, memo)
     for name in ("peft_config", "hf_device_map"):

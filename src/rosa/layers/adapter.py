@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -27,9 +28,10 @@ class Adapter:
         config: its settings.
         r: the rank here.
         alpha: for the scaling; None scales by 1.
-        shape: of the weight, (out, in).
+        shape: of the weight, ([n,] out, in).
         dtype: of the offset.
-        factors: the layer's dictionaries of A (r, in) and B (out, r), which hold the Parameters.
+        factors: the layer's dictionaries of A ([n,] r, in) and B ([n,] out, r), which hold the
+            Parameters.
 
     Attributes:
         scaling: the factor s.
@@ -46,7 +48,7 @@ class Adapter:
         config: RosaConfig,
         r: int,
         alpha: float | None,
-        shape: tuple[int, int],
+        shape: tuple[int, ...],
         dtype: torch.dtype,
         factors: tuple[nn.ParameterDict, nn.ParameterDict],
     ) -> None:
@@ -54,7 +56,7 @@ class Adapter:
         self.r, self.alpha = r, alpha
         self.scaling = 1.0 if alpha is None else alpha / r
         self.shape = shape
-        self.terms = LowRank.zero(*shape, dtype)
+        self.terms = LowRank.zero(shape, dtype)
         self.draws = 0
         self.merged = False
         self.sketch: Sketch | None = None
@@ -62,7 +64,7 @@ class Adapter:
 
     @property
     def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
-        """A (r, in) and B (out, r)."""
+        """A ([n,] r, in) and B ([n,] out, r)."""
         of_a, of_b = self._factors
         return of_a[self.name], of_b[self.name]
 
@@ -94,7 +96,7 @@ class Adapter:
         there these are r terms together, not 2 r.
         """
         terms, r = self._joined(change), self.r
-        if terms.rank > _MOST_TERMS * min(self.shape):
+        if terms.rank > _MOST_TERMS * min(self.shape[-2:]):
             settled = terms.rank - (change.rank - r)  # what was drawn stays last: see `drawn`
             terms = terms[:settled].compressed() + terms[settled:]
         return terms
@@ -138,6 +140,19 @@ class Adapter:
         self.terms = LowRank(other.terms.B.clone(), other.terms.A.clone())
         self.draws = other.draws
 
+    @contextlib.contextmanager
+    def or_as_before(self) -> Iterator[None]:
+        """Take back what was done to the adapter if it fails."""
+        before = [factor.detach().clone() for factor in self.factors]
+        terms, draws = self.terms, self.draws
+        try:
+            yield
+        except BaseException:
+            for factor, values in zip(self.factors, before, strict=True):
+                factor.detach().copy_(values)
+            self.terms, self.draws = terms, draws
+            raise
+
     def watch(self, like: Tensor) -> None:
         """Begin to sum up where the loss gradient lies, in backward passes, until the next draw.
 
@@ -145,7 +160,7 @@ class Adapter:
             like: a tensor of the precision and on the device to sum in.
         """
         self.sketch = Sketch(
-            *self.shape,
+            self.shape,
             self.r,
             # Not the draw's own, which goes on from its beginning.
             subspace.generator(self.config.seed, f"{self.layer}.{self.name}.watch", self.draws),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -82,7 +82,8 @@ class RosaLayer(nn.Module, BaseTunerLayer, Kind):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         base = self.get_base_layer()
-        self._base_weight = BaseWeight(name, self.view_of(base), fingerprint)
+        view = self.view_of(base, self.parameter_name)
+        self._base_weight = BaseWeight(name, view, fingerprint)
         self.base_fingerprint()
         self._active_adapter = adapter_name
         self.register_state_dict_post_hook(statedict.after_save)
@@ -103,12 +104,20 @@ class RosaLayer(nn.Module, BaseTunerLayer, Kind):
     @property
     def out_features(self) -> int:
         """The rows of the weight as a matrix."""
-        return self._base_weight.shape[0]
+        return self._base_weight.shape[-2]
 
     @property
     def in_features(self) -> int:
         """The columns of the weight as a matrix."""
-        return self._base_weight.shape[1]
+        return self._base_weight.shape[-1]
+
+    @property
+    def weight_path(self) -> str:
+        """Where the weight is, from the layer: one may be around another."""
+        path, module = "base_layer.", self.base_layer
+        while isinstance(module, RosaLayer):
+            path, module = f"{path}base_layer.", module.base_layer
+        return path + self.parameter_name
 
     def base_fingerprint(self) -> tuple[float, float] | None:
         """See `subspace.fingerprint`, of the pretrained weight; None on the meta device."""
@@ -206,20 +215,20 @@ class RosaLayer(nn.Module, BaseTunerLayer, Kind):
             super()._apply(fn, recurse)
             self.base_weight.arrived()
             return self
-        standing = self.base_weight.standing
         merged = {name: adapter.merged for name, adapter in self.adapters.items()}
+        standing = self.base_weight.standing
+        own = {n for n, change in standing.items() if change is self.adapters[n].terms}
         self.bare()
         try:
             super()._apply(fn, recurse)
         finally:
             self.base_weight.expect_write()
-            dtype, back = self.base_weight.work_dtype, {}
+            dtype = self.base_weight.work_dtype
             for name, adapter in self.adapters.items():
-                change, own = standing.get(name), standing.get(name) is adapter.terms
                 adapter.terms = adapter.terms.to(dtype=dtype)
-                if change is not None:
-                    back[name] = adapter.terms if own else change.to(dtype=dtype)
                 adapter.merged = merged[name]
+            back = {n: change.to(dtype=dtype) for n, change in standing.items()}
+            back |= {n: self.adapters[n].terms for n in own}
             self.base_weight.put(back, self._takes_turns)
         return self
 
@@ -235,7 +244,7 @@ class RosaLayer(nn.Module, BaseTunerLayer, Kind):
         except AttributeError:
             if name.startswith("_") or "base_layer" not in self._modules:
                 raise
-            return getattr(self.get_base_layer(), name)
+            return getattr(self.base_layer, name)
 
     def __repr__(self) -> str:
         return "rosa." + super().__repr__()
@@ -273,10 +282,14 @@ class RosaLayer(nn.Module, BaseTunerLayer, Kind):
 
     @property
     def weight(self) -> Tensor:
-        """The weight that the layer computes with, W_0 + O + s B A, for models that read it.
+        """The weight that the layer computes with, for models that read it; see `changed_weight`.
 
-        In the base weight's own shape; gradients reach the factors.
+        It is computed when a value of it is first needed.
         """
+        return self.changed_weight(self._note_read)
+
+    def changed_weight(self, note: Callable[[], None] | None = None) -> Tensor:
+        """W_0 + O + s B A, in the base weight's own shape; gradients reach the factors."""
         if not is_traced():
             self.settle()
         weight = self.base_weight.parameter
@@ -284,7 +297,7 @@ class RosaLayer(nn.Module, BaseTunerLayer, Kind):
             return weight
         for adapter in map(self.adapters.get, self.active_adapters):
             if adapter is not None and not adapter.is_on_meta:
-                weight = effective_weight(weight, adapter, self.base_weight.view, self._note_read)
+                weight = effective_weight(weight, adapter, self.base_weight.view, note)
         return weight
 
     def _note_read(self) -> None:
@@ -317,10 +330,10 @@ class RosaLayer(nn.Module, BaseTunerLayer, Kind):
         Not drawn are factors on the meta device and those of an adapter made for inference
         (``inference_mode``): both wait for a file. Until then they leave the model as it is.
         """
-        out_features, in_features = shape = self._base_weight.shape
-        r = min(r, *shape)
-        self.rosa_A[adapter_name] = nn.Parameter(torch.zeros(r, in_features))
-        self.rosa_B[adapter_name] = nn.Parameter(torch.zeros(out_features, r))
+        *stack, out_features, in_features = shape = self._base_weight.shape
+        r = min(r, out_features, in_features)
+        self.rosa_A[adapter_name] = nn.Parameter(torch.zeros(*stack, r, in_features))
+        self.rosa_B[adapter_name] = nn.Parameter(torch.zeros(*stack, out_features, r))
         dropout = nn.Dropout(config.rosa_dropout) if config.rosa_dropout > 0 else nn.Identity()
         self.rosa_dropout[adapter_name] = dropout
         how = shape, self.base_weight.work_dtype, (self.rosa_A, self.rosa_B)
@@ -356,26 +369,15 @@ class RosaLayer(nn.Module, BaseTunerLayer, Kind):
         Parameter objects. Use `rosa.resample`, which also clears the optimizer's state.
         """
         self.settle()
-        one = self.adapters[adapter]
-        before = [factor.detach().clone() for factor in one.factors]
-        terms, draws = one.terms, one.draws
-        try:
-            self._merge_and_draw(one)
-        except BaseException:  # the layer is as it was
-            for factor, values in zip(one.factors, before, strict=True):
-                factor.copy_(values)
-            one.terms, one.draws = terms, draws
-            raise
-
-    def _merge_and_draw(self, adapter: Adapter) -> None:
-        base = self.base_weight
-        learned = adapter.learned()
-        start = draw(adapter, base.matrix.to(base.work_dtype), self._norm(), learned)
-        change = (learned + start).joined()
-        adapter.terms = adapter.next_terms(change.to("cpu"))
-        # In one pass over the weight: cheaper than the old offset out and the new one in.
-        if not base.add(adapter.name, change, adapter.terms):
-            self.synchronize()
+        base, one = self.base_weight, self.adapters[adapter]
+        with one.or_as_before():
+            learned = one.learned()
+            start = draw(one, base.matrix.to(base.work_dtype), self._norm(), learned)
+            change = (learned + start).joined()
+            one.terms = one.next_terms(change.to("cpu"))
+            # In one pass over the weight: cheaper than the old offset out and the new one in.
+            if not base.add(adapter, change, one.terms):
+                self.synchronize()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; nothing of it stays in the weight."""
@@ -447,4 +449,10 @@ class RosaLayer(nn.Module, BaseTunerLayer, Kind):
         if not self.merged:
             self._disable_adapters = True
             self.synchronize(accept=True)
-        return self.get_base_layer()
+        base, how = self.base_layer, (merge, safe_merge, adapter_names)
+        for name, module in self.inner(base).items():
+            if isinstance(module, RosaLayer):
+                setattr(base, name, module.unload_and_optionally_merge_module(*how))
+        return (
+            base.unload_and_optionally_merge_module(*how) if isinstance(base, RosaLayer) else base
+        )

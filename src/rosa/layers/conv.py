@@ -6,15 +6,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd
 
 from rosa.algebra.lowrank import LowRank
 from rosa.algebra.sketch import Sketch
 from rosa.config import RosaConfig
-from rosa.errors import UserError
 from rosa.layers.adapter import Adapter
 from rosa.layers.base import RosaLayer
+from rosa.layers.changed import check_no_dropout, with_changed_weight
 from rosa.layers.plain import plain_sum
 from rosa.layers.tracing import is_traced
 from rosa.layers.views import MatrixView
@@ -82,9 +81,9 @@ class RosaConv(RosaLayer):
         return base.out_channels * (base.in_channels // base.groups) * size
 
     @staticmethod
-    def view_of(base: nn.Module) -> MatrixView:
+    def view_of(base: nn.Module, parameter: str) -> MatrixView:
         """The kernel as (out, in / groups * size)."""
-        return KernelView(base)
+        return KernelView(base, parameter)
 
     @staticmethod
     def as_lora(base: nn.Module, change: LowRank) -> tuple[Tensor, Tensor]:
@@ -104,19 +103,15 @@ class RosaConv(RosaLayer):
         self, adapter_name: str, r: int, alpha: float | None, config: RosaConfig
     ) -> None:
         """Add an adapter; ValueError for dropout where the product has no inputs of its own."""
-        if config.rosa_dropout > 0 and not _convolves(self._conv):
-            raise UserError(
-                f"{self.name} is a {type(self._conv).__name__}, whose kernel is changed as a "
-                "whole: leave rosa_dropout at 0"
-            )
+        if not _convolves(self._conv):
+            check_no_dropout(self.name, config)
         super().update_layer(adapter_name, r, alpha, config)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus ``s B A * x`` per active adapter; ([n,] channels, *size)."""
         active = self._in_use(x, is_traced())
         if active and not _convolves(self._conv):
-            weight = self.weight.clone()  # a tensor that its forward may also give other values
-            return functional_call(self.base_layer, {"weight": weight}, (x, *args), kwargs)
+            return with_changed_weight(self, x, *args, **kwargs)
         return plain_sum(self, active, self._product, x, *args, look=self._look, **kwargs)
 
     def _product(self, adapter: Adapter, x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ def draw(adapter: Adapter, weight: Tensor, norm: float, change: LowRank | None =
 
     Args:
         adapter: its config and the count of its draws decide.
-        weight: (out, in), in float32 or float64; not changed.
+        weight: ([n,] out, in), in float32 or float64; not changed.
         norm: the Frobenius norm of the pretrained weight.
         change: to be added to the weight first.
 
@@ -40,7 +40,7 @@ def draw(adapter: Adapter, weight: Tensor, norm: float, change: LowRank | None =
             # Of the pretrained weight: the speed of learning does not drift with the training.
             size=subspace.root_mean_square_size(norm, weight.shape),
             side=SIDES[config.trained],
-            known=None if sketch is None else sketch.directions(adapter.r).to(weight),
+            known=None if sketch is None else sketch.directions(adapter.r, like=weight),
             generator=subspace.generator(
                 config.seed, f"{adapter.layer}.{adapter.name}", adapter.draws
             ),
@@ -56,5 +56,5 @@ def draw(adapter: Adapter, weight: Tensor, norm: float, change: LowRank | None =
     # From the factors as they are now stored: their rounding cancels too.
     start = adapter.learned()
     if config.directions == "zero":
-        return LowRank(start.B[:, :0], start.A[:0])
+        return start[:0]
     return LowRank(-start.B, start.A)

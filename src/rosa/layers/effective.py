@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from rosa.algebra.lowrank import full_precision
+from rosa.algebra.lowrank import full_precision, transposed
 from rosa.algebra.sketch import Sketch
 from rosa.errors import UserError
 from rosa.layers.adapter import Adapter
@@ -22,7 +22,7 @@ from rosa.layers.views import MatrixView
 
 
 def effective_weight(
-    weight: Tensor, adapter: Adapter, view: MatrixView, note: Callable[[], None]
+    weight: Tensor, adapter: Adapter, view: MatrixView, note: Callable[[], None] | None
 ) -> Tensor:
     """``W + s B A`` in the shape and precision of W; differentiable.
 
@@ -30,7 +30,7 @@ def effective_weight(
         weight: W, as it is stored.
         adapter: whose product it is, and whose sketch is to see the gradient, if it has one.
         view: how W is a matrix (out, in).
-        note: is called when a value is first needed.
+        note: is called when a value is first needed; None computes it now.
     """
     how = weight, *adapter.factors, adapter.scaling, view
     if is_traced():
@@ -53,10 +53,12 @@ class _Read(torch.autograd.Function):
         scaling: float,
         view: MatrixView,
         sketch: Sketch | None,
-        note: Callable[[], None],
+        note: Callable[[], None] | None,
     ) -> Tensor:
         ctx.save_for_backward(a, b)
         ctx.scaling, ctx.view, ctx.sketch = scaling, view, sketch
+        if note is None:
+            return _product(weight, a, b, scaling, view)
         return _Unread(note, weight.detach(), a.detach(), b.detach(), scaling, view)
 
     @staticmethod
@@ -69,8 +71,8 @@ class _Read(torch.autograd.Function):
                 ctx.sketch.add_gradient(full)
         full = full.to(a.dtype)
         for_weight, for_a, for_b, *_ = ctx.needs_input_grad
-        grad_a = ctx.scaling * (b.T @ full) if for_a else None
-        grad_b = ctx.scaling * (full @ a.T) if for_b else None
+        grad_a = ctx.scaling * (transposed(b) @ full) if for_a else None
+        grad_b = ctx.scaling * (full @ transposed(a)) if for_b else None
         return grad if for_weight else None, grad_a, grad_b, None, None, None, None
 
 

@@ -39,9 +39,9 @@ class RosaEmbedding(RosaLayer):
         return base.num_embeddings * base.embedding_dim
 
     @staticmethod
-    def view_of(base: nn.Module) -> MatrixView:
+    def view_of(base: nn.Module, parameter: str) -> MatrixView:
         """The weight as (width, entries), as which it would be multiplied with one-hot inputs."""
-        return MatrixView(base, transposed=True)
+        return MatrixView(base, parameter, transposed=True)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The rows of W + s B A, transposed, that indices (...) name: (..., width)."""

@@ -16,10 +16,12 @@ class Kind:
 
     Attributes:
         adapts: the classes that it adapts, for messages.
+        parameter_name: of the weight, in the module.
         lora_names: how a file of PEFT's LoRA calls the factors of such a layer.
     """
 
     adapts: ClassVar[str]
+    parameter_name: str = "weight"
     lora_names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
 
     @staticmethod
@@ -38,9 +40,14 @@ class Kind:
         """How many numbers the weight of a module has when it is whole, if the module says it."""
 
     @staticmethod
-    @abstractmethod
-    def view_of(base: nn.Module) -> MatrixView:
-        """A module's weight as a matrix (out, in)."""
+    def view_of(base: nn.Module, parameter: str) -> MatrixView:
+        """A module's weight, its parameter of that name, as a matrix (out, in)."""
+        return MatrixView(base, parameter)
+
+    @staticmethod
+    def inner(base: nn.Module) -> dict[str, nn.Module]:
+        """Modules inside a module that are adapted with it, by name."""
+        return {}
 
     @staticmethod
     def as_lora(base: nn.Module, change: LowRank) -> tuple[Tensor, Tensor]:

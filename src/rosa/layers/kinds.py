@@ -9,12 +9,18 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from rosa.layers.attention import RosaMultiheadAttention
 from rosa.layers.base import RosaLayer
 from rosa.layers.conv import RosaConv
 from rosa.layers.embedding import RosaEmbedding
 from rosa.layers.linear import RosaLinear
 
-KINDS: tuple[type[RosaLayer], ...] = (RosaLinear, RosaEmbedding, RosaConv)
+KINDS: tuple[type[RosaLayer], ...] = (
+    RosaLinear,
+    RosaEmbedding,
+    RosaConv,
+    RosaMultiheadAttention,
+)
 
 
 def kind_of(module: nn.Module) -> type[RosaLayer] | None:

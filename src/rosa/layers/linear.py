@@ -59,9 +59,9 @@ class RosaLinear(RosaLayer):
         return base.in_features * base.out_features if isinstance(base, nn.Linear) else None
 
     @staticmethod
-    def view_of(base: nn.Module) -> MatrixView:
+    def view_of(base: nn.Module, parameter: str) -> MatrixView:
         """The weight as (out, in), as which Conv1D does not store it."""
-        return MatrixView(base, transposed=isinstance(base, Conv1D))
+        return MatrixView(base, parameter, transposed=isinstance(base, Conv1D))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus ``s B A x`` per active adapter; (..., in) to (..., out)."""

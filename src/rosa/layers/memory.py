@@ -14,12 +14,12 @@ from rosa.layers.sharding import is_sharded
 
 
 def weight_owners(model: nn.Module) -> dict[tuple[int, int], list[str]]:
-    """The names of the modules that hold each weight, by where it lies in memory."""
+    """The names of each weight, by where it lies in memory."""
     owners = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if is_lazy(parameter):  # it has no memory, nor an end to it
             continue
-        owners[place(parameter)].append(name.removesuffix(".weight"))
+        owners[place(parameter)].append(name)
     return owners
 
 
@@ -35,33 +35,36 @@ def tenants(model: nn.Module) -> Counter[int]:
     return Counter(map(_block, there.values()))
 
 
-def make_private(base: nn.Module, tenants: Counter[int]) -> None:
+def make_private(base: nn.Module, name: str, tenants: Counter[int]) -> None:
     """Give a layer a weight of its own if anyone outside its model holds it or its memory.
 
     Another model made from the same weights, a state dict that someone keeps: they would see each
     change of the weight, and are left what they have.
 
     Args:
-        base: a layer with a `weight`.
+        base: a layer.
+        name: of its weight.
         tenants: of its model; see `tenants`.
     """
-    weight: nn.Parameter = base.weight  # type: ignore[assignment]
+    weight: nn.Parameter = getattr(base, name)
     if not _block(weight):
         return
-    usual = _holders(nn.Linear(1, 1))
+    usual = _holders(nn.Linear(1, 1), "weight")
     del weight  # the names here count too
-    objects, users = _holders(base)
-    weight = base.weight  # type: ignore[assignment]
+    objects, users = _holders(base, name)
+    weight = getattr(base, name)
     if objects <= usual[0] and users - usual[1] < max(tenants[_block(weight)], 1):
         return
     own = nn.Parameter(weight.detach().clone(), weight.requires_grad)
     vars(own).update(vars(weight))
-    base.weight = own
+    # Not by setattr: under accelerate's init_empty_weights, in which PEFT loads adapters, that puts
+    # every new parameter on the meta device, and the weight would be lost.
+    base._parameters[name] = own
 
 
-def _holders(layer: nn.Module) -> tuple[int, int]:
-    """How many references there are to the weight, and how many tensors to its memory."""
-    weight = layer._parameters["weight"]
+def _holders(layer: nn.Module, name: str) -> tuple[int, int]:
+    """How many references there are to a weight, and how many tensors to its memory."""
+    weight = layer._parameters[name]
     assert weight is not None
     storage = weight.untyped_storage()
     users = torch._C._storage_Use_Count(storage._cdata)  # type: ignore[attr-defined]
@@ -73,9 +76,9 @@ def _block(weight: Tensor) -> int:
     return 0 if weight.is_meta or is_sharded(weight) else weight.untyped_storage().data_ptr()
 
 
-def check_in_memory(name: str, base: nn.Module) -> None:
+def check_in_memory(name: str, base: nn.Module, weight: Tensor) -> None:
     """Raise ValueError if accelerate has offloaded the weight of a base layer."""
-    if base.weight.is_meta and hasattr(base, "_hf_hook"):  # type: ignore[union-attr]
+    if weight.is_meta and hasattr(base, "_hf_hook"):
         raise UserError(
             f"the weight of {name} is offloaded by accelerate: ROSA changes weights in memory, so "
             "load the model without offloading (device_map)"

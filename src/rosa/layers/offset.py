@@ -89,11 +89,11 @@ class OffsetDict(nn.Module):
                 continue
             a, b, draws = (pieces[part] for part in PARTS)
             del self._pieces[name]
-            out_features, in_features = adapter.shape
-            if a.shape[1] != in_features or b.shape[0] != out_features:
+            found = (*b.shape[:-1], a.shape[-1])
+            if found != adapter.shape:
                 error_msgs.append(
-                    f"{key}: the offset in the file is for a weight of shape "
-                    f"({b.shape[0]}, {a.shape[1]}), the layer's is ({out_features}, {in_features})"
+                    f"{key}: the offset in the file is for a weight of shape {found}, the layer's "
+                    f"is {adapter.shape}"
                 )
                 continue
             dtype = adapter.terms.dtype

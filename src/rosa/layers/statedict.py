@@ -41,6 +41,11 @@ class Stateful(Protocol):
     arrived: Arrived | None
 
     @property
+    def weight_path(self) -> str:
+        """Where the weight is, from the layer."""
+        ...
+
+    @property
     def base_weight(self) -> BaseWeight:
         """The weight and what stands in it."""
         ...
@@ -99,7 +104,8 @@ def _gives_pretrained(layer: Stateful, prefix: str) -> bool:
         if not of_the_base:
             raise
         # PEFT asks for it too when it is about to load other weights, and needs the names.
-        warnings.warn(f"{prefix}base_layer.weight is as it lies in memory: {error}", stacklevel=2)
+        key = f"{prefix}{layer.weight_path}"
+        warnings.warn(f"{key} is as it lies in memory: {error}", stacklevel=2)
         return False
     return of_the_base or layer.base_weight.keeps_a_copy
 
@@ -112,7 +118,7 @@ def give_pretrained(layer: Stateful, state_dict: dict[str, Any], prefix: str) ->
         state_dict: the model's, or what is being saved of it; may lack the base weight.
         prefix: the layer's name in it, with a dot.
     """
-    key = f"{prefix}base_layer.weight"
+    key = f"{prefix}{layer.weight_path}"
     if key in state_dict and layer.base_weight.standing:
         state_dict[key] = layer.base_weight.pretrained_as_stored()
 
@@ -125,7 +131,7 @@ def before_load(layer: Stateful, state_dict: dict[str, Any], prefix: str, *_: An
     if it was written to.
     """
     base = layer.base_weight
-    weight, parameter = state_dict.get(f"{prefix}base_layer.weight"), base.parameter
+    weight, parameter = state_dict.get(f"{prefix}{layer.weight_path}"), base.parameter
     in_place = weight is not None and _same_memory(weight, parameter)
     brings_weight = weight is not None and weight.shape == parameter.shape
     brings_weight &= not in_place or base.is_written()

@@ -1,36 +1,40 @@
-"""How a layer's weight is a matrix."""
+"""How a layer's weight is a matrix, or a stack of them."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
+from rosa.algebra.lowrank import transposed
+
 
 class MatrixView:
-    """The `weight` of a module as a matrix (out, in).
+    """A parameter of a module as a matrix (out, in), or as a stack of them (n, out, in).
 
     Args:
-        module: whose `weight` it is.
-        transposed: whether it is stored as (in, out).
+        module: whose parameter it is.
+        name: the parameter's.
+        transposed: whether it is stored as ([n,] in, out).
     """
 
-    def __init__(self, module: nn.Module, transposed: bool = False) -> None:
+    def __init__(self, module: nn.Module, name: str = "weight", transposed: bool = False) -> None:
         self.module = module
+        self.name = name
         self.transposed = transposed
 
     @property
     def parameter(self) -> Tensor:
         """The weight itself, as it is stored."""
-        return self.module.weight  # type: ignore[return-value]
+        return getattr(self.module, self.name)
 
     @property
     def matrix(self) -> Tensor:
-        """Its memory as (out, in), without gradient history: what is written there is in it."""
+        """Its memory as a matrix, without gradient history: what is written there is in it."""
         return self.as_matrix(self.parameter.detach())
 
     def as_matrix(self, weight: Tensor) -> Tensor:
-        """A tensor of the weight's shape as (out, in)."""
-        return weight.T if self.transposed else weight
+        """A tensor of the weight's shape as a matrix."""
+        return transposed(weight) if self.transposed else weight
 
     def as_stored(self, matrix: Tensor) -> Tensor:
-        """A matrix (out, in) in the shape of the weight."""
-        return matrix.T if self.transposed else matrix
+        """A matrix in the shape of the weight."""
+        return transposed(matrix) if self.transposed else matrix

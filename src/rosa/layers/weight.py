@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rosa.algebra import subspace
-from rosa.algebra.lowrank import LowRank, full_precision
+from rosa.algebra.lowrank import LowRank, add_product, full_precision
 from rosa.errors import UserError
 from rosa.layers.memory import check_in_memory
 from rosa.layers.versions import Versions, same_state
@@ -31,7 +31,7 @@ class BaseWeight:
 
     Args:
         name: the layer's, for messages.
-        view: the weight as a matrix (out, in).
+        view: the weight as a matrix ([n,] out, in).
         fingerprint: see `subspace.fingerprint`, if it is known.
 
     Attributes:
@@ -43,8 +43,7 @@ class BaseWeight:
     ) -> None:
         self.name = name
         self.view = view
-        out_features, in_features = view.matrix.shape
-        self.shape = out_features, in_features
+        self.shape = tuple(view.matrix.shape)
         self.standing: dict[str, LowRank] = {}
         self._copy: Tensor | None = None  # the exact copy of W_0 (out, in), where one is kept
         self._versions = Versions()
@@ -85,7 +84,7 @@ class BaseWeight:
         before = self.standing
         if not same_state(before, wanted):
             weight = self.matrix
-            check_in_memory(self.name, self.view.module)
+            check_in_memory(self.name, self.view.module, self.parameter)
             if self._copy is None and self._needs_a_copy(wanted, several):
                 copy = self.pretrained().to(weight.dtype)
                 self._copy = copy.to("cpu", memory_format=torch.contiguous_format)
@@ -123,7 +122,7 @@ class BaseWeight:
             return False
         self._versions.leaving(self.parameter, self.standing)
         with full_precision():
-            self.matrix.addmm_(change.B, change.A)
+            add_product(self.matrix, change.B, change.A)
         self.standing = {**self.standing, name: now}
         self._versions.arrived(self.parameter, self.standing)
         return True
@@ -271,4 +270,5 @@ def _write_sum(weight: Tensor, pretrained: Tensor, changes: Iterable[LowRank]) -
         weight.copy_(total)
         return
     (change,) = (change.to(weight.device, weight.dtype) for change in found)
-    torch.addmm(pretrained, change.B, change.A, out=weight)  # one pass over the weight
+    product = torch.addmm if weight.dim() == 2 else torch.baddbmm
+    product(pretrained, change.B, change.A, out=weight)  # one pass over the weight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +97,7 @@ def _check_layer(name: str, layer: RosaLayer) -> None:
             "model.base_model.enable_adapter_layers(), before you resample"
         )
     weight = layer.base_weight.parameter
-    whole = weight.numel() == layer.in_features * layer.out_features
+    whole = weight.numel() == math.prod(layer.base_weight.shape)
     if weight.is_meta or not whole or is_sharded(weight):
         raise UserError(
             f"the weight of layer {name} is offloaded or sharded over processes: ROSA draws "
@@ -110,8 +111,9 @@ def _check_factors(active: Active) -> None:
             f"the factors of layer {active.name} are on the meta device (low_cpu_mem_usage): load "
             "the adapter's file first, or attach it without low_cpu_mem_usage"
         )
-    out_features, in_features = active.adapter.shape
-    numbers = active.adapter.r * in_features, out_features * active.adapter.r
+    *stack, out_features, in_features = active.adapter.shape
+    times = math.prod(stack) * active.adapter.r
+    numbers = times * in_features, times * out_features
     sharded = any(map(is_sharded, active.factors))
     if sharded or numbers != tuple(factor.numel() for factor in active.factors):
         raise UserError(

@@ -1,0 +1,28 @@
+"""Calling a module with the changed weight in the place of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.func import functional_call
+
+from rosa.config import RosaConfig
+from rosa.errors import UserError
+from rosa.layers.base import RosaLayer
+
+
+def with_changed_weight(layer: RosaLayer, *args: Any, **kwargs: Any) -> Any:
+    """What the layer's module computes of these with W_0 + O + s B A for its weight.
+
+    For modules of which nothing is known but that they use the weight. The changed weight is
+    computed at every call, and kept for the backward pass.
+    """
+    path = layer.weight_path.removeprefix("base_layer.")
+    weight = layer.changed_weight()
+    return functional_call(layer.base_layer, {path: weight}, args, kwargs, tie_weights=False)
+
+
+def check_no_dropout(layer: str, config: RosaConfig) -> None:
+    """Raise ValueError for dropout in such a layer: its product has no inputs of its own."""
+    if config.rosa_dropout > 0:
+        raise UserError(f"the weight of {layer} is changed as a whole: leave rosa_dropout at 0")
