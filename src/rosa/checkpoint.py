@@ -14,6 +14,9 @@ from rosa.errors import UserError
 from rosa.layers.base import RosaLayer
 from rosa.layers.statedict import PARTS
 
+_QUANTIZED = 0.25
+"""How far from a weight the quantized one may be, for the check that they are the same."""
+
 
 def is_rosa_key(key: str) -> bool:
     """Whether a key of a state dict is of a factor or an offset (not of a head called rosa_...)."""
@@ -80,7 +83,10 @@ def check_adapter_file(
 def fingerprints_of(layers: dict[str, RosaLayer]) -> dict[str, Any]:
     """What tells the base weights that an adapter belongs to: see `RosaConfig.base_fingerprint`."""
     found = {layer.name: layer.base_fingerprint() for layer in layers.values()}
-    dtypes = {str(layer.base_weight.parameter.dtype) for layer in layers.values()}
+    dtypes = {
+        "quantized" if layer.is_quantized else str(layer.base_weight.stored_dtype)
+        for layer in layers.values()
+    }
     return {
         "dtypes": sorted(dtype.removeprefix("torch.") for dtype in dtypes),
         "layers": {name: list(value) for name, value in found.items() if value is not None},
@@ -94,8 +100,11 @@ def warn_of_another_base(saved: dict[str, Any] | None, layers: dict[str, RosaLay
     here = fingerprints_of(layers)
     eps = 0.0
     if saved["dtypes"] != here["dtypes"]:  # one of them was rounded
-        dtypes = [getattr(torch, name) for name in {*saved["dtypes"], *here["dtypes"]}]
-        eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+        dtypes = {*saved["dtypes"], *here["dtypes"]}
+        eps = max(
+            _QUANTIZED if name == "quantized" else torch.finfo(getattr(torch, name)).eps
+            for name in dtypes
+        )
     differ = [
         name
         for name, value in here["layers"].items()

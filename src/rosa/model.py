@@ -35,6 +35,7 @@ from rosa.layers.base import RosaLayer
 from rosa.layers.kinds import kind_of, layers_of, rosa_layers
 from rosa.layers.memory import make_private, place, tenants, weight_owners
 from rosa.layers.parameter import ParamWrapper
+from rosa.layers.quantized import RosaQuantizedLinear
 from rosa.layers.sharding import check_unsharded
 from rosa.layers.statedict import give_pretrained
 from rosa.names import COMPILED, check_adapter_name, check_modules_to_save
@@ -137,8 +138,9 @@ class RosaModel(BaseTuner):
             for name, m in model.named_modules()
             if isinstance(m, AuxiliaryTrainingWrapper)
         )
-        targets = list(targets_of(config, model))
-        for target in targets:
+        targets = []
+        for target in targets_of(config, model):
+            targets.append(target)
             name = target.name
             if name.startswith(wrapped):
                 raise UserError(
@@ -168,7 +170,7 @@ class RosaModel(BaseTuner):
             if r > most:
                 capped.append(f"{name} ({r} to {most})")
         for target in targets:  # here, since PEFT's loops hold the parameters
-            if not isinstance(target.module, RosaLayer):
+            if not isinstance(target.module, RosaLayer) and not target.kind.is_quantized:
                 make_private(target.base, target.parameter, held)
         if capped:
             warnings.warn(
@@ -239,6 +241,8 @@ class RosaModel(BaseTuner):
         named = {} if parameter_name is None else {"parameter_name": parameter_name}
         name, fingerprint = key.replace(COMPILED, ""), self._fingerprints.get(key)
         layer = kind(target, adapter_name, config, r, alpha, name, fingerprint, **named)
+        if isinstance(layer, RosaQuantizedLinear):
+            layer.take_config(self.model)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         return layer

@@ -213,7 +213,7 @@ class Target:
     def place(self) -> str:
         """The parameter's name in the model without what is around its modules."""
         named = self.kind is ParamWrapper
-        return self.name if named else f"{self.name}.{self.parameter}"
+        return self.name if named else f"{self.name}.{self.view.name}"
 
 
 def targets_of(config: RosaConfig, model: nn.Module) -> Iterator[Target]:
@@ -251,9 +251,8 @@ def _of_module(name: str, module: nn.Module) -> Target:
     if kind is None:
         raise UserError(
             f"Target module {name} is a {type(base).__name__}, which is not supported: ROSA adapts "
-            f"{', '.join(each.adapts for each in KINDS)}, and parameters that are named by "
-            "themselves (target_parameters). Name other target_modules, or leave it out with "
-            "exclude_modules"
+            f"{', '.join(each.adapts for each in reversed(KINDS))}, and parameters by their names "
+            "(target_parameters). Name other target_modules, or leave it out with exclude_modules"
         )
     return Target(name, module, kind, kind.parameter_name)
 
@@ -298,6 +297,9 @@ def _parameters(config: RosaConfig, model: nn.Module) -> Iterator[Target]:
 def check_adaptable(target: Target) -> None:
     """Raise ValueError if a weight cannot be adapted; says why."""
     name, base, kind = target.name, target.base, target.kind
+    if kind.is_quantized:
+        check_in_memory(name, base, target.weight)
+        return
     if target.parameter not in base._parameters and kind.is_plain(base):
         raise UserError(
             f"the weight of {name} is computed from others at every call (weight_norm, "
@@ -320,7 +322,8 @@ def check_adaptable(target: Target) -> None:
     if weight.dtype not in SUPPORTED_DTYPES:
         raise UserError(
             f"the weight of {name} is stored as {weight.dtype} (quantized?): ROSA needs "
-            "float32, float64, float16 or bfloat16 weights, since it changes them in place"
+            "float32, float64, float16 or bfloat16 weights, which it changes in place, or linear "
+            "layers that bitsandbytes, HQQ or torchao has quantized"
         )
     check_in_memory(name, base, weight)
     in_part = is_sharded(weight) or weight.numel() < (kind.numbers(base) or 0)

@@ -269,7 +269,11 @@ def _without_weights(base: nn.Module) -> nn.Module:
         if isinstance(module, AuxiliaryTrainingWrapper):
             memo[id(module)] = copy.deepcopy(module.original_module, memo)
     for _, layer in reversed(list(rosa_layers(base))):  # what lies inside first
-        memo[id(layer)] = copy.deepcopy(layer.get_base_layer(), memo)
+        base_layer = layer.get_base_layer()
+        if layer.is_quantized:  # PEFT's LoRA is the same beside a plain layer
+            base_layer = nn.Linear(layer.in_features, layer.out_features, False, device="meta")
+            base_layer.weight = _hollow(base_layer.weight)  # type: ignore[assignment]
+        memo[id(layer)] = copy.deepcopy(base_layer, memo)
     skeleton = copy.deepcopy(base, memo)
     for name in ("peft_config", "hf_device_map"):
         if hasattr(skeleton, name):

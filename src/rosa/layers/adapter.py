@@ -26,12 +26,12 @@ class Adapter:
         name: the adapter's.
         layer: the layer's name in the model, for the draws and for messages.
         config: its settings.
-        r: the rank here.
+        r: the rank here; at most the smaller side's.
         alpha: for the scaling; None scales by 1.
         shape: of the weight, ([n,] out, in).
         dtype: of the offset.
-        factors: the layer's dictionaries of A ([n,] r, in) and B ([n,] out, r), which hold the
-            Parameters.
+        factors: the layer's dictionaries of A ([n,] r, in) and B ([n,] out, r), in which it puts
+            its own.
 
     Attributes:
         scaling: the factor s.
@@ -53,14 +53,17 @@ class Adapter:
         factors: tuple[nn.ParameterDict, nn.ParameterDict],
     ) -> None:
         self.name, self.layer, self.config = name, layer, config
-        self.r, self.alpha = r, alpha
+        *stack, out_features, in_features = self.shape = shape
+        self.r = r = min(r, out_features, in_features)
+        self.alpha = alpha
         self.scaling = 1.0 if alpha is None else alpha / r
-        self.shape = shape
         self.terms = LowRank.zero(shape, dtype)
         self.draws = 0
         self.merged = False
         self.sketch: Sketch | None = None
-        self._factors = factors
+        self._factors = of_a, of_b = factors
+        of_a[name] = nn.Parameter(torch.zeros(*stack, r, in_features))
+        of_b[name] = nn.Parameter(torch.zeros(*stack, out_features, r))
 
     @property
     def factors(self) -> tuple[nn.Parameter, nn.Parameter]:

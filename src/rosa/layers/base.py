@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -55,6 +55,7 @@ class RosaLayer(nn.Module, BaseTunerLayer, Kind):
     adapter_layer_names = ("rosa_A", "rosa_B")
     other_param_names = ("rosa_dropout", "rosa_offset")
 
+    weight_class: type[BaseWeight] = BaseWeight
     base_layer: nn.Module
     arrived: statedict.Arrived | None = None  # by state dicts since the layer was last used
     cast_input_dtype_enabled = True  # which `peft.helpers.disable_input_dtype_casting` looks for
@@ -83,7 +84,7 @@ class RosaLayer(nn.Module, BaseTunerLayer, Kind):
         self.merged_adapters: list[str] = []
         base = self.get_base_layer()
         view = self.view_of(base, self.parameter_name)
-        self._base_weight = BaseWeight(name, view, fingerprint)
+        self._base_weight = self.weight_class(name, view, fingerprint)
         self.base_fingerprint()
         self._active_adapter = adapter_name
         self.register_state_dict_post_hook(statedict.after_save)
@@ -134,7 +135,7 @@ class RosaLayer(nn.Module, BaseTunerLayer, Kind):
         if self.merged_adapters:
             if adapter.name not in self.merged_adapters:
                 return None
-            return self._base_weight.standing[adapter.name] if adapter.merged else adapter.change()
+            return self._base_weight.held[adapter.name] if adapter.merged else adapter.change()
         if self._disable_adapters or adapter.name not in self.active_adapters:
             return None
         return adapter.terms
@@ -178,7 +179,7 @@ class RosaLayer(nn.Module, BaseTunerLayer, Kind):
 
     def _forget_merges(self) -> None:
         for name, adapter in self.adapters.items():
-            adapter.merged &= name in self._base_weight.standing
+            adapter.merged &= name in self._base_weight.held
 
     @torch.no_grad()
     def bare(self, overwritten: bool = False) -> None:
@@ -210,13 +211,13 @@ class RosaLayer(nn.Module, BaseTunerLayer, Kind):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move or cast the layer; a cast is of the pretrained weight, with nothing else in it."""
         parameter = self.base_weight.parameter
-        dtype = fn(parameter.detach().new_empty(0)).dtype
+        dtype = fn(torch.empty(0, dtype=parameter.dtype, device=parameter.device)).dtype
         if dtype == parameter.dtype or self.arrived is not None:
             super()._apply(fn, recurse)
             self.base_weight.arrived()
             return self
         merged = {name: adapter.merged for name, adapter in self.adapters.items()}
-        standing = self.base_weight.standing
+        standing = self.base_weight.held
         own = {n for n, change in standing.items() if change is self.adapters[n].terms}
         self.bare()
         try:
@@ -330,26 +331,18 @@ class RosaLayer(nn.Module, BaseTunerLayer, Kind):
         Not drawn are factors on the meta device and those of an adapter made for inference
         (``inference_mode``): both wait for a file. Until then they leave the model as it is.
         """
-        *stack, out_features, in_features = shape = self._base_weight.shape
-        r = min(r, out_features, in_features)
-        self.rosa_A[adapter_name] = nn.Parameter(torch.zeros(*stack, r, in_features))
-        self.rosa_B[adapter_name] = nn.Parameter(torch.zeros(*stack, out_features, r))
-        dropout = nn.Dropout(config.rosa_dropout) if config.rosa_dropout > 0 else nn.Identity()
-        self.rosa_dropout[adapter_name] = dropout
-        how = shape, self.base_weight.work_dtype, (self.rosa_A, self.rosa_B)
+        dropout, base = config.rosa_dropout, self.base_weight
+        self.rosa_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        how = base.shape, base.work_dtype, (self.rosa_A, self.rosa_B)
         adapter = Adapter(adapter_name, self.name, config, r, alpha, *how)
         self.adapters[adapter_name] = adapter
         frozen = {**self.frozen_peft_weight_names, adapter_name: adapter.stays}
         self.frozen_peft_weight_names = frozen  # of the instance: PEFT's own is the class's
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        on_meta = adapter.is_on_meta or self.base_weight.parameter.is_meta
+        on_meta = adapter.is_on_meta or base.parameter.is_meta
         if not on_meta and not config.inference_mode:
-            adapter.terms = draw(adapter, self.pretrained_weight(), self._norm()).to("cpu")
+            adapter.terms = draw(adapter, self.pretrained_weight(), base.norm).to("cpu")
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def _norm(self) -> float:
-        norm, _ = self.base_fingerprint() or (0.0, 0.0)
-        return norm
 
     def copy_adapter(self, source: str, target: str) -> None:
         """Make one adapter what another one is: factors, offset and count of draws."""
@@ -359,7 +352,8 @@ class RosaLayer(nn.Module, BaseTunerLayer, Kind):
     def watch(self, adapter: str) -> None:
         """Begin to sum up where the loss gradient lies, in backward passes, until the next draw."""
         base = self.base_weight
-        self.adapters[adapter].watch(base.parameter.new_empty((), dtype=base.work_dtype))
+        like = torch.empty((), dtype=base.work_dtype, device=base.parameter.device)
+        self.adapters[adapter].watch(like)
 
     @torch.no_grad()
     def resample(self, adapter: str) -> None:
@@ -372,7 +366,7 @@ class RosaLayer(nn.Module, BaseTunerLayer, Kind):
         base, one = self.base_weight, self.adapters[adapter]
         with one.or_as_before():
             learned = one.learned()
-            start = draw(one, base.matrix.to(base.work_dtype), self._norm(), learned)
+            start = draw(one, base.present(), base.norm, learned)
             change = (learned + start).joined()
             one.terms = one.next_terms(change.to("cpu"))
             # In one pass over the weight: cheaper than the old offset out and the new one in.
@@ -420,7 +414,7 @@ class RosaLayer(nn.Module, BaseTunerLayer, Kind):
         if safe_merge:
             changes = [self.whole_change(name) for name in [*self.merged_adapters, *names]]
             merged = self.base_weight.with_changes(changes)
-            if not torch.isfinite(merged.to(self.base_weight.parameter.dtype)).all():
+            if not merged.to(self.base_weight.stored_dtype).isfinite().all():
                 raise UserError(
                     f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to "
                     f"be broken (layer {self.name}): load an earlier checkpoint"
@@ -451,8 +445,7 @@ class RosaLayer(nn.Module, BaseTunerLayer, Kind):
             self.synchronize(accept=True)
         base, how = self.base_layer, (merge, safe_merge, adapter_names)
         for name, module in self.inner(base).items():
-            if isinstance(module, RosaLayer):
-                setattr(base, name, module.unload_and_optionally_merge_module(*how))
-        return (
-            base.unload_and_optionally_merge_module(*how) if isinstance(base, RosaLayer) else base
-        )
+            setattr(base, name, cast(RosaLayer, module).unload_and_optionally_merge_module(*how))
+        if isinstance(base, RosaLayer):
+            base = base.unload_and_optionally_merge_module(*how)
+        return base

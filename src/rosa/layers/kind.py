@@ -17,11 +17,13 @@ class Kind:
     Attributes:
         adapts: the classes that it adapts, for messages.
         parameter_name: of the weight, in the module.
+        is_quantized: whether its weight is stored in codes, which nothing is written into.
         lora_names: how a file of PEFT's LoRA calls the factors of such a layer.
     """
 
     adapts: ClassVar[str]
     parameter_name: str = "weight"
+    is_quantized: ClassVar[bool] = False
     lora_names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
 
     @staticmethod

@@ -14,8 +14,10 @@ from rosa.layers.base import RosaLayer
 from rosa.layers.conv import RosaConv
 from rosa.layers.embedding import RosaEmbedding
 from rosa.layers.linear import RosaLinear
+from rosa.layers.quantized import RosaQuantizedLinear
 
 KINDS: tuple[type[RosaLayer], ...] = (
+    RosaQuantizedLinear,  # bitsandbytes' are linear layers too
     RosaLinear,
     RosaEmbedding,
     RosaConv,

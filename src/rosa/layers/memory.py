@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from rosa.errors import UserError
 from rosa.layers.sharding import is_sharded
@@ -73,7 +74,9 @@ def _holders(layer: nn.Module, name: str) -> tuple[int, int]:
 
 def _block(weight: Tensor) -> int:
     """The address of the block of memory that a tensor lies in; 0 if it has none."""
-    return 0 if weight.is_meta or is_sharded(weight) else weight.untyped_storage().data_ptr()
+    # A tensor that is made of others, as torchao's quantized ones, has no memory of its own.
+    elsewhere = weight.is_meta or is_sharded(weight) or is_traceable_wrapper_subclass(weight)
+    return 0 if elsewhere else weight.untyped_storage().data_ptr()
 
 
 def check_in_memory(name: str, base: nn.Module, weight: Tensor) -> None:

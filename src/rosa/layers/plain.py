@@ -51,6 +51,7 @@ def plain_sum(
     x: Tensor,
     *args: Any,
     look: Callable[[Sketch, Tensor, Tensor], None] = Sketch.add,
+    beside: Callable[[Tensor, Tensor], Tensor] | None = None,
     **kwargs: Any,
 ) -> Tensor:
     """The base layer's output of x plus the products of the active adapters, in its precision.
@@ -62,12 +63,15 @@ def plain_sum(
         x: the inputs.
         args: further ones of the base layer.
         look: see `watched`.
+        beside: takes the base layer's outputs and the inputs, and adds what else is to be added.
         kwargs: and those by name.
     """
 
     def compute(base: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result = base(x, *args, **kwargs)
         dtype = result.dtype
+        if beside is not None:
+            result = beside(result, x)
         for adapter in active:
             result = result + product(adapter, x)
         result = result.to(dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 
@@ -12,6 +13,7 @@ from rosa.algebra import subspace
 from rosa.algebra.lowrank import LowRank, add_product, full_precision
 from rosa.errors import UserError
 from rosa.layers.memory import check_in_memory
+from rosa.layers.sharding import is_sharded
 from rosa.layers.versions import Versions, same_state
 from rosa.layers.views import MatrixView
 
@@ -60,6 +62,27 @@ class BaseWeight:
         return self.view.matrix
 
     @property
+    def stored_dtype(self) -> torch.dtype:
+        """The precision of the weight."""
+        return self.parameter.dtype
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it is in this process's memory."""
+        weight = self.parameter
+        in_part = weight.numel() != math.prod(self.shape) or is_sharded(weight)
+        return not weight.is_meta and not in_part
+
+    @property
+    def held(self) -> Mapping[str, LowRank]:
+        """The changes that are in force, by name: those that stand in the memory."""
+        return self.standing
+
+    def present(self) -> Tensor:
+        """The weight with the changes that are in force, (out, in), in `work_dtype`."""
+        return self.matrix.to(self.work_dtype)
+
+    @property
     def work_dtype(self) -> torch.dtype:
         """The precision to compute with it in: float64 for float64, else float32."""
         return torch.float64 if self.parameter.dtype == torch.float64 else torch.float32
@@ -70,6 +93,12 @@ class BaseWeight:
             weight = self.pretrained() if self.standing else self.matrix
             self._fingerprint = subspace.fingerprint(weight)
         return self._fingerprint
+
+    @property
+    def norm(self) -> float:
+        """The Frobenius norm of the pretrained weight; 0 on the meta device."""
+        norm, _ = self.fingerprint() or (0.0, 0.0)
+        return norm
 
     # -- what stands in it ---------------------------------------------------------------------
 

@@ -96,9 +96,7 @@ def _check_layer(name: str, layer: RosaLayer) -> None:
             f"layer {name} has its adapters disabled: leave model.disable_adapter(), or call "
             "model.base_model.enable_adapter_layers(), before you resample"
         )
-    weight = layer.base_weight.parameter
-    whole = weight.numel() == math.prod(layer.base_weight.shape)
-    if weight.is_meta or not whole or is_sharded(weight):
+    if not layer.base_weight.is_whole:
         raise UserError(
             f"the weight of layer {name} is offloaded or sharded over processes: ROSA draws "
             "from whole weights, so train data-parallel without sharding or offloading"
