@@ -252,13 +252,11 @@ class RosaModel(BaseTuner):
     ) -> None:
         """Put a module in another's place.
 
-        What comes back when the model is unloaded is whole, on its device, and may be of any kind,
-        such as a head of several layers: PEFT's own method gives it the replaced one's `weight`.
+        A layer has put its factors on the weight's device, and what comes back when the model is
+        unloaded is whole, and may be of any kind, such as a head of several layers: PEFT's own
+        method would move the one, and give the other the replaced one's `weight`.
         """
-        if isinstance(new_module, RosaLayer):
-            super()._replace_module(parent, child_name, new_module, child)
-        else:
-            setattr(parent, child_name, new_module)
+        setattr(parent, child_name, new_module)
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -14,10 +14,6 @@ from rosa.algebra.lowrank import LowRank
 from rosa.algebra.sketch import Sketch, Watch
 from rosa.config import RosaConfig
 
-# An offset is compressed when it has this many times the terms that any matrix of its shape needs:
-# not at every resample once it is of full rank, since that costs about as much as a full SVD.
-_MOST_TERMS = 1.5
-
 
 class Adapter:
     """An adapter's part in one layer: it adds O + s B A to the weight.
@@ -61,6 +57,7 @@ class Adapter:
         self.draws = 0
         self.merged = False
         self.sketch: Sketch | None = None
+        self._compressed = 0  # the offset's terms when it last was
         self._factors = of_a, of_b = factors
         of_a[name] = nn.Parameter(torch.zeros(*stack, r, in_features))
         of_b[name] = nn.Parameter(torch.zeros(*stack, out_features, r))
@@ -92,16 +89,22 @@ class Adapter:
         """All that the adapter changes about the pretrained weight: O + s B A, in main memory."""
         return self.terms + self.learned().to("cpu")
 
-    def next_terms(self, change: LowRank) -> LowRank:
+    def next_terms(self, change: LowRank, most: float, error: float) -> LowRank:
         """The offset after a draw: with the r terms that were learned, and those taken out anew.
 
         A factor that stayed is the same in what was learned and in what was taken out before it:
         there these are r terms together, not 2 r.
+
+        Args:
+            change: what was learned, and what is taken out.
+            most: with more terms than this it is compressed; not at every draw from there on.
+            error: that compressing it may make, in the Frobenius norm.
         """
         terms, r = self._joined(change), self.r
-        if terms.rank > _MOST_TERMS * min(self.shape[-2:]):
+        if terms.rank > max(most, 1.5 * self._compressed):
             settled = terms.rank - (change.rank - r)  # what was drawn stays last: see `drawn`
-            terms = terms[:settled].compressed() + terms[settled:]
+            terms = terms[:settled].compressed(error) + terms[settled:]
+            self._compressed = terms.rank
         return terms
 
     def _joined(self, change: LowRank) -> LowRank:

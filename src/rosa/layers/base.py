@@ -252,10 +252,6 @@ class RosaLayer(nn.Module, BaseTunerLayer, Kind):
 
     # -- what it computes ----------------------------------------------------------------------
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's output with the active adapters' part."""
-        raise NotImplementedError
-
     def _in_use(self, x: Tensor, traced: bool) -> list[Adapter]:
         """The adapters whose s B A the forward pass adds, after what has to be done before it."""
         if self.arrived is not None or (not traced and self.base_weight.is_written()):
@@ -368,7 +364,7 @@ class RosaLayer(nn.Module, BaseTunerLayer, Kind):
             learned = one.learned()
             start = draw(one, base.present(), base.norm, learned)
             change = (learned + start).joined()
-            one.terms = one.next_terms(change.to("cpu"))
+            one.terms = one.next_terms(change.to("cpu"), *base.bounds())
             # In one pass over the weight: cheaper than the old offset out and the new one in.
             if not base.add(adapter, change, one.terms):
                 self.synchronize()

@@ -73,6 +73,13 @@ class BaseWeight:
         in_part = weight.numel() != math.prod(self.shape) or is_sharded(weight)
         return not weight.is_meta and not in_part
 
+    def bounds(self) -> tuple[float, float]:
+        """How many terms an offset may have until it is compressed, and the error of that.
+
+        More than any matrix of the shape needs: compressing costs about as much as a full SVD.
+        """
+        return 1.5 * min(self.shape[-2:]), 0.0
+
     @property
     def held(self) -> Mapping[str, LowRank]:
         """The changes that are in force, by name: those that stand in the memory."""
