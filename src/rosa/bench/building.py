@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rosa.bench.methods import find_method
+from rosa.bench.quantizing import quantization, quantize, quantized
 from rosa.bench.settings import RunSettings, in_bf16
 from rosa.bench.tasks.task import Task
 from rosa.errors import UserError, blame
@@ -44,6 +45,7 @@ def load_base(settings: RunSettings, task: Task, pad_token_id: int | None) -> Ba
         names = dict(enumerate(task.labels))
         how.update(id2label=names, label2id={n: i for i, n in names.items()})
         how["ignore_mismatched_sizes"] = True  # a head for other labels is replaced
+    how.update(quantization(settings.load_in, in_bf16(settings)))
     classes = {
         "classification": (AutoModelForSequenceClassification, "SEQ_CLS"),
         "regression": (AutoModelForSequenceClassification, "SEQ_CLS"),
@@ -52,6 +54,7 @@ def load_base(settings: RunSettings, task: Task, pad_token_id: int | None) -> Ba
     auto, task_type = classes[task.kind]
     with blame(f"the model {settings.model} cannot be loaded for {task.kind}"):
         model, loading = auto.from_pretrained(settings.model, output_loading_info=True, **how)
+    quantize(settings.load_in, model)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = pad_token_id
     return Base(model, _fresh_modules(loading), task_type)
@@ -141,10 +144,10 @@ def _target_shapes(model: nn.Module, shared: dict[str, Any]) -> dict[str, tuple[
     shapes = {}
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)) and is_target(config, name):
-            sides = module.weight.shape
-            shapes[name] = (
-                (sides[0], sides[1]) if isinstance(module, Conv1D) else (sides[1], sides[0])
-            )
+            if isinstance(module, Conv1D):
+                shapes[name] = (module.weight.shape[0], module.weight.shape[1])
+            else:
+                shapes[name] = (module.in_features, module.out_features)
     return shapes
 
 
@@ -175,7 +178,8 @@ def _recorder(settings: RunSettings, model: Any, targets: list[str] | str) -> An
     from rosa.bench.changes import ChangeRecorder
 
     changes_weights = find_method(settings.method).has_rank or settings.method == "full"
-    if not settings.record_changes or not changes_weights:
+    whole = settings.load_in == "full"  # of what was quantized no other method says its change
+    if not settings.record_changes or not changes_weights or not whole:
         return None
     linear = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
     if targets == "all-linear":  # a tied head is no target
@@ -209,14 +213,15 @@ def find_targets(model: nn.Module, wanted: tuple[str, ...]) -> list[str] | str:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
+    by_hqq = quantized(model)
     if wanted == ("all-linear",):
-        return "all-linear"
+        return by_hqq or "all-linear"
     if wanted != ("attention",):
         return list(wanted)
     found = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D))
+        if (isinstance(module, (nn.Linear, Conv1D)) or name in by_hqq)
         and any("att" in part.lower() for part in name.split(".")[:-1])
     ]
     if not found:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rosa.bench.methods import check_packages, find_method
+from rosa.bench.quantizing import check_load_in
 from rosa.bench.settings import PRECISIONS, RunSettings
 from rosa.errors import UserError
 
@@ -51,6 +52,9 @@ def check(settings: RunSettings) -> RunSettings:
         raise UserError(f"max_length must be at least 8 tokens, got {settings.max_length}")
     if settings.precision not in PRECISIONS:
         raise UserError(f"precision must be one of {', '.join(PRECISIONS)}: {settings.precision}")
+    check_load_in(settings.load_in)
+    if settings.load_in != "full" and method.config is None:
+        raise UserError(f"method {settings.method} trains the weights: it needs load_in full")
     schedule(settings)
     if settings.method in RESAMPLED:
         method.config(settings, settings.rank, {}, ())  # type: ignore[misc]  # checks its own

@@ -38,7 +38,7 @@ def export_folder(folder: Path, form: str, output: Path, model: str | None = Non
         raise UserError(f"--to must be one of {', '.join(FORMS)}; got {form!r}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is not empty: name a new folder")
-    trained, tokenizer = runs.load_trained(folder, model)
+    trained, tokenizer = runs.load_trained(folder, model, whole=True)
     if not isinstance(trained, PeftModel):
         raise UserError(f"{folder} holds a plain model already: there is no adapter to export")
     expected, half = _logits(trained), trained.dtype in (torch.float16, torch.bfloat16)

@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rosa.bench.quantizing import quantization, quantize
 from rosa.errors import UserError, blame
 
 if TYPE_CHECKING:
@@ -152,13 +153,14 @@ def load_tokenizer(model: str | Path) -> Any:
 
 
 def load_trained(
-    folder: Path, model: str | None = None
+    folder: Path, model: str | None = None, whole: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """The trained model of a run's folder or an adapter's, on its base, ready to evaluate.
 
     Args:
         folder: a run's folder, an adapter's, or a plain model's.
         model: the base model; None takes the one that the adapter names.
+        whole: load the base's weights as they are, where the run had quantized them.
 
     Raises:
         FileNotFoundError, ValueError: there is no such folder, or nothing trained in it.
@@ -203,8 +205,12 @@ def load_trained(
             auto: Any = AutoModelForSequenceClassification
         else:
             auto, how = AutoModelForCausalLM, {}
+        run = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
+        load_in = "full" if whole else run.get("load_in", "full")
+        how.update(quantization(load_in, run.get("precision") == "bf16"))
         with blame(f"the model {base} cannot be loaded"):
             plain = auto.from_pretrained(base, dtype=dtype, **how)
+        quantize(load_in, plain)
         try:
             with blame(f"the adapter in {place} does not fit the model {base}", *MISFIT):
                 trained = PeftModel.from_pretrained(plain, str(place))

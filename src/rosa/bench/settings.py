@@ -88,6 +88,11 @@ class RunSettings:
         "Single parameters to adapt too, as a mixture's experts.gate_up_proj (repeat the option).",
         (),
     )
+    load_in: str = _is(
+        METHOD,
+        "Frozen weights: full, 8bit or 4bit (bitsandbytes; with LoRA: QLoRA), hqq (4 bits).",
+        "full",
+    )
     lr: float | None = _is(
         TRAINING, "Peak learning rate; default: the method's own (rosa 1e-3). Tune it.", None
     )
