@@ -13,6 +13,8 @@ import pytest
 import torch
 from peft import get_peft_model
 from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
     RobertaConfig,
     RobertaForSequenceClassification,
@@ -99,6 +101,25 @@ def test_the_loops_of_the_docs_run_as_they_stand(tmp_path):
         warnings.filterwarnings("error", "no gradient was seen")
         found |= {"base": tiny_roberta(), "args": args, "four_batches": batches, "data": []}
         exec(block, found)
+
+
+def test_the_examples_on_layers_run_as_they_stand(tmp_path, monkeypatch):
+    config = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    save_with_tokenizer(LlamaForCausalLM(config), tmp_path / "HuggingFaceTB" / "SmolLM2-135M")
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {"rosa": rosa}
+    for block in blocks(ROOT / "docs" / "layers.md", "python"):
+        exec(block, found)
+    kinds = {type(layer).__name__ for layer in found["model"].modules()}
+    assert "RosaQuantizedLinear" in kinds
+    ids = torch.randint(4, len(WORDS), (2, 6))
+    found["model"](input_ids=ids, labels=ids).loss.backward()
 
 
 @pytest.mark.parametrize(

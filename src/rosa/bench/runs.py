@@ -205,7 +205,8 @@ def load_trained(
             auto: Any = AutoModelForSequenceClassification
         else:
             auto, how = AutoModelForCausalLM, {}
-        run = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
+        settings = place.parent / SETTINGS
+        run = read_json(settings) if settings.is_file() else {}
         load_in = "full" if whole else run.get("load_in", "full")
         how.update(quantization(load_in, run.get("precision") == "bf16"))
         with blame(f"the model {base} cannot be loaded"):
