@@ -263,6 +263,31 @@ def test_adapters_take_turns_and_are_saved_and_loaded(base, tmp_path):
     torch.testing.assert_close(model(*x), outputs["default"])
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_sum_of_adapters_of_parameters_and_of_modules(base, first):
+    model_of = nn.Sequential()
+    model_of.mixture, model_of.out = base, nn.Linear(IN, IN).double()
+
+    def forward(x: tuple[Tensor, Tensor]) -> Tensor:
+        return model.base_model.model.out(model.base_model.model.mixture(*x))
+
+    options: dict[str, Any] = {"r": 2, "target_modules": []}
+    parameters = RosaConfig(**options, target_parameters=["experts.up", "experts.mix"])
+    modules = RosaConfig(r=3, target_modules=["out"])
+    one, two = (parameters, modules) if first else (modules, parameters)
+    model: Any = get_peft_model(model_of, one, "one", autocast_adapter_dtype=False)
+    model.add_adapter("two", two, autocast_adapter_dtype=False)
+    model.base_model.set_adapter(["one", "two"])
+    moved(model)
+    resample(model)
+    moved(model)
+    x = inputs()
+    expected = forward(x)
+    model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum")
+    model.set_adapter("sum")
+    torch.testing.assert_close(forward(x), expected)
+
+
 SMALL: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,

@@ -14,6 +14,7 @@ from rosa.config import RosaConfig, as_rosa_config
 from rosa.errors import UserError
 from rosa.layers.base import RosaLayer
 from rosa.layers.kinds import layers_of
+from rosa.layers.parameter import ParamWrapper
 
 
 def check_weighted(
@@ -67,17 +68,33 @@ def weighted_config(
     config = copy.deepcopy(configs[0])
     config.r = max(each.r for each in configs)
     config.inference_mode = False
+    inner = {
+        f"{layer.name}.{child}"
+        for layer in layers.values()
+        for child in layer.inner(layer.get_base_layer())
+    }
+    # A parameter's layer is known by the parameter; what lies inside another goes with that.
+    named = {
+        layer.name if type(layer) is ParamWrapper else name: layer
+        for name, layer in layers.items()
+        if layer.name not in inner
+    }
     ranks = {
         name: max(layer.adapters[each].r for each in adapters if each in layer.adapters)
-        for name, layer in layers.items()
+        for name, layer in named.items()
     }
     config.rank_pattern = {
         f"^{re.escape(name)}": rank
         for name, rank in ranks.items()
-        if rank != min(config.r, layers[name].in_features, layers[name].out_features)
+        if rank != min(config.r, named[name].in_features, named[name].out_features)
     }
     if layers.keys() != layers_of(model.model, adapters[0]).keys():
-        config.target_modules = "|".join(map(re.escape, layers))
+        modules = [name for name, layer in named.items() if type(layer) is not ParamWrapper]
+        parameters = [name for name, layer in named.items() if type(layer) is ParamWrapper]
+        config.target_modules = "|".join(map(re.escape, modules)) or []
+        # All adapters with parameters have the same, under the names that they were given.
+        given = (each.target_parameters for each in configs if each.target_parameters)
+        config.target_parameters = next(given) if parameters else None
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     return config
 
