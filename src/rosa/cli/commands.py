@@ -319,16 +319,39 @@ def export(
     model: Annotated[
         str | None, typer.Option(help="The base model, if not the one that the adapter names.")
     ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(help="LoRA: so many terms a weight in the mean, spent where they keep most."),
+    ] = None,
+    uniform_rank: Annotated[
+        bool, typer.Option("--uniform-rank", help="LoRA: that rank for every weight, for servers.")
+    ] = False,
+    energy: Annotated[
+        float | None,
+        typer.Option(help="LoRA: keep this share of the changes' squared norms, such as 0.99."),
+    ] = None,
 ) -> None:
     """Turn a trained adapter into a plain model or a LoRA adapter, and check that they agree.
 
     A plain model, to be used where ROSA and PEFT are unknown:
 
         rosa export runs/cola --to merged --output cola-model
+
+    A LoRA adapter is exact, of whatever rank that takes; or the best one that a rank or a share of
+    the changes' energy allows, and then an approximation, whose error by layer is shown:
+
+        rosa export runs/cola --to lora --rank 16 --uniform-rank --output cola-lora
     """
     from rosa.bench.exporting import export_folder
+    from rosa.bench.report.tables import metrics_table
+    from rosa.export.ranks import Budget
 
-    difference = export_folder(folder, to, output, model)
+    budget = Budget(rank, uniform_rank, energy)
+    difference, errors = export_folder(folder, to, output, model, budget)
+    if not budget.is_all:
+        worst = dict(sorted(errors.items(), key=lambda each: -each[1])[:10])
+        title = f"relative error of the change, the largest of {len(errors)} layers"
+        Console().print(metrics_table(title, worst))
     print(f"wrote {output}; largest difference of logits from the trained model: {difference:.1e}")
 
 

@@ -29,6 +29,7 @@ from rosa.algebra.lowrank import LowRank, transposed
 from rosa.checkpoint import is_rosa_key
 from rosa.config import RosaConfig
 from rosa.errors import ExportError
+from rosa.export.ranks import ALL, Budget, relative_error, within
 from rosa.export.staging import rosa_adapter, staged
 from rosa.layers.kinds import layers_of, rosa_layers
 from rosa.layers.parameter import ParamWrapper
@@ -37,37 +38,55 @@ _PREFIX = "base_model.model."
 
 
 def export_lora(
-    model: nn.Module, folder: str | os.PathLike[str], adapter_name: str | None = None
-) -> None:
-    """Write a ROSA adapter as a LoRA adapter: exact, not an approximation of a chosen rank.
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    adapter_name: str | None = None,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    uniform: bool = False,
+) -> dict[str, float]:
+    """Write a ROSA adapter as a LoRA adapter: exact, or the best approximation within a budget.
 
     The whole change O + s B A of each weight is a sum of low-rank terms; it is compressed to its
     numerical rank, which differs from layer to layer (`rank_pattern`), at a scale of 1. It is
-    loaded back by PEFT onto a model without weights and compared with the adapter.
+    loaded back by PEFT onto a model without weights and compared with what was to be written.
 
     Args:
         model: a `PeftModel` with ROSA, wrapped or not; left as it is.
         folder: where `adapter_config.json` and `adapter_model.safetensors` go.
         adapter_name: which adapter; the active one if None.
+        rank: keep so many terms for each weight in the mean, spent over the model where they keep
+            most of its change; None for no such bound.
+        energy: or keep this share of the changes' squared norms, by as few numbers as that takes.
+        uniform: with `rank`, that many terms for every weight, as some servers want it.
+
+    Returns:
+        By layer, how much of the norm of its change was lost; 0 where it is exact.
 
     Raises:
-        ValueError: the adapter is not ROSA's, or does not exist; `folder` has such files already.
+        ValueError: the adapter is not ROSA's, or does not exist; `folder` has such files already;
+            the rank or the energy is none.
         ExportError: PEFT loads something else from it; then nothing is left in `folder`.
     """
+    budget = Budget(rank, uniform, energy)
     model, adapter = rosa_adapter(model, adapter_name)
     with staged(folder) as place:
-        write_lora(model, adapter, place)
+        return write_lora(model, adapter, place, budget)
 
 
-def write_lora(model: PeftModel, adapter: str, folder: Path) -> None:
+def write_lora(
+    model: PeftModel, adapter: str, folder: Path, budget: Budget = ALL
+) -> dict[str, float]:
     """Write an adapter as LoRA's, and raise ExportError if PEFT would load another model."""
     config = model.peft_config[adapter]
     assert isinstance(config, RosaConfig)
     state, ranks, parameters = {}, {}, []
-    for name, layer in layers_of(model, adapter).items():
-        change = layer.whole_change(adapter).compressed()
-        if change.rank == 0:  # LoRA has no rank 0
-            change = change.padded(1)
+    layers = layers_of(model, adapter)
+    whole = {name: layer.whole_change(adapter).compressed() for name, layer in layers.items()}
+    kept = within(budget, whole)
+    for name, layer in layers.items():
+        change = kept[name]
         try:
             factors = layer.as_lora(layer.get_base_layer(), change)
         except ValueError as error:
@@ -105,7 +124,8 @@ def write_lora(model: PeftModel, adapter: str, folder: Path) -> None:
     )
     save_file(state, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     lora.save_pretrained(str(folder))
-    _check_lora(model, adapter, others, folder)
+    _check_lora(model, kept if not budget.is_all else None, adapter, others, folder)
+    return {layer.name: relative_error(whole[name], kept[name]) for name, layer in layers.items()}
 
 
 def _check_called(model: PeftModel, adapter: str) -> None:
@@ -164,8 +184,14 @@ def _beside_layers(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     return {k: v for k, v in found.items() if not is_rosa_key(k) and ".lora_" not in k}
 
 
-def _check_lora(model: PeftModel, adapter: str, others: dict[str, Tensor], folder: Path) -> None:
-    """Load a written LoRA adapter as PEFT does, and compare it with the ROSA adapter."""
+def _check_lora(
+    model: PeftModel,
+    kept: dict[str, LowRank] | None,
+    adapter: str,
+    others: dict[str, Tensor],
+    folder: Path,
+) -> None:
+    """Load a written LoRA adapter as PEFT does; compare it with what was kept, or the adapter."""
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # what PEFT warns of here is what is compared below
         try:
@@ -190,7 +216,8 @@ def _check_lora(model: PeftModel, adapter: str, others: dict[str, Tensor], folde
     differ = [
         name
         for name, layer in layers.items()
-        if name not in factors or not _same(layer.whole_change(adapter), factors[name])
+        if name not in factors
+        or not _same(kept[name] if kept else layer.whole_change(adapter), factors[name])
     ]
     differ += [f"{name} (not adapted)" for name in factors if name not in layers]
     for key in sorted({*others, *found_others}):
