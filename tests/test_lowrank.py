@@ -29,3 +29,18 @@ def test_finite_however_large_and_not_finite(dtype):
         spoilt = large.clone()
         spoilt[1, 2] = broken
         assert not are_finite([large, spoilt])
+
+
+@pytest.mark.parametrize("shape", [(9, 7), (3, 9, 7)])
+@pytest.mark.parametrize("error", [1e-3, 0.1, 0.5])
+def test_compressing_to_an_error_makes_no_larger_one_and_drops_what_it_can(shape, error):
+    *stack, out_features, in_features = shape
+    b = torch.randn(*stack, out_features, 12).double()
+    a = (torch.randn(*stack, 12, in_features) * 2.0 ** -torch.arange(12)[:, None]).double()
+    whole = LowRank(b, a)
+    small = whole.compressed(error)
+    norms = torch.linalg.matrix_norm(whole.dense())
+    assert bool((torch.linalg.matrix_norm(whole.dense() - small.dense()) <= error * norms).all())
+    sizes = torch.linalg.svdvals(whole.dense())
+    rest = sizes.square().flip(-1).cumsum(-1).flip(-1).sqrt()
+    assert small.rank == int((rest > error * norms[..., None]).sum(-1).max())

@@ -152,7 +152,8 @@ class LowRank:
         Of a stack as many as the matrix of the largest rank in it has.
 
         Args:
-            error: in the Frobenius norm, up to which it may be another matrix, of fewer terms.
+            error: relative to its Frobenius norm, up to which it may be another matrix, of fewer
+                terms.
 
         A QR of each factor and an SVD of the small product, in float64. Singular values below the
         rounding of the factors' own dtype are dropped, so nothing is lost that the product held.
@@ -164,7 +165,7 @@ class LowRank:
         u, sizes, vh = torch.linalg.svd(r_b @ transposed(r_a), full_matrices=False)
         there = sizes > sizes[..., :1] * torch.finfo(self.B.dtype).eps
         rest = sizes.square().flip(-1).cumsum(-1).flip(-1).sqrt()  # the norm from each one on
-        there &= rest > error
+        there &= rest > error * rest[..., :1]
         keep = int(there.sum(-1).max())
         root = torch.where(there, sizes, 0.0)[..., :keep].sqrt()
         b = q_b @ (u[..., :keep] * root[..., None, :])

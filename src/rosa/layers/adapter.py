@@ -98,7 +98,7 @@ class Adapter:
         Args:
             change: what was learned, and what is taken out.
             most: with more terms than this it is compressed; not at every draw from there on.
-            error: that compressing it may make, in the Frobenius norm.
+            error: that compressing it may make, relative to all that was learned.
         """
         terms, r = self._joined(change), self.r
         if terms.rank > max(most, 1.5 * self._compressed):

@@ -74,7 +74,7 @@ class BaseWeight:
         return not weight.is_meta and not in_part
 
     def bounds(self) -> tuple[float, float]:
-        """How many terms an offset may have until it is compressed, and the error of that.
+        """How many terms an offset may have until it is compressed, and the relative error of that.
 
         More than any matrix of the shape needs: compressing costs about as much as a full SVD.
         """
