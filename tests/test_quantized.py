@@ -19,7 +19,7 @@ from peft import (
 )
 from torch import Tensor, nn
 
-from rosa import RosaConfig, export_lora, resample, watch
+from rosa import RosaConfig, export_lora, export_merged, resample, watch
 from rosa.layers.kinds import rosa_layers
 from rosa.layers.quantized import RosaQuantizedLinear
 from tests.models import tiny_bert
@@ -226,6 +226,9 @@ def test_it_learns_is_saved_loaded_and_takes_turns(base, tmp_path):
             )
             torch.testing.assert_close(loaded(x), learned, **close)
         export_lora(model, tmp_path / "lora")
+        with pytest.raises(ValueError, match="is quantized, and merging into it would round"):
+            export_merged(model, tmp_path / "merged")
+        assert not (tmp_path / "merged").exists()
         lora = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "lora")
         torch.testing.assert_close(lora(x), learned, **close)
         state = copy.deepcopy(get_peft_model_state_dict(model))

@@ -49,6 +49,12 @@ def write_merged(model: PeftModel, adapter: str, folder: Path) -> Any:
 
     A model that has no `save_pretrained` is written as a state dict, and None is returned.
     """
+    if quantized := [layer.name for _, layer in rosa_layers(model) if layer.is_quantized]:
+        raise UserError(
+            f"{quantized[0]} is quantized, and merging into it would round what was learned: load "
+            "the adapter onto the model as it was before (PeftModel.from_pretrained of the whole "
+            "model), and export that; or take the rounded one by model.merge_and_unload()"
+        )
     merged = _merged(model, adapter)
     state = merged.state_dict()
     dtypes = {t.dtype for t in state.values() if t.is_floating_point()}

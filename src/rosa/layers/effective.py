@@ -18,6 +18,7 @@ from rosa.algebra.sketch import Sketch
 from rosa.errors import UserError
 from rosa.layers.adapter import Adapter
 from rosa.layers.tracing import is_traced
+from rosa.layers.versions import unpack
 from rosa.layers.views import MatrixView
 
 
@@ -63,7 +64,7 @@ class _Read(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        a, b = ctx.saved_tensors
+        a, b = unpack(ctx)
         (grad,) = grads
         full = ctx.view.as_matrix(grad)
         if ctx.sketch is not None:
