@@ -41,9 +41,9 @@ def lost(whole: dict[str, LowRank], kept: dict[str, LowRank]) -> float:
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
-def test_uniform_ranks_are_the_best_of_each(rank):
+def test_those_of_a_rank_are_the_best_of_each(rank):
     whole = changes()
-    kept = within(Budget(rank, uniform=True), whole)
+    kept = within(Budget(rank), whole)
     for name, change in kept.items():
         assert change.rank == rank
         u, s, vh = torch.linalg.svd(whole[name].dense(), full_matrices=False)
@@ -51,24 +51,6 @@ def test_uniform_ranks_are_the_best_of_each(rank):
         torch.testing.assert_close(change.dense(), best)
         error = (whole[name].dense() - best).norm() / whole[name].dense().norm()
         assert relative_error(whole[name], change) == pytest.approx(float(error), abs=1e-7)
-
-
-@pytest.mark.parametrize("rank", [2, 3])
-def test_a_budget_over_the_model_loses_no_more_than_equal_ranks_at_no_more_cost(rank):
-    whole = {
-        str(scale): LowRank(
-            scale * torch.randn(12, 5, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64)
-        ).compressed()
-        for scale in (1, 3, 100)
-    }
-    equal, spent = within(Budget(rank, uniform=True), whole), within(Budget(rank), whole)
-    ranks = [change.rank for change in spent.values()]
-    assert ranks == sorted(ranks)
-    assert ranks[-1] == 5
-    terms = sum(ranks)
-    assert terms <= 3 * rank + 2  # each has one at least
-    if terms <= 3 * rank:
-        assert lost(whole, spent) <= lost(whole, equal)
 
 
 @pytest.mark.parametrize("energy", [0.3, 0.9, 0.999, 1.0])
@@ -88,7 +70,6 @@ def test_what_is_no_budget_is_refused():
         ({"energy": 1.5}, "above 0 and at most 1"),
         ({"energy": math.nan}, "above 0 and at most 1"),
         ({"rank": 2, "energy": 0.5}, "not both"),
-        ({"uniform": True}, "which one"),
     ):
         with pytest.raises(ValueError, match=message):
             Budget(**given)
@@ -118,7 +99,7 @@ def test_what_is_exported_is_what_was_kept_and_its_errors_are_told(tmp_path):
         resample(model)
     exact = export_lora(model, tmp_path / "exact")
     assert exact == {"first": 0.0, "last": 0.0}
-    errors = export_lora(model, tmp_path / "small", rank=2, uniform=True)
+    errors = export_lora(model, tmp_path / "small", rank=2)
     lora: Any = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "small")
     for name, layer in rosa_layers(model.base_model.model):
         whole = layer.whole_change("default").dense()
@@ -139,7 +120,7 @@ def test_the_command_exports_within_a_budget(tmp_path, capsys):
     run("train", *how, "--steps", 4, "--lr", 0.01, "--resample-every", 2, "--rank", 2)
     capsys.readouterr()
     to = ["export", tmp_path / "run", "--to", "lora", "--output"]
-    run(*to, tmp_path / "small", "--rank", 1, "--uniform-rank")
+    run(*to, tmp_path / "small", "--rank", 1)
     assert "the largest of" in " ".join(capsys.readouterr().out.split())
     run(*to, tmp_path / "most", "--energy", 0.99)
     assert "rank 99 is beyond" in fails(capsys, *to, tmp_path / "no", "--rank", 99)

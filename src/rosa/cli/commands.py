@@ -321,11 +321,8 @@ def export(
     ] = None,
     rank: Annotated[
         int | None,
-        typer.Option(help="LoRA: so many terms a weight in the mean, spent where they keep most."),
+        typer.Option(help="LoRA: the best one of this rank, for servers that cap it."),
     ] = None,
-    uniform_rank: Annotated[
-        bool, typer.Option("--uniform-rank", help="LoRA: that rank for every weight, for servers.")
-    ] = False,
     energy: Annotated[
         float | None,
         typer.Option(help="LoRA: keep this share of the changes' squared norms, such as 0.99."),
@@ -340,13 +337,13 @@ def export(
     A LoRA adapter is exact, of whatever rank that takes; or the best one that a rank or a share of
     the changes' energy allows, and then an approximation, whose error by layer is shown:
 
-        rosa export runs/cola --to lora --rank 16 --uniform-rank --output cola-lora
+        rosa export runs/cola --to lora --rank 16 --output cola-lora
     """
     from rosa.bench.exporting import export_folder
     from rosa.bench.report.tables import metrics_table
     from rosa.export.ranks import Budget
 
-    budget = Budget(rank, uniform_rank, energy)
+    budget = Budget(rank, energy)
     difference, errors = export_folder(folder, to, output, model, budget)
     if not budget.is_all:
         worst = dict(sorted(errors.items(), key=lambda each: -each[1])[:10])

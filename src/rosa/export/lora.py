@@ -44,7 +44,6 @@ def export_lora(
     *,
     rank: int | None = None,
     energy: float | None = None,
-    uniform: bool = False,
 ) -> dict[str, float]:
     """Write a ROSA adapter as a LoRA adapter: exact, or the best approximation within a budget.
 
@@ -56,10 +55,9 @@ def export_lora(
         model: a `PeftModel` with ROSA, wrapped or not; left as it is.
         folder: where `adapter_config.json` and `adapter_model.safetensors` go.
         adapter_name: which adapter; the active one if None.
-        rank: keep so many terms for each weight in the mean, spent over the model where they keep
-            most of its change; None for no such bound.
-        energy: or keep this share of the changes' squared norms, by as few numbers as that takes.
-        uniform: with `rank`, that many terms for every weight, as some servers want it.
+        rank: keep so many terms of every weight's change; None for no such bound.
+        energy: or keep this share of the changes' squared norms over all weights, by as few numbers
+            as that takes.
 
     Returns:
         By layer, how much of the norm of its change was lost; 0 where it is exact.
@@ -69,7 +67,7 @@ def export_lora(
             the rank or the energy is none.
         ExportError: PEFT loads something else from it; then nothing is left in `folder`.
     """
-    budget = Budget(rank, uniform, energy)
+    budget = Budget(rank, energy)
     model, adapter = rosa_adapter(model, adapter_name)
     with staged(folder) as place:
         return write_lora(model, adapter, place, budget)

@@ -1,4 +1,4 @@
-"""Changes of fewer terms: the best approximation that a budget of numbers over the model buys."""
+"""Changes of fewer terms: the best approximation of a rank, or one that keeps so much."""
 
 from __future__ import annotations
 
@@ -18,15 +18,12 @@ class Budget:
     """How much of the changes is kept.
 
     Attributes:
-        rank: so many terms for each weight in the mean, spent where they keep most; None for no
-            such bound.
-        uniform: that many for every weight.
+        rank: so many terms for every weight; None for no such bound.
         energy: the share of the changes' squared Frobenius norms, over all weights, that is kept by
             as few numbers as that takes; None for no such bound.
     """
 
     rank: int | None = None
-    uniform: bool = False
     energy: float | None = None
 
     def __post_init__(self) -> None:
@@ -36,8 +33,6 @@ class Budget:
             check_rank("rank", self.rank)
         if self.energy is not None and not 0 < self.energy <= 1:
             raise UserError(f"energy is a share, above 0 and at most 1: {self.energy}")
-        if self.uniform and self.rank is None:
-            raise UserError("uniform ranks need a rank: which one?")
 
     @property
     def is_all(self) -> bool:
@@ -66,12 +61,11 @@ def within(budget: Budget, changes: Mapping[str, LowRank]) -> dict[str, LowRank]
                 f"rank {budget.rank} is beyond that of any weight here ({full}): give a smaller "
                 "one, or none for the exact export"
             )
-    if budget.uniform:
-        assert budget.rank is not None
-        return {n: _of_rank(change, budget.rank) for n, change in changes.items()}
-    if budget.is_all:
-        return {name: _of_rank(change, max(1, change.rank)) for name, change in changes.items()}
-    ranks = _spent(budget, changes)
+        ranks = dict.fromkeys(changes, budget.rank)
+    elif budget.energy is not None:
+        ranks = _keeping(budget.energy, changes)
+    else:
+        ranks = {name: max(1, change.rank) for name, change in changes.items()}
     return {name: _of_rank(change, ranks[name]) for name, change in changes.items()}
 
 
@@ -98,25 +92,19 @@ def _of_rank(change: LowRank, rank: int) -> LowRank:
     return change[:rank] if change.rank >= rank else change.padded(rank)
 
 
-def _spent(budget: Budget, changes: Mapping[str, LowRank]) -> dict[str, int]:
+def _keeping(share: float, changes: Mapping[str, LowRank]) -> dict[str, int]:
     """The rank of each: terms are taken by what a number of theirs keeps, the best first."""
-    energies = {name: _energies(change) for name, change in changes.items()}
     costs = {name: _cost(change) for name, change in changes.items()}
     worth = [
-        (float(energy) / costs[name], float(energy), name)
-        for name, found in energies.items()
-        for energy in found
+        (energy / costs[name], energy, name)
+        for name, change in changes.items()
+        for energy in _energies(change).tolist()
     ]
     ranks = dict.fromkeys(changes, 0)
-    kept, left = 0.0, sum(costs.values()) * (budget.rank or 0)
-    wanted = (budget.energy or 0.0) * sum(energy for _, energy, _ in worth)
+    kept, wanted = 0.0, share * sum(energy for _, energy, _ in worth)
     for _, energy, name in sorted(worth, reverse=True):
-        if budget.energy is not None:
-            if kept >= wanted:
-                break
-        elif costs[name] > left:
-            continue
+        if kept >= wanted:
+            break
         ranks[name] += 1
         kept += energy
-        left -= costs[name]
     return {name: max(1, rank) for name, rank in ranks.items()}
