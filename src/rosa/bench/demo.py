@@ -72,7 +72,7 @@ def run(output: Path, seed: int, overwrite: bool, say: Any) -> None:
         place = output / f"rosa-{form}"
         if place.is_dir() and overwrite:
             shutil.rmtree(place)
-        difference = export_folder(output / "rosa", form, place)
+        difference, _ = export_folder(output / "rosa", form, place)
         say.print(f"{form}: {place} (largest difference of logits {difference:.1e})")
     say.print(f"picture: {picture}")
     say.print(
