@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from rosa import cli
@@ -26,6 +27,14 @@ def seen_by(layer: RosaLayer, adapter: str = "default") -> Sketch | None:
 def adapters_of(model: nn.Module, optimizer: Any = None) -> list[Adapter]:
     """The active adapters of all layers."""
     return [active.adapter for active in active_adapters(model, optimizer)]
+
+
+def moved(model: nn.Module, by: float = 0.2) -> None:
+    """Give what is trained other values, as a training does."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(by * torch.randn_like(parameter))
 
 
 def run(*arguments: object) -> None:

@@ -40,10 +40,10 @@ class Mlp(nn.Module):
         return self.last(torch.tanh(self.middle(torch.tanh(self.first(x)))))
 
 
-def tiny_bert(labels: int = 2) -> BertForSequenceClassification:
+def tiny_bert(labels: int = 2, width: int = 16) -> BertForSequenceClassification:
     config = BertConfig(
         vocab_size=50,
-        hidden_size=16,
+        hidden_size=width,
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=24,

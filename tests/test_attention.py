@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rosa import RosaConfig, export_lora, export_merged, resample, watch
 from rosa.errors import ExportError
 from rosa.layers.kinds import rosa_layers
+from tests.helpers import moved
 
 WIDTH = 16
 
@@ -59,13 +60,6 @@ def inputs() -> Tensor:
     return torch.randn(4, 5, WIDTH, dtype=torch.float64)
 
 
-def moved(model: nn.Module) -> None:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-
-
 def changed(model: Any, plain: nn.Module) -> nn.Module:
     """A plain model whose weights are what the adapted one's are said to be."""
     with torch.no_grad():
@@ -85,9 +79,9 @@ def test_both_weights_are_adapted_in_every_mode(base, targets):
         2 if isinstance(plain, Encoder) else 1
     )
     torch.testing.assert_close(model(x), plain(x))
-    moved(model)
+    moved(model, 0.1)
     resample(model)
-    moved(model)
+    moved(model, 0.1)
     expected = changed(model, copy.deepcopy(plain))
     padding = torch.zeros(4, 5, dtype=torch.bool)
     padding[0, 3:] = True
@@ -106,7 +100,7 @@ def test_both_weights_are_adapted_in_every_mode(base, targets):
 def test_gradients_are_those_of_the_changed_weights(base):
     x, plain = inputs(), copy.deepcopy(base).requires_grad_(True)
     model = attach(base)
-    moved(model)
+    moved(model, 0.1)
     plain = changed(model, plain)
     expected = plain(x)
     of = torch.randn_like(expected)
@@ -128,7 +122,7 @@ def test_gradients_are_those_of_the_changed_weights(base):
 def test_it_is_saved_loaded_unloaded_and_takes_turns(base, tmp_path):
     x, plain = inputs(), copy.deepcopy(base)
     model = attach(base)
-    moved(model)
+    moved(model, 0.1)
     resample(model)
     learned = model(x)
     model.save_pretrained(tmp_path / "adapter")
@@ -137,7 +131,7 @@ def test_it_is_saved_loaded_unloaded_and_takes_turns(base, tmp_path):
     model.add_adapter("other", RosaConfig(r=2, target_modules=TARGETS[0]))
     model.set_adapter("other")
     torch.testing.assert_close(model(x), plain(x))
-    moved(model)
+    moved(model, 0.1)
     model.set_adapter("default")
     torch.testing.assert_close(model(x), learned)
     model.delete_adapter("other")
@@ -168,7 +162,7 @@ def test_what_peft_computes_of_a_lora_there_is_something_else(base, tmp_path):
                 module.out_proj.weight.add_(inside.get_delta_weight("default"))
     assert not torch.allclose(lora(x), expected(x))
     model = attach(base)
-    moved(model)
+    moved(model, 0.1)
     model(x)
     with pytest.raises(ExportError, match=r"twice|no effect"):
         export_lora(model, tmp_path / "lora")

@@ -151,7 +151,7 @@ def test_the_copy_of_the_pretrained_weight_costs_what_the_docs_say(dtype):
     """One more of each adapted weight in main memory, while an offset stands in it."""
     model = trained(Kinds(dtype, experts=True), dtype, rounds=1)
     for layer in layers(model).values():
-        assert layer.base_weight.keeps_a_copy
+        assert layer.base_weight.copy is not None
     with model.disable_adapter():
         for layer in layers(model).values():
-            assert not layer.base_weight.keeps_a_copy
+            assert layer.base_weight.copy is None

@@ -25,6 +25,7 @@ from rosa.algebra import subspace
 from rosa.algebra.lowrank import LowRank
 from rosa.layers.kinds import rosa_layers
 from rosa.layers.parameter import ParamWrapper
+from tests.helpers import moved
 
 EXPERTS, OUT, IN, RANK = 4, 10, 6, 3
 
@@ -66,14 +67,6 @@ def attach(base: nn.Module, **options: Any) -> Any:
 
 def inputs() -> tuple[Tensor, Tensor]:
     return torch.randn(12, IN).double(), torch.arange(12) % EXPERTS
-
-
-def moved(model: nn.Module) -> None:
-    """Give the factors other values, as a training does."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn_like(parameter))
 
 
 def layers(model: nn.Module) -> dict[str, ParamWrapper]:

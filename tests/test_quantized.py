@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from rosa import RosaConfig, export_lora, export_merged, resample, watch
 from rosa.layers.kinds import rosa_layers
 from rosa.layers.quantized import RosaQuantizedLinear
+from tests.helpers import moved
 from tests.models import tiny_bert
 
 SIZES = 64, 96, 64
@@ -47,37 +48,24 @@ def _each(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> nn.Module
     return model
 
 
-def in_4_bits(model: nn.Module) -> nn.Module:
+def _by_bitsandbytes(model: nn.Module, kind: str, **how: Any) -> nn.Module:
     bnb = pytest.importorskip("bitsandbytes")
 
     def make(linear: nn.Linear) -> nn.Module:
-        found = bnb.nn.Linear4bit(
-            linear.in_features,
-            linear.out_features,
-            linear.bias is not None,
-            compute_dtype=torch.float32,
-            quant_type="nf4",
-        )
+        shape = linear.in_features, linear.out_features, linear.bias is not None
+        found = getattr(bnb.nn, kind)(*shape, **how)
         found.load_state_dict(linear.state_dict())
         return found.to("cpu")
 
     return _each(model, make)
+
+
+def in_4_bits(model: nn.Module) -> nn.Module:
+    return _by_bitsandbytes(model, "Linear4bit", compute_dtype=torch.float32, quant_type="nf4")
 
 
 def in_8_bits(model: nn.Module) -> nn.Module:
-    bnb = pytest.importorskip("bitsandbytes")
-
-    def make(linear: nn.Linear) -> nn.Module:
-        found = bnb.nn.Linear8bitLt(
-            linear.in_features,
-            linear.out_features,
-            linear.bias is not None,
-            has_fp16_weights=False,
-        )
-        found.load_state_dict(linear.state_dict())
-        return found.to("cpu")
-
-    return _each(model, make)
+    return _by_bitsandbytes(model, "Linear8bitLt", has_fp16_weights=False)
 
 
 def by_hqq(model: nn.Module) -> nn.Module:
@@ -127,20 +115,33 @@ def layers(model: nn.Module) -> list[RosaQuantizedLinear]:
     return found  # type: ignore[return-value]
 
 
-def moved(model: nn.Module) -> None:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
+def test_when_an_offset_is_compressed_is_known_from_the_offset_alone(base):
+    """So a resumed training draws as the one that was not interrupted."""
+    plain = copy.deepcopy(base)
+    model = attach(base)
+    for _ in range(8):
+        moved(model, 0.05)
+        resample(model)
+        again = attach(copy.deepcopy(plain))
+        set_peft_model_state_dict(again, copy.deepcopy(get_peft_model_state_dict(model)))
+        offsets = []
+        for each in (copy.deepcopy(model), again):
+            torch.manual_seed(0)
+            moved(each, 0.05)
+            resample(each)
+            offsets.append([layer.adapters["default"].terms for layer in layers(each)])
+        for one, other in zip(*offsets, strict=True):
+            assert torch.equal(one.A, other.A)
+            assert torch.equal(one.B, other.B)
 
 
 @pytest.mark.parametrize("trained", ["both", "B"])
 def test_it_computes_the_quantized_layer_plus_the_whole_change(base, trained):
     model = attach(base, trained=trained)
     for _ in range(3):
-        moved(model)
+        moved(model, 0.05)
         resample(model)
-    moved(model)
+    moved(model, 0.05)
     for layer in layers(model):
         x = torch.randn(7, layer.in_features, requires_grad=True)
         change = layer.whole_change("default").dense()
@@ -171,7 +172,7 @@ def test_nothing_is_written_and_draws_keep_the_outputs(base):
         close = {"rtol": 1e-4, "atol": 1e-4}
         torch.testing.assert_close(model(x), before, **close)
         for _ in range(12):
-            moved(model)
+            moved(model, 0.05)
             learned = model(x)
             changes = [layer.whole_change("default").dense() for layer in layers(model)]
             assert resample(model) == 2
@@ -238,7 +239,7 @@ def test_it_learns_is_saved_loaded_and_takes_turns(base, tmp_path):
         model.set_adapter("default")
         torch.testing.assert_close(model(x), learned, **close)
         model.delete_adapter("other")
-        moved(model)
+        moved(model, 0.05)
         resample(model)
         set_peft_model_state_dict(model, state)
         torch.testing.assert_close(model(x), learned, **close)
@@ -266,7 +267,7 @@ def test_merging_for_good_quantizes_again_and_says_so(quantize):
     with torch.no_grad():
         base = quantize(Net()).requires_grad_(False).eval()
         model = attach(base)
-        moved(model)
+        moved(model, 0.05)
         resample(model)
         wanted = [
             layer.base_weight.present() + layer.adapters["default"].learned().dense()
@@ -327,7 +328,7 @@ def test_an_adapter_goes_from_the_quantized_to_the_whole_model(quantize, tmp_pat
     with torch.no_grad():
         base = quantize(copy.deepcopy(whole)).requires_grad_(False)
     model = attach(base)
-    moved(model)
+    moved(model, 0.05)
     resample(model)
     model.save_pretrained(tmp_path)
     recwarn.clear()

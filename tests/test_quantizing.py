@@ -6,11 +6,10 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, BertConfig
-from transformers import BertForSequenceClassification as Bert
+from transformers import AutoModelForSequenceClassification
 
 from tests.helpers import fails, run, write_csv
-from tests.models import WORDS, save_with_tokenizer
+from tests.models import save_with_tokenizer, tiny_bert
 
 QUICK = ["--steps", 6, "--batch-size", 8, "--rank", 2, "--max-length", 16]
 
@@ -18,15 +17,7 @@ QUICK = ["--steps", 6, "--batch-size", 8, "--rank", 2, "--max-length", 16]
 @pytest.fixture
 def basics(tmp_path):
     """A model whose layers are wide enough for groups of 64 numbers, and a table."""
-    config = BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-    )
-    base = save_with_tokenizer(Bert(config), tmp_path / "base")
+    base = save_with_tokenizer(tiny_bert(width=64), tmp_path / "base")
     table = write_csv(tmp_path / "reviews.csv")
     return ["--model", base, "--train", table, "--validation", table]
 

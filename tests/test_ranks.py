@@ -16,7 +16,7 @@ from rosa import RosaConfig, export_lora, resample
 from rosa.algebra.lowrank import LowRank
 from rosa.export.ranks import Budget, relative_error, within
 from rosa.layers.kinds import rosa_layers
-from tests.helpers import fails, run, write_csv
+from tests.helpers import fails, moved, run, write_csv
 from tests.models import save_with_tokenizer, tiny_bert
 
 SHAPES = {"a": (12, 8), "b": (6, 10), "c": (3, 7, 5)}
@@ -92,10 +92,7 @@ def test_what_is_exported_is_what_was_kept_and_its_errors_are_told(tmp_path):
         copy.deepcopy(base), RosaConfig(r=3, target_modules=["first", "last"])
     )
     for _ in range(3):
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(0.2 * torch.randn_like(parameter))
+        moved(model)
         resample(model)
     exact = export_lora(model, tmp_path / "exact")
     assert exact == {"first": 0.0, "last": 0.0}

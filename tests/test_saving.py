@@ -7,6 +7,7 @@ import json
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,6 +76,24 @@ def test_an_adapter_loads_as_it_was_saved(saved, low_memory, trainable):
         torch.testing.assert_close(
             two.adapters["default"].learned().dense(), product, rtol=0, atol=1e-4
         )
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("low_memory", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_what_is_loaded_is_not_rounded_to_the_weights_precision(
+    tmp_path, dtype, low_memory, autocast
+):
+    base, x = Mlp(dtype), torch.randn(5, 7, dtype=dtype)
+    how: Any = {"autocast_adapter_dtype": autocast}
+    config = RosaConfig(r=2, target_modules=TARGETS)
+    model = learn(get_peft_model(copy.deepcopy(base), config, **how))
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(base, str(tmp_path), low_cpu_mem_usage=low_memory, **how)
+    for (_, one), (_, two) in zip(rosa_layers(model), rosa_layers(loaded), strict=True):
+        expected, found = (layer.whole_change("default").dense() for layer in (one, two))
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(loaded.eval()(x), model(x))
 
 
 @pytest.mark.parametrize("rounds", [1, 40])

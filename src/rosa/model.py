@@ -32,10 +32,9 @@ from rosa.checkpoint import (
 from rosa.config import RosaConfig, as_rosa_config
 from rosa.errors import UserError
 from rosa.layers.base import RosaLayer
-from rosa.layers.kinds import kind_of, layers_of, rosa_layers
+from rosa.layers.kinds import base_of, kind_of, layers_of, rosa_layers
 from rosa.layers.memory import make_private, place, tenants, weight_owners
 from rosa.layers.parameter import ParamWrapper
-from rosa.layers.quantized import RosaQuantizedLinear
 from rosa.layers.sharding import check_unsharded
 from rosa.layers.statedict import give_pretrained
 from rosa.names import COMPILED, check_adapter_name, check_modules_to_save
@@ -166,7 +165,7 @@ class RosaModel(BaseTuner):
             if not target.weight.is_meta:
                 self._fingerprints[name] = fingerprint_of_sound(target)
             r, _ = _rank_and_alpha(config, name)
-            most = min(target.view.as_matrix(target.weight).shape[-2:])
+            most = min(target.view.shape[-2:])
             if r > most:
                 capped.append(f"{name} ({r} to {most})")
         for target in targets:  # here, since PEFT's loops hold the parameters
@@ -229,7 +228,7 @@ class RosaModel(BaseTuner):
         alpha: float | None,
     ) -> RosaLayer:
         """A module, or one parameter of it, with an adapter: a new layer, or the one there is."""
-        base = target.get_base_layer() if isinstance(target, RosaLayer) else target
+        base = base_of(target)
         kind = kind_of(base) if parameter_name is None else ParamWrapper
         assert kind is not None  # else `_prepare_model` has refused it
         how = adapter_name, config, r, alpha
@@ -241,8 +240,7 @@ class RosaModel(BaseTuner):
         named = {} if parameter_name is None else {"parameter_name": parameter_name}
         name, fingerprint = key.replace(COMPILED, ""), self._fingerprints.get(key)
         layer = kind(target, adapter_name, config, r, alpha, name, fingerprint, **named)
-        if isinstance(layer, RosaQuantizedLinear):
-            layer.take_config(self.model)
+        layer.take_config(self.model)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         return layer

@@ -30,7 +30,7 @@ from rosa.algebra.subspace import fingerprint
 from rosa.config import RosaConfig, as_rosa_config
 from rosa.errors import UserError
 from rosa.layers.base import RosaLayer
-from rosa.layers.kinds import KINDS, kind_of, rosa_layers
+from rosa.layers.kinds import KINDS, base_of, kind_of, rosa_layers
 from rosa.layers.memory import check_in_memory
 from rosa.layers.parameter import ParamWrapper
 from rosa.layers.sharding import is_sharded
@@ -80,8 +80,7 @@ def resolve_all_linear(config: RosaConfig, model: nn.Module) -> None:
 def _whole(model: nn.Module, name: str) -> str:
     """The name of the module that a linear layer is adapted with, or its own."""
     parent, _, child = name.replace(".base_layer", "").rpartition(".")
-    module = model.get_submodule(parent)
-    base = module.get_base_layer() if isinstance(module, RosaLayer) else module
+    base = base_of(model.get_submodule(parent))
     kind = kind_of(base)
     return name if kind is None or child not in kind.inner(base) else parent
 
@@ -196,8 +195,7 @@ class Target:
     @property
     def base(self) -> nn.Module:
         """The module without what is around it."""
-        module = self.module
-        return module.get_base_layer() if isinstance(module, RosaLayer) else module
+        return base_of(self.module)
 
     @property
     def view(self) -> MatrixView:
@@ -234,7 +232,7 @@ def targets_of(config: RosaConfig, model: nn.Module) -> Iterator[Target]:
 
 def _of_module(name: str, module: nn.Module) -> Target:
     """A module that is named as a target; ValueError says why it cannot be."""
-    base = module.get_base_layer() if isinstance(module, RosaLayer) else module
+    base = base_of(module)
     if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not isinstance(
         module, RosaLayer
     ):
@@ -259,7 +257,9 @@ def _of_module(name: str, module: nn.Module) -> Target:
 
 def _parameters(config: RosaConfig, model: nn.Module) -> Iterator[Target]:
     """Those that `target_parameters` names, by PEFT's matching."""
-    wanted = config.target_parameters or ()
+    wanted = config.target_parameters
+    if not wanted:
+        return
     endings = tuple(f".{name}" for name in wanted)
     known = [n.replace(".base_layer", "") for n, _ in model.named_parameters()]
     for name in wanted:
@@ -271,9 +271,8 @@ def _parameters(config: RosaConfig, model: nn.Module) -> Iterator[Target]:
                 + (f" Did you mean {', '.join(near)}?" if near else "")
             )
     for name, module in model.named_modules():
-        inner = name.endswith(".base_layer")
         bare = name.replace(".base_layer", "")
-        around = model.get_submodule(bare) if inner else module
+        around = model.get_submodule(bare)
         for parameter, _ in module.named_parameters(recurse=False):
             key = f"{bare}.{parameter}"
             if key not in wanted and not key.endswith(endings):

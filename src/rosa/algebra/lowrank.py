@@ -149,14 +149,13 @@ class LowRank:
     def compressed(self, error: float = 0.0) -> LowRank:
         """The same matrix with as few terms as its numerical rank, the scale split evenly.
 
-        Of a stack as many as the matrix of the largest rank in it has.
+        A QR of each factor and an SVD of the small product, in float64. Singular values below the
+        rounding of the factors' own dtype are dropped, so nothing is lost that the product held. Of
+        a stack as many terms are kept as the matrix of the largest rank in it has.
 
         Args:
             error: relative to its Frobenius norm, up to which it may be another matrix, of fewer
                 terms.
-
-        A QR of each factor and an SVD of the small product, in float64. Singular values below the
-        rounding of the factors' own dtype are dropped, so nothing is lost that the product held.
         """
         if self.rank == 0:
             return self

@@ -57,7 +57,6 @@ class Adapter:
         self.draws = 0
         self.merged = False
         self.sketch: Sketch | None = None
-        self._compressed = 0  # the offset's terms when it last was
         self._factors = of_a, of_b = factors
         of_a[name] = nn.Parameter(torch.zeros(*stack, r, in_features))
         of_b[name] = nn.Parameter(torch.zeros(*stack, out_features, r))
@@ -78,6 +77,22 @@ class Adapter:
         """Whether the factors have no memory yet."""
         return self.factors[0].is_meta
 
+    def place(self, weight: Tensor, device: torch.device | None = None, cast: bool = False) -> None:
+        """Bring the factors to a weight's device; those without memory have none.
+
+        Args:
+            weight: whose device and precision.
+            device: another device.
+            cast: to the weight's precision; else they keep theirs, or take a finer one.
+        """
+        for factor in self.factors:
+            if factor.is_meta or weight.is_meta:
+                continue
+            dtype = torch.promote_types(factor.dtype, weight.dtype)
+            if cast and weight.dtype.is_floating_point:
+                dtype = weight.dtype
+            factor.data = factor.data.to(weight.device if device is None else device, dtype)
+
     @torch.no_grad()
     def learned(self) -> LowRank:
         """The current factors' product s B A: a copy, in the offset's dtype, on their device."""
@@ -97,14 +112,17 @@ class Adapter:
 
         Args:
             change: what was learned, and what is taken out.
-            most: with more terms than this it is compressed; not at every draw from there on.
+            most: with more terms than this it is compressed; and again where it has half as many
+                more, since that is not done at every draw, but never with more than that of what
+                any matrix of the shape needs.
             error: that compressing it may make, relative to all that was learned.
         """
-        terms, r = self._joined(change), self.r
-        if terms.rank > max(most, 1.5 * self._compressed):
+        terms, r, last = self._joined(change), self.r, 1.5 * min(self.shape[-2:])
+        while most < min(self.terms.rank, last):
+            most = min(1.5 * most, last)
+        if terms.rank > most:
             settled = terms.rank - (change.rank - r)  # what was drawn stays last: see `drawn`
             terms = terms[:settled].compressed(error) + terms[settled:]
-            self._compressed = terms.rank
         return terms
 
     def _joined(self, change: LowRank) -> LowRank:

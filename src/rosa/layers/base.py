@@ -334,11 +334,15 @@ class RosaLayer(nn.Module, BaseTunerLayer, Kind):
         self.adapters[adapter_name] = adapter
         frozen = {**self.frozen_peft_weight_names, adapter_name: adapter.stays}
         self.frozen_peft_weight_names = frozen  # of the instance: PEFT's own is the class's
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        adapter.place(base.parameter, cast=True)
         on_meta = adapter.is_on_meta or base.parameter.is_meta
         if not on_meta and not config.inference_mode:
             adapter.terms = draw(adapter, self.pretrained_weight(), base.norm).to("cpu")
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
+        """Of factors that a file has brought (low_cpu_mem_usage), which PEFT's own would round."""
+        self.adapters[adapter_name].place(self.base_weight.parameter, device)
 
     def copy_adapter(self, source: str, target: str) -> None:
         """Make one adapter what another one is: factors, offset and count of draws."""

@@ -69,11 +69,6 @@ class RosaConv(RosaLayer):
         return isinstance(module, _PLAIN)
 
     @staticmethod
-    def is_plain(base: nn.Module) -> bool:
-        """True: whatever a subclass makes of its weight, it makes of the changed one."""
-        return True
-
-    @staticmethod
     def numbers(base: nn.Module) -> int | None:
         """How many numbers the whole weight has."""
         assert isinstance(base, _ConvNd)

@@ -32,19 +32,25 @@ class Kind:
         """Whether a module is of this kind."""
 
     @staticmethod
-    @abstractmethod
     def is_plain(base: nn.Module) -> bool:
-        """Whether a module that matches computes what its kind does; a subclass may not."""
+        """Whether a module that matches computes what its kind does; a subclass may not.
+
+        True where whatever a module makes of its weight, it makes of the changed one.
+        """
+        return True
 
     @staticmethod
-    @abstractmethod
     def numbers(base: nn.Module) -> int | None:
         """How many numbers the weight of a module has when it is whole, if the module says it."""
+        return None
 
     @staticmethod
     def view_of(base: nn.Module, parameter: str) -> MatrixView:
         """A module's weight, its parameter of that name, as a matrix (out, in)."""
         return MatrixView(base, parameter)
+
+    def take_config(self, model: nn.Module) -> None:
+        """Take what a model says of how its weights are stored; most kinds need nothing."""
 
     @staticmethod
     def inner(base: nn.Module) -> dict[str, nn.Module]:

@@ -30,6 +30,11 @@ def kind_of(module: nn.Module) -> type[RosaLayer] | None:
     return next((kind for kind in KINDS if kind.matches(module)), None)
 
 
+def base_of(module: nn.Module) -> nn.Module:
+    """A module without the adapters around it."""
+    return module.get_base_layer() if isinstance(module, RosaLayer) else module
+
+
 def rosa_layers(model: nn.Module) -> Iterator[tuple[str, RosaLayer]]:
     """The adapted layers of a model with their names in it."""
     for name, module in model.named_modules():

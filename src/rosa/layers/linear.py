@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from rosa.layers.adapter import Adapter
 from rosa.layers.base import RosaLayer
 from rosa.layers.fused import adapted_linear, can_fuse
-from rosa.layers.plain import plain_sum
+from rosa.layers.plain import linear_product, plain_sum
 from rosa.layers.tracing import is_traced
 from rosa.layers.views import MatrixView
 from rosa.layers.weight import SUPPORTED_DTYPES
@@ -72,11 +71,4 @@ class RosaLinear(RosaLayer):
             (a, b), dropout = one.factors, self.rosa_dropout[one.name]
             if isinstance(dropout, nn.Identity) and can_fuse(self.base_layer, x, a):
                 return adapted_linear(self.base_layer, x, a, b, one.scaling, one.sketch)
-        return plain_sum(self, active, self._product, x, *args, **kwargs)
-
-    def _product(self, adapter: Adapter, x: Tensor) -> Tensor:
-        (a, b), dropout = adapter.factors, self.rosa_dropout[adapter.name]
-        hidden = F.linear(dropout(self._cast_input_dtype(x, a.dtype)), a)
-        if adapter.scaling != 1.0:
-            hidden = hidden * adapter.scaling  # on r numbers a token, not on the whole output
-        return F.linear(hidden, b)
+        return plain_sum(self, active, partial(linear_product, self), x, *args, **kwargs)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rosa.algebra.lowrank import LowRank
@@ -47,16 +46,6 @@ class ParamWrapper(RosaLayer):
         return False
 
     @staticmethod
-    def is_plain(base: nn.Module) -> bool:
-        """True: whatever a module makes of its parameter, it makes of the changed one."""
-        return True
-
-    @staticmethod
-    def numbers(base: nn.Module) -> int | None:
-        """None: a module does not say it of its parameters."""
-        return None
-
-    @staticmethod
     def view_of(base: nn.Module, parameter: str) -> MatrixView:
         """The parameter as a matrix, or as a stack of them."""
         experts = getattr(base, parameter).dim() == 3
@@ -88,13 +77,3 @@ class ParamWrapper(RosaLayer):
         if not self._in_use(x, is_traced()):
             return self.base_layer(*args, **kwargs)
         return with_changed_weight(self, *args, **kwargs)
-
-    def _move_adapter_to_device_of_base_layer(
-        self, adapter_name: str, device: torch.device | None = None
-    ) -> None:
-        """PEFT looks for a `weight`."""
-        parameter = self.base_weight.parameter
-        device = parameter.device if device is None else device
-        for factors in (self.rosa_A, self.rosa_B):
-            if not factors[adapter_name].is_meta:
-                factors[adapter_name] = factors[adapter_name].to(device, parameter.dtype)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rosa.algebra.sketch import Sketch
 from rosa.layers.adapter import Adapter, watched
@@ -82,3 +83,12 @@ def plain_sum(
         return result
 
     return within_hooks(layer.base_layer, compute, x, *args, **kwargs)
+
+
+def linear_product(layer: RosaLayer, adapter: Adapter, x: Tensor) -> Tensor:
+    """``s B A x`` of an adapter of a linear layer, with dropout: (..., in) to (..., out)."""
+    (a, b), dropout = adapter.factors, layer.rosa_dropout[adapter.name]
+    hidden = F.linear(dropout(layer._cast_input_dtype(x, a.dtype)), a)
+    if adapter.scaling != 1.0:
+        hidden = hidden * adapter.scaling  # on r numbers a token, not on the whole output
+    return F.linear(hidden, b)

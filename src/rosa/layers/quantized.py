@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +20,8 @@ from torch.nn import functional as F
 
 from rosa.algebra.lowrank import LowRank
 from rosa.errors import UserError
-from rosa.layers.adapter import Adapter
 from rosa.layers.base import RosaLayer
-from rosa.layers.plain import plain_sum
+from rosa.layers.plain import linear_product, plain_sum
 from rosa.layers.tracing import is_traced
 from rosa.layers.views import MatrixView
 from rosa.layers.weight import BaseWeight
@@ -53,9 +53,10 @@ class QuantizedView(MatrixView):
         assert backend is not None
         return backend.get_base_weight(self.module).detach()
 
-    def as_matrix(self, weight: Tensor) -> Tensor:
-        """What is stored is no matrix: the dequantized weight."""
-        return self.matrix
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrix, without dequantizing it."""
+        return self.module.out_features, self.module.in_features  # type: ignore[return-value]
 
 
 class QuantizedWeight(BaseWeight):
@@ -164,16 +165,6 @@ class RosaQuantizedLinear(RosaLayer):
         return backend is not None and backend.layer_type == "linear" and backend.supports_merge
 
     @staticmethod
-    def is_plain(base: nn.Module) -> bool:
-        """True: PEFT knows it."""
-        return True
-
-    @staticmethod
-    def numbers(base: nn.Module) -> int | None:
-        """None: it is stored in fewer."""
-        return None
-
-    @staticmethod
     def view_of(base: nn.Module, parameter: str) -> MatrixView:
         """The dequantized weight."""
         return QuantizedView(base, "W_q" if "W_q" in base._parameters else parameter)
@@ -186,12 +177,8 @@ class RosaQuantizedLinear(RosaLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus ``(O + s B A) x``; (..., in) to (..., out)."""
         active = self._in_use(x, is_traced())
-        return plain_sum(self, active, self._product, x, *args, beside=self._held_product, **kwargs)
-
-    def _product(self, adapter: Adapter, x: Tensor) -> Tensor:
-        (a, b), dropout = adapter.factors, self.rosa_dropout[adapter.name]
-        hidden = F.linear(dropout(self._cast_input_dtype(x, a.dtype)), a)
-        return F.linear(hidden * adapter.scaling, b)
+        product = partial(linear_product, self)
+        return plain_sum(self, active, product, x, *args, beside=self._held_product, **kwargs)
 
     def _held_product(self, result: Tensor, x: Tensor) -> Tensor:
         """The base layer's result of x with what is in force beside the weight."""

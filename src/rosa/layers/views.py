@@ -31,6 +31,11 @@ class MatrixView:
         """Its memory as a matrix, without gradient history: what is written there is in it."""
         return self.as_matrix(self.parameter.detach())
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrix."""
+        return tuple(self.matrix.shape)
+
     def as_matrix(self, weight: Tensor) -> Tensor:
         """A tensor of the weight's shape as a matrix."""
         return transposed(weight) if self.transposed else weight

@@ -45,7 +45,7 @@ class BaseWeight:
     ) -> None:
         self.name = name
         self.view = view
-        self.shape = tuple(view.matrix.shape)
+        self.shape = view.shape
         self.standing: dict[str, LowRank] = {}
         self._copy: Tensor | None = None  # the exact copy of W_0 (out, in), where one is kept
         self._versions = Versions()
@@ -100,6 +100,10 @@ class BaseWeight:
             weight = self.pretrained() if self.standing else self.matrix
             self._fingerprint = subspace.fingerprint(weight)
         return self._fingerprint
+
+    def recall(self, fingerprint: tuple[float, float]) -> None:
+        """Take note of the fingerprint of a weight that is on the meta device."""
+        self._fingerprint = fingerprint
 
     @property
     def norm(self) -> float:
@@ -253,9 +257,9 @@ class BaseWeight:
     # -- the pretrained weight -----------------------------------------------------------------
 
     @property
-    def keeps_a_copy(self) -> bool:
-        """Whether an exact copy of the pretrained weight is kept in main memory."""
-        return self._copy is not None
+    def copy(self) -> Tensor | None:
+        """The exact copy of the pretrained weight (out, in) in main memory, where one is kept."""
+        return self._copy
 
     @torch.no_grad()
     def pretrained(self) -> Tensor:
@@ -292,6 +296,13 @@ class BaseWeight:
 def _rounded(change: LowRank, weight: Tensor) -> Tensor:
     """A change as a matrix in a weight's own dtype: taking it out is the opposite of adding it."""
     return change.to(weight.device).dense().to(weight.dtype)
+
+
+def with_change(pretrained: Tensor, change: LowRank) -> Tensor:
+    """A pretrained weight ([n,] out, in) with a change, rounded once: another tensor."""
+    total = torch.empty_like(pretrained)
+    _write_sum(total, pretrained, [change])
+    return total
 
 
 @full_precision()
