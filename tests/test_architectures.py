@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from rosa import RosaConfig, export_lora, export_merged, resample, watch
 from rosa.errors import ExportError
+from rosa.export.lazily import mapped_lazily
+from rosa.export.merged import write_plain
 from rosa.layers.kinds import rosa_layers
 from rosa.targets import is_trained_in_full
 from tests.architectures import ARCHITECTURES, Architecture, loss_of, outputs_of
@@ -170,6 +172,12 @@ def check_exports(case: Trained, folder: Any) -> None:
     export_merged(case.model, folder / "merged")
     plain: Any = type(case.base())
     case.same(plain.from_pretrained(folder / "merged"), case.trained, "exported merged")
+    case.model.save_pretrained(str(folder / "adapter"))
+    base = case.base()
+    weights = {name: value.clone() for name, value in base.state_dict().items()}
+    write_plain(*mapped_lazily(base, folder / "adapter"), folder / "by weight", "30KB")
+    case.same(plain.from_pretrained(folder / "by weight"), case.trained, "merged weight by weight")
+    assert all(torch.equal(base.state_dict()[name], value) for name, value in weights.items())
     if case.architecture.lora:
         export_lora(case.model, folder / "lora")
         lora = PeftModel.from_pretrained(case.base(), str(folder / "lora"))

@@ -13,6 +13,8 @@ from transformers import BertForSequenceClassification, GPT2LMHeadModel
 from rosa import RosaConfig, export_lora, export_merged, resample
 from rosa.errors import ExportError, UserError
 from rosa.export import lora
+from rosa.export.lazily import mapped_lazily
+from rosa.export.merged import write_merged, write_plain
 from tests.architectures import ARCHITECTURES
 from tests.models import Mlp, tiny_bert, tiny_gpt2
 
@@ -50,6 +52,50 @@ def test_a_merged_export_is_a_plain_model(tmp_path):
     plain = BertForSequenceClassification.from_pretrained(tmp_path).eval()
     assert set(plain.state_dict()) == names
     torch.testing.assert_close(plain(ids).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_a_merged_export_is_written_in_files_of_a_size(tmp_path):
+    base, ids = tiny_bert().eval(), torch.randint(50, (3, 9))
+    model = learned(base, target_modules="all-linear", task_type="SEQ_CLS")
+    export_merged(model, tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
+    plain = BertForSequenceClassification.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(plain(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_weight_by_weight_gives_the_same_numbers(tmp_path, dtype):
+    base = tiny_bert().to(dtype)
+    plain = copy.deepcopy(base)
+    model = learned(base, target_modules="all-linear", task_type="SEQ_CLS", bias="rosa_only")
+    model.save_pretrained(tmp_path / "adapter")
+    for name in ("whole", "by weight"):
+        (tmp_path / name).mkdir()
+    write_merged(model, "default", tmp_path / "whole")
+    write_plain(*mapped_lazily(plain, tmp_path / "adapter"), tmp_path / "by weight")
+    one, two = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "by weight"))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert two[name].dtype == value.dtype
+        torch.testing.assert_close(two[name], value)  # in float32 the one has been in and out
+        if dtype == torch.bfloat16:
+            assert torch.equal(two[name], value)
+
+
+def test_merging_weight_by_weight_looks_at_the_base_and_at_the_numbers(tmp_path):
+    plain = tiny_bert()
+    model = learned(copy.deepcopy(plain), target_modules="all-linear", task_type="SEQ_CLS")
+    model.save_pretrained(tmp_path)
+    another = copy.deepcopy(plain)
+    another.bert.encoder.layer[0].output.dense.weight.data.mul_(1.5)
+    with pytest.warns(UserWarning, match=r"trained on other base weights: 1 of"):
+        mapped_lazily(another, tmp_path)
+    another.bert.encoder.layer[0].output.dense.weight.data[0, 0] = torch.nan
+    with pytest.warns(UserWarning, match=r"other base weights"):
+        broken = mapped_lazily(another, tmp_path)
+    (tmp_path / "merged").mkdir()
+    with pytest.raises(UserError, match=r"layer\.0\.output\.dense has NaN or infinity"):
+        write_plain(*broken, tmp_path / "merged")
 
 
 def test_merging_gives_the_bases_own_class_and_weight_names():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 from peft import PeftModel
 
 from rosa.bench import runs
-from rosa.errors import ExportError, UserError
+from rosa.errors import ExportError, UserError, blame
+from rosa.export.lazily import mapped_lazily
 from rosa.export.lora import write_lora
-from rosa.export.merged import write_merged
+from rosa.export.merged import MAX_SHARD_SIZE, write_merged, write_plain
 from rosa.export.ranks import ALL, Budget
 from rosa.export.staging import rosa_adapter, staged
 
@@ -19,8 +21,15 @@ FORMS = ("merged", "lora")
 
 
 def export_folder(
-    folder: Path, form: str, output: Path, model: str | None = None, budget: Budget = ALL
-) -> tuple[float, dict[str, float]]:
+    folder: Path,
+    form: str,
+    output: Path,
+    model: str | None = None,
+    budget: Budget = ALL,
+    *,
+    low_memory: bool = False,
+    max_shard_size: str = MAX_SHARD_SIZE,
+) -> tuple[float | None, dict[str, float]]:
     """Export a trained adapter from its folder, with its tokenizer.
 
     Args:
@@ -29,10 +38,13 @@ def export_folder(
         output: where it goes; must not exist or be empty.
         model: the base model; None takes the one that the adapter names.
         budget: how much of the changes a LoRA adapter keeps.
+        low_memory: merge weight by weight, from the base's files into new ones.
+        max_shard_size: of a plain model's file.
 
     Returns:
         The largest difference between the logits of the trained model and of what was written, as
-        loaded back, on random tokens; and by layer the relative error of its change.
+        loaded back, on random tokens, or None with `low_memory`; and by layer the relative error of
+        its change.
 
     Raises:
         ValueError, FileNotFoundError: nothing to export there, or `output` is in use.
@@ -42,11 +54,18 @@ def export_folder(
         raise UserError(f"--to must be one of {', '.join(FORMS)}; got {form!r}")
     if form != "lora" and not budget.is_all:
         raise UserError("a plain model has the whole change: --rank and --energy are for --to lora")
+    if form != "merged" and (low_memory or max_shard_size != MAX_SHARD_SIZE):
+        raise UserError("--low-memory and --max-shard-size are for --to merged")
+    if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]?B", max_shard_size, re.IGNORECASE):
+        raise UserError(f"--max-shard-size is a size as 500MB or 5GB, got {max_shard_size!r}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is not empty: name a new folder")
+    if low_memory:
+        _merge_files(folder, output, model, max_shard_size)
+        return None, {}
     trained, tokenizer = runs.load_trained(folder, model, whole=True)
     if not isinstance(trained, PeftModel):
-        raise UserError(f"{folder} holds a plain model already: there is no adapter to export")
+        raise _no_adapter(folder)
     errors: dict[str, float] = {}
     expected, half = _logits(trained), trained.dtype in (torch.float16, torch.bfloat16)
     with staged(output) as place:
@@ -56,7 +75,7 @@ def export_folder(
             trained.config.save_pretrained(str(place))
             written = PeftModel.from_pretrained(trained.unload(), str(place)).eval()
         else:  # merging is the same for every method of PEFT
-            written = write_merged(trained, trained.active_adapters[0], place)
+            written = write_merged(trained, trained.active_adapters[0], place, max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(place))
         difference = float((_logits(written) - expected).abs().max())
@@ -67,6 +86,27 @@ def export_folder(
                 "logits, though its weights do not. Nothing was written; please report this"
             )
     return difference, errors
+
+
+def _merge_files(folder: Path, output: Path, model: str | None, max_shard_size: str) -> None:
+    """Merge a ROSA adapter into a base model whose weights are read as they are written."""
+    there = runs.trained_place(folder)
+    if not (there / "adapter_config.json").is_file():
+        raise _no_adapter(folder)
+    if (method := runs.read_json(there / "adapter_config.json").get("peft_type")) != "ROSA":
+        raise UserError(f"--low-memory merges ROSA adapters; {folder} holds one of {method}'s")
+    base = runs.load_base(there, model, whole=True)
+    tokenizer = runs.own_tokenizer(there)
+    with staged(output) as place:
+        with blame(f"the adapter in {there} does not fit the model", *runs.MISFIT):
+            plain, weights = mapped_lazily(base, there)
+        write_plain(plain, weights, place, max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(place))
+
+
+def _no_adapter(folder: Path) -> UserError:
+    return UserError(f"{folder} holds a plain model already: there is no adapter to export")
 
 
 def _logits(model: Any) -> torch.Tensor:

@@ -165,53 +165,13 @@ def load_trained(
     Raises:
         FileNotFoundError, ValueError: there is no such folder, or nothing trained in it.
     """
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    import rosa  # noqa: F401  # registers the method
-
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder: name a run's or an adapter's")
-    if (folder / SETTINGS).is_file() and not is_done(folder):
-        raise UserError(f"the run in {folder} is not finished: go on with it by --resume first")
-    place = next((p for p in (folder / ADAPTER, folder / MODEL) if p.is_dir()), folder)
+    place = trained_place(folder)
     if (place / "adapter_config.json").is_file():
-        read_json(place / "adapter_config.json")  # a damaged one is named
-        if not (place / "adapter_model.safetensors").is_file():
-            raise FileNotFoundError(
-                f"{place} has no adapter_model.safetensors: its weights are missing"
-            )
-        with blame(f"{place / 'adapter_config.json'} cannot be used"):
-            config = PeftConfig.from_pretrained(str(place))
-        base = model or config.base_model_name_or_path
-        if base is None:
-            raise UserError(f"{place} does not name its base model: give --model")
-        check_model(base)
-        has_config = (place / "config.json").is_file()
-        # In the precision that it was trained in: a coarser one would compute something else.
-        dtype = (load_config(place).dtype if has_config else None) or "auto"
-        if config.task_type == "SEQ_CLS":
-            if not has_config:
-                raise UserError(
-                    f"{place} has no config.json to say how many labels there are: save the "
-                    "model's config there too, as `rosa train` does"
-                )
-            labels = load_config(place).id2label or {}
-            how: dict[str, Any] = {
-                "id2label": labels,
-                "label2id": {name: i for i, name in labels.items()},
-                "ignore_mismatched_sizes": True,  # the adapter brings a head of the right size
-            }
-            auto: Any = AutoModelForSequenceClassification
-        else:
-            auto, how = AutoModelForCausalLM, {}
-        settings = place.parent / SETTINGS
-        run = read_json(settings) if settings.is_file() else {}
-        load_in = "full" if whole else run.get("load_in", "full")
-        how.update(quantization(load_in, run.get("precision") == "bf16"))
-        with blame(f"the model {base} cannot be loaded"):
-            plain = auto.from_pretrained(base, dtype=dtype, **how)
-        quantize(load_in, plain)
+        plain = load_base(place, model, whole)
+        base = plain.name_or_path
         try:
             with blame(f"the adapter in {place} does not fit the model {base}", *MISFIT):
                 trained = PeftModel.from_pretrained(plain, str(place))
@@ -222,14 +182,80 @@ def load_trained(
     elif (place / "config.json").is_file():
         architectures = read_json(place / "config.json").get("architectures") or [""]
         decoder = architectures[0].endswith(("ForCausalLM", "LMHeadModel"))
-        auto = AutoModelForCausalLM if decoder else AutoModelForSequenceClassification
+        auto: Any = AutoModelForCausalLM if decoder else AutoModelForSequenceClassification
         with blame(f"the model in {place} cannot be loaded"):
             trained = auto.from_pretrained(str(place))
     else:
         raise UserError(f"{folder} holds neither a run nor an adapter (no adapter_config.json)")
-    has_tokenizer = (place / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(place) if has_tokenizer else None
-    return trained.eval(), tokenizer  # type: ignore[return-value]
+    return trained.eval(), own_tokenizer(place)  # type: ignore[return-value]
+
+
+def trained_place(folder: Path) -> Path:
+    """Where in a run's folder the adapter or the model is; the folder itself if it is no run's.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such folder, or the run is not finished.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder: name a run's or an adapter's")
+    if (folder / SETTINGS).is_file() and not is_done(folder):
+        raise UserError(f"the run in {folder} is not finished: go on with it by --resume first")
+    return next((p for p in (folder / ADAPTER, folder / MODEL) if p.is_dir()), folder)
+
+
+def own_tokenizer(place: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that lies beside an adapter or a model, if one does."""
+    return load_tokenizer(place) if (place / "tokenizer_config.json").is_file() else None
+
+
+def load_base(place: Path, model: str | None = None, whole: bool = False) -> PreTrainedModel:
+    """The base model of an adapter's folder, with a head of the adapter's size; see `load_trained`.
+
+    Raises:
+        FileNotFoundError, ValueError: the adapter's files, or the base model, cannot be used.
+    """
+    from peft import PeftConfig
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    import rosa  # noqa: F401  # registers the method
+
+    read_json(place / "adapter_config.json")  # a damaged one is named
+    if not (place / "adapter_model.safetensors").is_file():
+        raise FileNotFoundError(
+            f"{place} has no adapter_model.safetensors: its weights are missing"
+        )
+    with blame(f"{place / 'adapter_config.json'} cannot be used"):
+        config = PeftConfig.from_pretrained(str(place))
+    base = model or config.base_model_name_or_path
+    if base is None:
+        raise UserError(f"{place} does not name its base model: give --model")
+    check_model(base)
+    has_config = (place / "config.json").is_file()
+    # In the precision that it was trained in: a coarser one would compute something else.
+    dtype = (load_config(place).dtype if has_config else None) or "auto"
+    if config.task_type == "SEQ_CLS":
+        if not has_config:
+            raise UserError(
+                f"{place} has no config.json to say how many labels there are: save the "
+                "model's config there too, as `rosa train` does"
+            )
+        labels = load_config(place).id2label or {}
+        how: dict[str, Any] = {
+            "id2label": labels,
+            "label2id": {name: i for i, name in labels.items()},
+            "ignore_mismatched_sizes": True,  # the adapter brings a head of the right size
+        }
+        auto: Any = AutoModelForSequenceClassification
+    else:
+        auto, how = AutoModelForCausalLM, {}
+    settings = place.parent / SETTINGS
+    run = read_json(settings) if settings.is_file() else {}
+    load_in = "full" if whole else run.get("load_in", "full")
+    how.update(quantization(load_in, run.get("precision") == "bf16"))
+    with blame(f"the model {base} cannot be loaded"):
+        plain = auto.from_pretrained(base, dtype=dtype, **how)
+    quantize(load_in, plain)
+    return plain
 
 
 _TELL_NOTHING = {

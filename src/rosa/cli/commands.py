@@ -327,6 +327,17 @@ def export(
         float | None,
         typer.Option(help="LoRA: keep this share of the changes' squared norms, such as 0.99."),
     ] = None,
+    low_memory: Annotated[
+        bool,
+        typer.Option(
+            "--low-memory",
+            help="Plain model: weight by weight, from the base's files into new ones; for a model "
+            "larger than memory. Its weights are compared, its logits are not.",
+        ),
+    ] = False,
+    max_shard_size: Annotated[
+        str, typer.Option(help="Plain model: size of a file, as 500MB or 5GB.")
+    ] = "5GB",
 ) -> None:
     """Turn a trained adapter into a plain model or a LoRA adapter, and check that they agree.
 
@@ -344,11 +355,15 @@ def export(
     from rosa.export.ranks import Budget
 
     budget = Budget(rank, energy)
-    difference, errors = export_folder(folder, to, output, model, budget)
+    how = {"low_memory": low_memory, "max_shard_size": max_shard_size}
+    difference, errors = export_folder(folder, to, output, model, budget, **how)
     if not budget.is_all:
         worst = dict(sorted(errors.items(), key=lambda each: -each[1])[:10])
         title = f"relative error of the change, the largest of {len(errors)} layers"
         Console().print(metrics_table(title, worst))
+    if difference is None:
+        print(f"wrote {output}; every weight was loaded back and compared")
+        return
     print(f"wrote {output}; largest difference of logits from the trained model: {difference:.1e}")
 
 

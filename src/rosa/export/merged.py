@@ -5,11 +5,13 @@ What is written is loaded back as a user would, and compared, before it takes it
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 import os
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,22 +20,32 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rosa.errors import ExportError, UserError
+from rosa.export.lazily import Served, Weights, merged_lazily
 from rosa.export.staging import rosa_adapter, staged
 from rosa.layers.kinds import rosa_layers
 
+MAX_SHARD_SIZE = "5GB"
+"""Of a file of the weights."""
+
 
 def export_merged(
-    model: nn.Module, folder: str | os.PathLike[str], adapter_name: str | None = None
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    adapter_name: str | None = None,
+    *,
+    max_shard_size: str = MAX_SHARD_SIZE,
 ) -> None:
     """Write the plain model with the adapter merged, of the base's own class and weight names.
 
-    The model passed is left as it is, so this needs the memory of a second one. What was written is
-    loaded back by the base's own class and compared, number by number.
+    The model passed is left as it is. Transformers' models are written file by file, so this needs
+    the memory of one file; others' that of the adapted weights. What was written is loaded back by
+    the base's own class and compared, number by number.
 
     Args:
         model: a `PeftModel` with ROSA, wrapped or not.
         folder: where the model's files go.
         adapter_name: which adapter; the active one if None.
+        max_shard_size: of a file, as in transformers' `save_pretrained`.
 
     Raises:
         ValueError: the adapter is not ROSA's, or does not exist; `folder` has a model already.
@@ -41,10 +53,12 @@ def export_merged(
     """
     model, adapter = rosa_adapter(model, adapter_name)
     with staged(folder) as place:
-        write_merged(model, adapter, place)
+        write_merged(model, adapter, place, max_shard_size)
 
 
-def write_merged(model: PeftModel, adapter: str, folder: Path) -> Any:
+def write_merged(
+    model: PeftModel, adapter: str, folder: Path, max_shard_size: str = MAX_SHARD_SIZE
+) -> Any:
     """Write the merged model; raise ExportError if another is loaded from it, else return that.
 
     A model that has no `save_pretrained` is written as a state dict, and None is returned.
@@ -55,40 +69,81 @@ def write_merged(model: PeftModel, adapter: str, folder: Path) -> Any:
             "the adapter onto the model as it was before (PeftModel.from_pretrained of the whole "
             "model), and export that; or take the rounded one by model.merge_and_unload()"
         )
-    merged = _merged(model, adapter)
-    state = merged.state_dict()
+    return write_plain(*merged_lazily(model, adapter), folder, max_shard_size)
+
+
+def write_plain(
+    plain: Any, weights: Weights, folder: Path, max_shard_size: str = MAX_SHARD_SIZE
+) -> Any:
+    """Write a plain model whose weights are computed as they are written; see `write_merged`.
+
+    Args:
+        plain: the model.
+        weights: what its weights are that are on the meta device.
+        folder: where its files go.
+        max_shard_size: of a file.
+    """
+    expected: dict[str, Digest] = {}
+    served = Served(weights, lambda name, tensor: expected.update({name: _digest(tensor)}))
+    lazily = isinstance(plain, PreTrainedModel)
+    if not lazily:
+        for name, tensor in served.items():
+            _set(plain, name, tensor)
+    state = plain.state_dict()
     dtypes = {t.dtype for t in state.values() if t.is_floating_point()}
-    expected = {name: _digest(tensor) for name, tensor in state.items()}
-    if not hasattr(merged, "save_pretrained"):
+    if not hasattr(plain, "save_pretrained"):
         path = folder / "pytorch_model.bin"
         torch.save(state, path)
-        del merged, state
-        _check_merged(expected, torch.load(path, map_location="cpu", weights_only=True))
+        _check_merged(_digests(state, served), torch.load(path, "cpu", weights_only=True))
         return None
-    plain: Any = type(merged)
+    kind: Any = type(plain)
+    how: dict[str, Any] = {}
+    if lazily:
+        if weights:  # as transformers writes a model that is offloaded
+            vars(plain).update(
+                hf_device_map={"": "disk"}, _hf_hook=SimpleNamespace(weights_map=served)
+            )
+        how["max_shard_size"] = max_shard_size
     try:
-        merged.save_pretrained(str(folder))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
+            plain.save_pretrained(str(folder), **how)
+    except UserError:
+        raise
     except ValueError as error:  # such as generation settings that do not go together
         raise UserError(
-            f"{plain.__name__}.save_pretrained refuses this model; nothing was written: {error}"
+            f"{kind.__name__}.save_pretrained refuses this model; nothing was written: {error}"
         ) from error
-    how: dict[str, Any] = {}
-    if isinstance(merged, PreTrainedModel) and dtypes:
+    how = {}
+    if lazily and dtypes:
         how["dtype"] = functools.reduce(torch.promote_types, dtypes)  # so that none is rounded
-    attention = getattr(getattr(merged, "config", None), "_attn_implementation", None)
-    if isinstance(merged, PreTrainedModel) and attention:
+    attention = getattr(getattr(plain, "config", None), "_attn_implementation", None)
+    if lazily and attention:
         how["attn_implementation"] = attention
-    del merged, state  # no three models in memory at a time
+    # A weight that is tied to another has not been written by this name.
+    expected = _digests({n: t for n, t in state.items() if n not in expected}, served) | expected
+    del plain, state  # no three models in memory at a time
     try:
-        loaded = plain.from_pretrained(str(folder), **how)
+        loaded = kind.from_pretrained(str(folder), **how)
     except Exception as error:
         raise ExportError(
-            f"{plain.__name__}.from_pretrained cannot load what its save_pretrained wrote: "
+            f"{kind.__name__}.from_pretrained cannot load what its save_pretrained wrote: "
             f"{type(error).__name__}: {error}. Nothing was written: use model.merge_and_unload(), "
             "and save the plain model in a way that its class can load"
         ) from error
     _check_merged(expected, loaded.state_dict())
     return loaded.eval()
+
+
+def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a weight into a model; not by a way that looks at the one that was there."""
+    owner, _, own = name.rpartition(".")
+    model.get_submodule(owner)._parameters[own] = nn.Parameter(tensor)
+
+
+def _digests(state: Mapping[str, Tensor], served: Served) -> dict[str, Digest]:
+    """Of a state dict whose weights on the meta device are served."""
+    return {n: _digest(served[n] if t.is_meta else t) for n, t in state.items()}
 
 
 Digest = tuple[torch.dtype, torch.Size, str]
@@ -116,20 +171,3 @@ def _check_merged(expected: dict[str, Digest], found: dict[str, Tensor]) -> None
             "differ. Nothing was written; this model's class does not give its own weights back: "
             "use model.merge_and_unload(), and save that in another way"
         )
-
-
-def _merged(model: PeftModel, adapter: str) -> Any:
-    """A plain copy of the model, with one adapter merged, whatever is in use."""
-    merged: Any = _copy(model)
-    merged.base_model.enable_adapter_layers()
-    for _, layer in rosa_layers(merged):
-        if layer.merged:  # maybe with other adapters
-            layer.unmerge()
-    merged.set_adapter(adapter)  # its head too
-    return merged.merge_and_unload(safe_merge=True, adapter_names=[adapter]).requires_grad_(True)
-
-
-def _copy(model: PeftModel) -> PeftModel:
-    # Accelerate's mixed precision gives the model a forward of its own, which cannot be copied.
-    forward = vars(model).get("forward")
-    return copy.deepcopy(model, {} if forward is None else {id(forward): forward})

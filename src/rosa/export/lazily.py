@@ -1,0 +1,164 @@
+"""A plain model with an adapter merged, whose weights are computed when they are asked for.
+
+So a model is merged that is as large as the memory, or, with weights mapped from its files, larger.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from rosa.algebra import subspace
+from rosa.checkpoint import warn_of_another_base
+from rosa.config import as_rosa_config
+from rosa.errors import UserError
+from rosa.layers.base import RosaLayer
+from rosa.layers.kinds import layers_of, rosa_layers
+from rosa.layers.weight import with_change
+
+Weights = Mapping[str, Callable[[], Tensor]]
+"""The weights of a plain model that are on the meta device, by name: what each is."""
+
+
+def merged_lazily(model: PeftModel, adapter: str) -> tuple[Any, Weights]:
+    """A plain model with an adapter merged, and its weights that this changes; `model` is left.
+
+    Weights that the adapter leaves alone are the model's own memory.
+
+    Args:
+        model: with any PEFT method; only ROSA's weights wait, another's are merged in a copy.
+        adapter: its name.
+    """
+    weights = {
+        _plain(f"{name}.{layer.weight_path}"): partial(
+            _merged, layer, adapter, layer.base_weight.pretrained_as_stored
+        )
+        for name, layer in layers_of(model, adapter).items()
+    }
+    return _unloaded(_copy(model), adapter), weights
+
+
+def mapped_lazily(base: nn.Module, folder: Path) -> tuple[Any, Weights]:
+    """The same of a ROSA adapter's folder, on a base that is never changed nor copied.
+
+    Args:
+        base: the plain base model. Transformers maps its weights from their files where they lie on
+            the CPU in the files' own precision, and then little of it is in memory at a time.
+        folder: the adapter's.
+
+    Raises:
+        ValueError, RuntimeError: the adapter does not fit the base.
+    """
+    pretrained = base.state_dict()
+    model = PeftModel.from_pretrained(
+        _on_meta(base), str(folder), low_cpu_mem_usage=True, torch_device="cpu"
+    )
+    adapter = model.active_adapters[0]
+    weights: dict[str, Callable[[], Tensor]] = {}
+    layers = layers_of(model, adapter)
+    for name, layer in layers.items():
+        key = _plain(f"{name}.{layer.weight_path}")
+        matrix = layer.base_weight.view.as_matrix(pretrained[key])
+        layer.base_weight.recall(subspace.fingerprint(matrix))
+        weights[key] = partial(_merged, layer, adapter, partial(pretrained.__getitem__, key))
+    warn_of_another_base(as_rosa_config(model.peft_config[adapter]).base_fingerprint, layers)
+    plain = _unloaded(model, adapter)
+    for name, tensor in plain.state_dict().items():
+        if tensor.is_meta and name not in weights:
+            weights[name] = partial(pretrained.__getitem__, name)
+    return plain, weights
+
+
+class Served(Mapping[str, Tensor]):
+    """Weights by name, each computed when it is asked for, and shown to someone.
+
+    Args:
+        weights: how each is computed.
+        show: is called with the name and the weight.
+    """
+
+    def __init__(self, weights: Weights, show: Callable[[str, Tensor], None]) -> None:
+        self._weights, self._show = weights, show
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._weights[name]()
+        self._show(name, tensor)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+def _plain(key: str) -> str:
+    """The name of a weight in the plain model."""
+    return key.removeprefix("base_model.model.").replace(".base_layer", "")
+
+
+@torch.no_grad()
+def _merged(layer: RosaLayer, adapter: str, pretrained: Callable[[], Tensor]) -> Tensor:
+    """A weight with the adapter's whole change, as it is stored."""
+    view = layer.base_weight.view
+    total = with_change(view.as_matrix(pretrained()), layer.whole_change(adapter))
+    if not total.isfinite().all():
+        raise UserError(
+            f"the merged weight of layer {layer.name} has NaN or infinity: the adapter seems to be "
+            "broken, or its change does not fit the weight's precision. Load an earlier checkpoint"
+        )
+    return view.as_stored(total).contiguous()
+
+
+def _unloaded(model: PeftModel, adapter: str) -> Any:
+    """A plain model of a copy, with one adapter merged, whatever is in use."""
+    tuner: Any = model.base_model
+    tuner.enable_adapter_layers()
+    for _, layer in rosa_layers(model):
+        if layer.merged:  # maybe with other adapters
+            layer.unmerge()
+    model.set_adapter(adapter)  # its head too
+    rosa = any(True for _ in rosa_layers(model))  # whose weights are looked at when they are there
+    plain = tuner.merge_and_unload(safe_merge=not rosa, adapter_names=[adapter])
+    return plain.requires_grad_(True)
+
+
+def _copy(model: PeftModel) -> PeftModel:
+    """A copy whose adapted weights take no memory; it shares all that no method of PEFT changes."""
+    memo: dict[int, Any] = {}
+    # Accelerate's mixed precision gives the model a forward of its own, which cannot be copied.
+    if (forward := vars(model).get("forward")) is not None:
+        memo[id(forward)] = forward
+    changed = tuple(
+        f"{name}."
+        for name, module in model.named_modules()
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        and not isinstance(module, RosaLayer)
+    )
+    for name, parameter in model.named_parameters():
+        if type(parameter) is nn.Parameter and not name.startswith(changed):
+            memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
+    for _, layer in rosa_layers(model):
+        weight = layer.base_weight.parameter
+        memo[id(weight)] = nn.Parameter(weight.detach().to("meta"), weight.requires_grad)
+        memo[id(layer.base_weight.copy)] = None
+        terms = (*layer.base_weight.standing.values(), *(a.terms for a in layer.adapters.values()))
+        memo.update({id(each): each for each in terms})
+    return copy.deepcopy(model, memo)
+
+
+def _on_meta(base: nn.Module) -> nn.Module:
+    """A copy of a plain model without weights; its buffers are there."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in base.parameters()
+    }
+    return copy.deepcopy(base, memo)
