@@ -52,8 +52,11 @@ def export_folder(
     """
     if form not in FORMS:
         raise UserError(f"--to must be one of {', '.join(FORMS)}; got {form!r}")
-    if form != "lora" and not budget.is_all:
-        raise UserError("a plain model has the whole change: --rank and --energy are for --to lora")
+    if form != "lora" and budget != ALL:
+        raise UserError(
+            "a plain model has the whole change, in its own precision: --rank, --energy, "
+            "--uniform-rank and --dtype are for --to lora"
+        )
     if form != "merged" and (low_memory or max_shard_size != MAX_SHARD_SIZE):
         raise UserError("--low-memory and --max-shard-size are for --to merged")
     if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]?B", max_shard_size, re.IGNORECASE):

@@ -327,6 +327,17 @@ def export(
         float | None,
         typer.Option(help="LoRA: keep this share of the changes' squared norms, such as 0.99."),
     ] = None,
+    uniform_rank: Annotated[
+        bool,
+        typer.Option(
+            "--uniform-rank",
+            help="LoRA: one rank for all layers, the smallest that keeps as much.",
+        ),
+    ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="LoRA: float32, bfloat16 or float16; without it exact, as trained."),
+    ] = None,
     low_memory: Annotated[
         bool,
         typer.Option(
@@ -345,16 +356,19 @@ def export(
 
         rosa export runs/cola --to merged --output cola-model
 
-    A LoRA adapter is exact, of whatever rank that takes; or the best one that a rank or a share of
-    the changes' energy allows, and then an approximation, whose error by layer is shown:
+    A LoRA adapter is exact, of whatever rank that takes; or the best one that a rank, a share of
+    the changes' energy or a precision allows, whose error by layer is shown:
 
-        rosa export runs/cola --to lora --rank 16 --output cola-lora
+        rosa export runs/cola --to lora --rank 16 --dtype bfloat16 --output cola-lora
     """
+    import torch
+
     from rosa.bench.exporting import export_folder
     from rosa.bench.report.tables import metrics_table
     from rosa.export.ranks import Budget
 
-    budget = Budget(rank, energy)
+    precision: Any = getattr(torch, dtype or "", dtype)  # what is none is refused there
+    budget = Budget(rank, energy, uniform_rank, precision)
     how = {"low_memory": low_memory, "max_shard_size": max_shard_size}
     difference, errors = export_folder(folder, to, output, model, budget, **how)
     if not budget.is_all:

@@ -62,8 +62,8 @@ def _mistake(error: Exception) -> str | None:
     """What the user can do about an error, in a line; None if it is a bug."""
     if is_out_of_memory(error):
         return (
-            "out of memory: to train, lower --batch-size (and raise --gradient-accumulation as much, "
-            "for the same steps) or --max-length; to merge, give --low-memory "
+            "out of memory: to train, lower --batch-size (and raise --gradient-accumulation as "
+            "much, for the same steps) or --max-length; to merge, give --low-memory "
             f"({_first_line(error)})"
         )
     if isinstance(error, ImportError):

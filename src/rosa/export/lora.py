@@ -44,6 +44,8 @@ def export_lora(
     *,
     rank: int | None = None,
     energy: float | None = None,
+    uniform_rank: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, float]:
     """Write a ROSA adapter as a LoRA adapter: exact, or the best approximation within a budget.
 
@@ -58,16 +60,19 @@ def export_lora(
         rank: keep so many terms of every weight's change; None for no such bound.
         energy: or keep this share of the changes' squared norms over all weights, by as few numbers
             as that takes.
+        uniform_rank: let all weights have one rank, as some servers ask for: the smallest one that
+            keeps as much.
+        dtype: of the numbers in the file; None leaves them in the offset's, which is exact.
 
     Returns:
         By layer, how much of the norm of its change was lost; 0 where it is exact.
 
     Raises:
         ValueError: the adapter is not ROSA's, or does not exist; `folder` has such files already;
-            the rank or the energy is none.
+            the rank, the energy or the dtype is none.
         ExportError: PEFT loads something else from it; then nothing is left in `folder`.
     """
-    budget = Budget(rank, energy)
+    budget = Budget(rank, energy, uniform_rank, dtype)
     model, adapter = rosa_adapter(model, adapter_name)
     with staged(folder) as place:
         return write_lora(model, adapter, place, budget)
@@ -90,7 +95,7 @@ def write_lora(
         except ValueError as error:
             raise _no_lora(f"{error} (layer {name.removeprefix(_PREFIX)})") from error
         for factor, values in zip(layer.lora_names, factors, strict=True):
-            state[f"{name}.{factor}"] = values.contiguous()
+            state[f"{name}.{factor}"] = values.to(budget.dtype).contiguous()
         if isinstance(layer, ParamWrapper):
             parameters.append(layer.name)
             ranks[layer.name] = change.rank

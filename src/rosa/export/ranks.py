@@ -6,11 +6,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+from torch.nn import functional
 
-from rosa.algebra.lowrank import LowRank
+from rosa.algebra.lowrank import LowRank, are_finite, transposed
 from rosa.config import check_rank
 from rosa.errors import UserError
+from rosa.layers.weight import SUPPORTED_DTYPES
 
 
 @dataclass(frozen=True)
@@ -21,10 +24,14 @@ class Budget:
         rank: so many terms for every weight; None for no such bound.
         energy: the share of the changes' squared Frobenius norms, over all weights, that is kept by
             as few numbers as that takes; None for no such bound.
+        uniform: all weights have one rank, the smallest that keeps as much.
+        dtype: precision of the numbers; None leaves them in their own.
     """
 
     rank: int | None = None
     energy: float | None = None
+    uniform: bool = False
+    dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.energy is not None:
@@ -33,11 +40,14 @@ class Budget:
             check_rank("rank", self.rank)
         if self.energy is not None and not 0 < self.energy <= 1:
             raise UserError(f"energy is a share, above 0 and at most 1: {self.energy}")
+        if self.dtype not in (None, *SUPPORTED_DTYPES):
+            known = ", ".join(str(each).removeprefix("torch.") for each in SUPPORTED_DTYPES)
+            raise UserError(f"dtype must be one of {known}; got {self.dtype!r}")
 
     @property
     def is_all(self) -> bool:
         """Whether everything is kept."""
-        return self.rank is None and self.energy is None
+        return self.rank is None and self.energy is None and self.dtype is None
 
 
 ALL = Budget()
@@ -51,8 +61,11 @@ def within(budget: Budget, changes: Mapping[str, LowRank]) -> dict[str, LowRank]
         budget: what is kept.
         changes: compressed ones, whose terms are singular triplets that fall in size.
 
+    Returns:
+        By name what is kept, in the dtype that the changes have, whatever it was rounded to.
+
     Raises:
-        ValueError: the rank is beyond that of any of the weights.
+        ValueError: the rank is beyond that of any of the weights; the dtype cannot hold them.
     """
     if budget.rank is not None:
         full = max(min(c.B.shape[-2], c.A.shape[-1]) for c in changes.values())
@@ -62,18 +75,44 @@ def within(budget: Budget, changes: Mapping[str, LowRank]) -> dict[str, LowRank]
                 "one, or none for the exact export"
             )
         ranks = dict.fromkeys(changes, budget.rank)
+    elif budget.energy is not None and budget.uniform:
+        ranks = dict.fromkeys(changes, _rank_keeping(budget.energy, changes))
     elif budget.energy is not None:
         ranks = _keeping(budget.energy, changes)
     else:
         ranks = {name: max(1, change.rank) for name, change in changes.items()}
-    return {name: _of_rank(change, ranks[name]) for name, change in changes.items()}
+        if budget.uniform:
+            ranks = dict.fromkeys(changes, max(ranks.values()))
+    kept = {name: _of_rank(change, ranks[name]) for name, change in changes.items()}
+    return {name: _rounded(change, name, budget.dtype) for name, change in kept.items()}
 
 
 def relative_error(change: LowRank, kept: LowRank) -> float:
     """By how much of its Frobenius norm a compressed change differs from what is kept of it."""
     energies = _energies(change)
     total = float(energies.sum())
-    return (float(energies[kept.rank :].sum()) / total) ** 0.5 if total else 0.0
+    lost = float(energies[kept.rank :].sum())
+    there, left = change[: kept.rank], kept[: change.rank]
+    if not (torch.equal(there.A, left.A) and torch.equal(there.B, left.B)):
+        lost += _squared_norm(there + LowRank(-left.B, left.A))
+    return (lost / total) ** 0.5 if total else 0.0
+
+
+def _squared_norm(change: LowRank) -> float:
+    """The squared Frobenius norm, by the terms' inner products."""
+    a, b = change.A.double(), change.B.double()
+    return max(0.0, float(((transposed(b) @ b) * (a @ transposed(a))).sum()))
+
+
+def _rounded(change: LowRank, name: str, dtype: torch.dtype | None) -> LowRank:
+    if dtype is None:
+        return change
+    rounded = change.to(dtype=dtype).to(dtype=change.dtype)
+    if not are_finite([rounded.A, rounded.B]):
+        raise UserError(
+            f"{dtype} cannot hold the change of {name}, which is too large: give another"
+        )
+    return rounded
 
 
 def _energies(change: LowRank) -> Tensor:
@@ -90,6 +129,15 @@ def _cost(change: LowRank) -> int:
 
 def _of_rank(change: LowRank, rank: int) -> LowRank:
     return change[:rank] if change.rank >= rank else change.padded(rank)
+
+
+def _rank_keeping(share: float, changes: Mapping[str, LowRank]) -> int:
+    """The smallest one rank for all that keeps a share."""
+    energies = [_energies(change) for change in changes.values()]
+    most = max(1, *(len(each) for each in energies))
+    by_term = sum(functional.pad(each, (0, most - len(each))) for each in energies)
+    left = torch.as_tensor(by_term).flip(0).cumsum(0).flip(0)  # from each term on
+    return max(1, int((left > (1 - share) * left[0]).sum()))
 
 
 def _keeping(share: float, changes: Mapping[str, LowRank]) -> dict[str, int]:
