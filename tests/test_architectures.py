@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from rosa import RosaConfig, export_lora, export_merged, resample, watch
+from rosa import RosaConfig, export_lora, export_merged, export_rosa, resample, watch
 from rosa.errors import ExportError
 from rosa.export.lazily import mapped_lazily
 from rosa.export.merged import write_plain
@@ -178,6 +178,8 @@ def check_exports(case: Trained, folder: Any) -> None:
     write_plain(*mapped_lazily(base, folder / "adapter"), folder / "by weight", "30KB")
     case.same(plain.from_pretrained(folder / "by weight"), case.trained, "merged weight by weight")
     assert all(torch.equal(base.state_dict()[name], value) for name, value in weights.items())
+    export_rosa(case.model, folder / "rosa")
+    case.same(PeftModel.from_pretrained(case.base(), folder / "rosa"), case.trained, "compact")
     if case.architecture.lora:
         export_lora(case.model, folder / "lora")
         lora = PeftModel.from_pretrained(case.base(), str(folder / "lora"))

@@ -6,7 +6,7 @@ Importing this package registers the method: `peft.get_peft_model(model, rosa.Ro
 from typing import TYPE_CHECKING, Any
 
 from rosa.config import RosaConfig
-from rosa.export import export_lora, export_merged
+from rosa.export import export_lora, export_merged, export_rosa
 from rosa.layers.base import RosaLayer
 from rosa.model import RosaModel
 from rosa.resampling.resample import resample
@@ -25,6 +25,7 @@ __all__ = [
     "__version__",
     "export_lora",
     "export_merged",
+    "export_rosa",
     "resample",
     "watch",
 ]

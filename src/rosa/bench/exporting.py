@@ -11,13 +11,14 @@ from peft import PeftModel
 
 from rosa.bench import runs
 from rosa.errors import ExportError, UserError, blame
+from rosa.export.compact import write_rosa
 from rosa.export.lazily import mapped_lazily
 from rosa.export.lora import write_lora
 from rosa.export.merged import MAX_SHARD_SIZE, write_merged, write_plain
 from rosa.export.ranks import ALL, Budget
 from rosa.export.staging import rosa_adapter, staged
 
-FORMS = ("merged", "lora")
+FORMS = ("merged", "lora", "rosa")
 
 
 def export_folder(
@@ -34,10 +35,11 @@ def export_folder(
 
     Args:
         folder: a run's folder or an adapter's.
-        form: `merged`, a plain model of the base's class; or `lora`, a LoRA adapter.
+        form: `merged`, a plain model of the base's class; `lora`, a LoRA adapter; or `rosa`, the
+            adapter itself in a smaller file.
         output: where it goes; must not exist or be empty.
         model: the base model; None takes the one that the adapter names.
-        budget: how much of the changes a LoRA adapter keeps.
+        budget: how much of the changes an adapter keeps.
         low_memory: merge weight by weight, from the base's files into new ones.
         max_shard_size: of a plain model's file.
 
@@ -52,7 +54,7 @@ def export_folder(
     """
     if form not in FORMS:
         raise UserError(f"--to must be one of {', '.join(FORMS)}; got {form!r}")
-    if form != "lora" and budget != ALL:
+    if form == "merged" and budget != ALL:
         raise UserError(
             "a plain model has the whole change, in its own precision: --rank, --energy, "
             "--uniform-rank and --dtype are for --to lora"
@@ -72,9 +74,9 @@ def export_folder(
     errors: dict[str, float] = {}
     expected, half = _logits(trained), trained.dtype in (torch.float16, torch.bfloat16)
     with staged(output) as place:
-        if form == "lora":
-            _, adapter = rosa_adapter(trained, None)
-            errors = write_lora(trained, adapter, place, budget)
+        if form != "merged":
+            write = {"lora": write_lora, "rosa": write_rosa}[form]
+            errors = write(trained, rosa_adapter(trained, None)[1], place, budget)
             trained.config.save_pretrained(str(place))
             written = PeftModel.from_pretrained(trained.unload(), str(place)).eval()
         else:  # merging is the same for every method of PEFT

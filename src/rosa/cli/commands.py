@@ -314,29 +314,38 @@ def synthetic(
 @app.command()
 def export(
     folder: Annotated[Path, typer.Argument(help="A run's folder, or an adapter's.")],
-    to: Annotated[str, typer.Option(help="merged (a plain model) or lora (a LoRA adapter).")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="merged (a plain model), lora (a LoRA adapter), rosa (its own in a smaller file)."
+        ),
+    ],
     output: Annotated[Path, typer.Option(help="A new folder for what is written.")],
     model: Annotated[
         str | None, typer.Option(help="The base model, if not the one that the adapter names.")
     ] = None,
     rank: Annotated[
         int | None,
-        typer.Option(help="LoRA: the best one of this rank, for servers that cap it."),
+        typer.Option(help="An adapter: the best one of this rank, for servers that cap it."),
     ] = None,
     energy: Annotated[
         float | None,
-        typer.Option(help="LoRA: keep this share of the changes' squared norms, such as 0.99."),
+        typer.Option(
+            help="An adapter: keep this share of the changes' squared norms, such as 0.99."
+        ),
     ] = None,
     uniform_rank: Annotated[
         bool,
         typer.Option(
             "--uniform-rank",
-            help="LoRA: one rank for all layers, the smallest that keeps as much.",
+            help="An adapter: one rank for all layers, the smallest that keeps as much.",
         ),
     ] = False,
     dtype: Annotated[
         str | None,
-        typer.Option(help="LoRA: float32, bfloat16 or float16; without it exact, as trained."),
+        typer.Option(
+            help="An adapter: float32, bfloat16 or float16; without it exact, as trained."
+        ),
     ] = None,
     low_memory: Annotated[
         bool,
@@ -360,6 +369,8 @@ def export(
     the changes' energy or a precision allows, whose error by layer is shown:
 
         rosa export runs/cola --to lora --rank 16 --dtype bfloat16 --output cola-lora
+
+    `--to rosa` writes the adapter itself anew, in as few numbers, to be trained on.
     """
     import torch
 

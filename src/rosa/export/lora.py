@@ -5,12 +5,10 @@ What is written is loaded back as a user would, and compared, before it takes it
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -18,7 +16,6 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper as LoraParamWrapper
 from peft.utils import (
     SAFETENSORS_WEIGHTS_NAME,
-    AuxiliaryTrainingWrapper,
     get_peft_model_state_dict,
 )
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -29,9 +26,10 @@ from rosa.algebra.lowrank import LowRank, transposed
 from rosa.checkpoint import is_rosa_key
 from rosa.config import RosaConfig
 from rosa.errors import ExportError
+from rosa.export.checking import is_rounding, same, without_weights
 from rosa.export.ranks import ALL, Budget, relative_error, within
 from rosa.export.staging import rosa_adapter, staged
-from rosa.layers.kinds import layers_of, rosa_layers
+from rosa.layers.kinds import layers_of
 from rosa.layers.parameter import ParamWrapper
 
 _PREFIX = "base_model.model."
@@ -149,7 +147,7 @@ def _check_called(model: PeftModel, adapter: str) -> None:
         name.removeprefix(_PREFIX)
         for name, layer in layers.items()
         if called and name not in called and layer.was_read
-        if not _is_rounding(layer.whole_change(adapter))
+        if not is_rounding(layer.whole_change(adapter))
     ]
     if read:
         raise _no_lora(
@@ -199,7 +197,7 @@ def _check_lora(
         warnings.simplefilter("ignore")  # what PEFT warns of here is what is compared below
         try:
             loaded = PeftModel.from_pretrained(
-                _without_weights(_base(model)),
+                without_weights(_base(model)),
                 str(folder),
                 low_cpu_mem_usage=True,
                 autocast_adapter_dtype=False,  # so that `_same` sees what was rounded
@@ -220,7 +218,7 @@ def _check_lora(
         name
         for name, layer in layers.items()
         if name not in factors
-        or not _same(kept[name] if kept else layer.whole_change(adapter), factors[name])
+        or not same(kept[name] if kept else layer.whole_change(adapter), factors[name])
     ]
     differ += [f"{name} (not adapted)" for name in factors if name not in layers]
     for key in sorted({*others, *found_others}):
@@ -250,74 +248,6 @@ def _no_lora(reason: str) -> ExportError:
         f"this adapter cannot be exported to LoRA: {reason}. Nothing was written; export the plain "
         "model instead: rosa.export_merged (rosa export --to merged)"
     )
-
-
-def _is_rounding(change: LowRank) -> bool:
-    """Whether the terms of a change take each other out."""
-    probe = _probe(change.A.shape[-1])
-    b, a = change.B.double(), change.A.double()
-    return float((b @ (a @ probe)).norm()) <= 1e-6 * float(b.norm() * a.norm()) * 8**0.5
-
-
-def _probe(features: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(features, 8, generator=generator, dtype=torch.float64)
-
-
-def _same(change: LowRank, written: LowRank) -> bool:
-    """Whether two products are the same matrix to the rounding of the written factors.
-
-    Told from their products with a few random vectors: what differs, differs there too, and no
-    matrix of a weight's size is needed.
-    """
-    one, other = ((each.B.shape[:-1], each.A.shape[-1]) for each in (change, written))
-    if one != other:
-        return False
-    if written.A.is_meta or written.B.is_meta:  # the file did not have them
-        return False
-    b, a, written_b, written_a = (
-        t.cpu().double() for t in (change.B, change.A, written.B, written.A)
-    )
-    probe = _probe(a.shape[-1])
-    difference = float((b @ (a @ probe) - written_b @ (written_a @ probe)).norm())
-    rounding = 8 * torch.finfo(written.B.dtype).eps * float(written_b.norm() * written_a.norm())
-    # The SVD's own, in float64, where large terms take each other out.
-    rounding += 1e-12 * float(b.norm() * a.norm())
-    return difference <= rounding * 8**0.5
-
-
-def _without_weights(base: nn.Module) -> nn.Module:
-    """A copy of a base model as it was before PEFT, whose weights take no memory."""
-    memo: dict[int, Any] = {}
-    for module in base.modules():
-        held = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
-        for tensor in held:
-            if isinstance(tensor, Tensor) and id(tensor) not in memo:
-                memo[id(tensor)] = _hollow(tensor)
-    # The copy gets each layer without what PEFT put around it.
-    for module in base.modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            memo[id(module)] = copy.deepcopy(module.original_module, memo)
-    for _, layer in reversed(list(rosa_layers(base))):  # what lies inside first
-        base_layer = layer.get_base_layer()
-        if layer.is_quantized:  # PEFT's LoRA is the same beside a plain layer
-            base_layer = nn.Linear(layer.in_features, layer.out_features, False, device="meta")
-            base_layer.weight = _hollow(base_layer.weight)  # type: ignore[assignment]
-        memo[id(layer)] = copy.deepcopy(base_layer, memo)
-    skeleton = copy.deepcopy(base, memo)
-    for name in ("peft_config", "hf_device_map"):
-        if hasattr(skeleton, name):
-            delattr(skeleton, name)
-    return skeleton
-
-
-def _hollow(tensor: Tensor) -> Tensor:
-    """A tensor of the same shape that has one number in memory."""
-    # PEFT casts the factors to a half-precision weight's dtype when it loads them this way.
-    half = tensor.dtype in (torch.float16, torch.bfloat16)
-    number = torch.zeros((), dtype=torch.float32 if half else tensor.dtype)
-    hollow = number.expand(tensor.shape)
-    return nn.Parameter(hollow, requires_grad=False) if isinstance(tensor, nn.Parameter) else hollow
 
 
 def _base(model: PeftModel) -> nn.Module:
