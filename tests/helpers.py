@@ -16,7 +16,7 @@ from rosa.algebra.sketch import Sketch
 from rosa.layers.adapter import Adapter
 from rosa.layers.base import RosaLayer
 from rosa.resampling.active import active_adapters
-from tests.models import WORDS
+from tests.models import WORDS, save_with_tokenizer, tiny_bert
 
 
 def seen_by(layer: RosaLayer, adapter: str = "default") -> Sketch | None:
@@ -73,3 +73,10 @@ def write_e2e(folder: Path, train: bool = False) -> None:
     names = ["devset.csv", "testset_w_refs.csv", *(["trainset.csv"] if train else [])]
     for name in names:
         (folder / name).write_text("\n".join(["mr,ref", *rows]) + "\n")
+
+
+def trained_run(folder: Path, steps: int) -> None:
+    """A tiny model trained by the command, drawn anew every other step: `folder`/run."""
+    base = save_with_tokenizer(tiny_bert(), folder / "base")
+    how = ["--model", base, "--train", write_csv(folder / "t.csv"), "--output", folder / "run"]
+    run("train", *how, "--steps", steps, "--lr", 0.01, "--resample-every", 2, "--rank", 2)

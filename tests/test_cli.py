@@ -412,10 +412,13 @@ def test_a_damaged_adapter_is_a_clear_error(basics, tmp_path, capsys):
     run("train", *basics, *QUICK, "--output", out)
     path = out / "adapter" / "adapter_model.safetensors"
     whole, export = path.read_bytes(), ["export", out, "--to", "lora", "--output", tmp_path / "x"]
+    by_weight = ["export", out, "--to", "merged", "--low-memory", "--output", tmp_path / "x"]
     path.write_bytes(whole[:-64])
     assert "damaged or cut short" in fails(capsys, *export)
+    assert "damaged or cut short" in fails(capsys, *by_weight)
     save_file({"foreign": torch.zeros(2)}, path)
     assert "of another adapter" in fails(capsys, *export)
+    assert "of another adapter" in fails(capsys, *by_weight)
     path.unlink()
     assert "has no adapter_model.safetensors" in fails(capsys, *export)
     path.write_bytes(whole)

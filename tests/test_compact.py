@@ -15,8 +15,8 @@ from rosa import RosaConfig, export_rosa, resample
 from rosa.errors import ExportError
 from rosa.export import compact
 from rosa.layers.kinds import rosa_layers
-from tests.helpers import fails, moved, run, write_csv
-from tests.models import Mlp, save_with_tokenizer, tiny_bert
+from tests.helpers import fails, moved, run, trained_run
+from tests.models import Mlp
 
 FILE = "adapter_model.safetensors"
 
@@ -112,9 +112,7 @@ def test_a_file_that_holds_something_else_is_not_left_behind(tmp_path, monkeypat
 
 
 def test_the_command(tmp_path, capsys):
-    base = save_with_tokenizer(tiny_bert(), tmp_path / "base")
-    how = ["--model", base, "--train", write_csv(tmp_path / "t.csv"), "--output", tmp_path / "run"]
-    run("train", *how, "--steps", 8, "--lr", 0.01, "--resample-every", 2, "--rank", 2)
+    trained_run(tmp_path, steps=8)
     capsys.readouterr()
     to = ["export", tmp_path / "run", "--to", "rosa", "--output"]
     run(*to, tmp_path / "small")

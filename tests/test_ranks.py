@@ -17,8 +17,7 @@ from rosa import RosaConfig, export_lora, resample
 from rosa.algebra.lowrank import LowRank
 from rosa.export.ranks import Budget, relative_error, within
 from rosa.layers.kinds import rosa_layers
-from tests.helpers import fails, moved, run, write_csv
-from tests.models import save_with_tokenizer, tiny_bert
+from tests.helpers import fails, moved, run, trained_run
 
 SHAPES = {"a": (12, 8), "b": (6, 10), "c": (3, 7, 5)}
 
@@ -155,9 +154,7 @@ def test_what_is_exported_is_what_was_kept_and_its_errors_are_told(tmp_path):
 
 
 def test_the_command_exports_within_a_budget(tmp_path, capsys):
-    base = save_with_tokenizer(tiny_bert(), tmp_path / "base")
-    how = ["--model", base, "--train", write_csv(tmp_path / "t.csv"), "--output", tmp_path / "run"]
-    run("train", *how, "--steps", 4, "--lr", 0.01, "--resample-every", 2, "--rank", 2)
+    trained_run(tmp_path, steps=4)
     capsys.readouterr()
     to = ["export", tmp_path / "run", "--to", "lora", "--output"]
     run(*to, tmp_path / "small", "--rank", 1)

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 
 from rosa.bench import runs
-from rosa.errors import ExportError, UserError, blame
+from rosa.errors import ExportError, UserError
 from rosa.export.compact import write_rosa
 from rosa.export.lazily import mapped_lazily
 from rosa.export.lora import write_lora
@@ -29,7 +29,7 @@ def export_folder(
     budget: Budget = ALL,
     *,
     low_memory: bool = False,
-    max_shard_size: str = MAX_SHARD_SIZE,
+    max_shard_size: str | None = None,
 ) -> tuple[float | None, dict[str, float]]:
     """Export a trained adapter from its folder, with its tokenizer.
 
@@ -41,7 +41,7 @@ def export_folder(
         model: the base model; None takes the one that the adapter names.
         budget: how much of the changes an adapter keeps.
         low_memory: merge weight by weight, from the base's files into new ones.
-        max_shard_size: of a plain model's file.
+        max_shard_size: of a plain model's file; None for the default.
 
     Returns:
         The largest difference between the logits of the trained model and of what was written, as
@@ -57,10 +57,11 @@ def export_folder(
     if form == "merged" and budget != ALL:
         raise UserError(
             "a plain model has the whole change, in its own precision: --rank, --energy, "
-            "--uniform-rank and --dtype are for --to lora"
+            "--uniform-rank and --dtype are for --to lora and --to rosa"
         )
-    if form != "merged" and (low_memory or max_shard_size != MAX_SHARD_SIZE):
+    if form != "merged" and (low_memory or max_shard_size is not None):
         raise UserError("--low-memory and --max-shard-size are for --to merged")
+    max_shard_size = max_shard_size or MAX_SHARD_SIZE
     if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]?B", max_shard_size, re.IGNORECASE):
         raise UserError(f"--max-shard-size is a size as 500MB or 5GB, got {max_shard_size!r}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -103,7 +104,7 @@ def _merge_files(folder: Path, output: Path, model: str | None, max_shard_size: 
     base = runs.load_base(there, model, whole=True)
     tokenizer = runs.own_tokenizer(there)
     with staged(output) as place:
-        with blame(f"the adapter in {there} does not fit the model", *runs.MISFIT):
+        with runs.fitting(there, base):
             plain, weights = mapped_lazily(base, there)
         write_plain(plain, weights, place, max_shard_size)
         if tokenizer is not None:

@@ -14,7 +14,8 @@ import json
 import os
 import re
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ PREDICTIONS = "predictions.json"
 _OURS = (SETTINGS, METRICS, HISTORY, PREDICTIONS, ADAPTER, MODEL, CHECKPOINTS)
 
 
-MISFIT = (ValueError, TypeError, RuntimeError, OSError)
+_MISFIT = (ValueError, TypeError, RuntimeError, OSError)
 """What PEFT raises for an adapter that is not the model's."""
 
 
@@ -171,14 +172,8 @@ def load_trained(
     place = trained_place(folder)
     if (place / "adapter_config.json").is_file():
         plain = load_base(place, model, whole)
-        base = plain.name_or_path
-        try:
-            with blame(f"the adapter in {place} does not fit the model {base}", *MISFIT):
-                trained = PeftModel.from_pretrained(plain, str(place))
-        except KeyError as error:
-            raise UserError(
-                f"{place} lacks weight {error}: its file is of another adapter or another model"
-            ) from error
+        with fitting(place, plain):
+            trained = PeftModel.from_pretrained(plain, str(place))
     elif (place / "config.json").is_file():
         architectures = read_json(place / "config.json").get("architectures") or [""]
         decoder = architectures[0].endswith(("ForCausalLM", "LMHeadModel"))
@@ -188,6 +183,18 @@ def load_trained(
     else:
         raise UserError(f"{folder} holds neither a run nor an adapter (no adapter_config.json)")
     return trained.eval(), own_tokenizer(place)  # type: ignore[return-value]
+
+
+@contextmanager
+def fitting(place: Path, base: PreTrainedModel) -> Iterator[None]:
+    """Say of an adapter's folder that it does not fit its base model, where loading it fails."""
+    try:
+        with blame(f"the adapter in {place} does not fit the model {base.name_or_path}", *_MISFIT):
+            yield
+    except KeyError as error:
+        raise UserError(
+            f"{place} lacks weight {error}: its file is of another adapter or another model"
+        ) from error
 
 
 def trained_place(folder: Path) -> Path:

@@ -356,8 +356,8 @@ def export(
         ),
     ] = False,
     max_shard_size: Annotated[
-        str, typer.Option(help="Plain model: size of a file, as 500MB or 5GB.")
-    ] = "5GB",
+        str | None, typer.Option(help="Plain model: size of a file, as 500MB; default: 5GB.")
+    ] = None,
 ) -> None:
     """Turn a trained adapter into a plain model or a LoRA adapter, and check that they agree.
 
@@ -380,8 +380,11 @@ def export(
 
     precision: Any = getattr(torch, dtype or "", dtype)  # what is none is refused there
     budget = Budget(rank, energy, uniform_rank, precision)
-    how = {"low_memory": low_memory, "max_shard_size": max_shard_size}
-    difference, errors = export_folder(folder, to, output, model, budget, **how)
+    difference, errors = export_folder(
+        *(folder, to, output, model, budget),
+        low_memory=low_memory,
+        max_shard_size=max_shard_size,
+    )
     if not budget.is_all:
         worst = dict(sorted(errors.items(), key=lambda each: -each[1])[:10])
         title = f"relative error of the change, the largest of {len(errors)} layers"

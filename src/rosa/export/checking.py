@@ -1,11 +1,13 @@
-"""What an export is loaded onto and compared by, before it takes its place."""
+"""What an export is loaded onto, a model without weights, and compared by."""
 
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -36,6 +38,16 @@ def without_weights(base: nn.Module) -> nn.Module:
         if hasattr(skeleton, name):
             delattr(skeleton, name)
     return skeleton
+
+
+def load_on_meta(base: nn.Module, folder: Path) -> PeftModel:
+    """A ROSA adapter's folder on a copy of a plain model without weights; its buffers are there."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in base.parameters()
+    }
+    return PeftModel.from_pretrained(
+        copy.deepcopy(base, memo), str(folder), low_cpu_mem_usage=True, torch_device="cpu"
+    )
 
 
 def _hollow(tensor: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from torch import nn
 
 from rosa.algebra.lowrank import LowRank
 from rosa.errors import ExportError
-from rosa.export.checking import same, without_weights
-from rosa.export.ranks import ALL, Budget, relative_error, within
+from rosa.export.checking import load_on_meta, same, without_weights
+from rosa.export.ranks import ALL, Budget, changes_within
 from rosa.export.staging import rosa_adapter, staged
 from rosa.layers.kinds import layers_of
 
@@ -63,8 +63,7 @@ def write_rosa(
 ) -> dict[str, float]:
     """Write an adapter within a budget, and raise ExportError if the file holds something else."""
     layers = layers_of(model, adapter)
-    whole = {name: layer.whole_change(adapter).compressed() for name, layer in layers.items()}
-    kept = within(budget, whole)
+    kept, errors = changes_within(budget, layers, adapter)
     state = get_peft_model_state_dict(model, adapter_name=adapter)
     for name, layer in layers.items():
         one = layer.adapters[adapter]
@@ -84,16 +83,13 @@ def write_rosa(
     config.inference_mode = True
     config.save_pretrained(str(folder))
     _check_rosa(model, adapter, kept, folder)
-    return {layer.name: relative_error(whole[name], kept[name]) for name, layer in layers.items()}
+    return errors
 
 
 def _check_rosa(model: PeftModel, adapter: str, kept: dict[str, LowRank], folder: Path) -> None:
     """Load a written adapter as PEFT does, onto a model without weights; compare the changes."""
     with torch.random.fork_rng(devices=[]):
-        base = without_weights(model.base_model.model).to("meta")  # type: ignore[arg-type]
-        loaded = PeftModel.from_pretrained(
-            base, str(folder), low_cpu_mem_usage=True, torch_device="cpu"
-        )
+        loaded = load_on_meta(without_weights(model.base_model.model), folder)  # type: ignore[arg-type]
     found = layers_of(loaded, "default")
     names = [
         layer.name

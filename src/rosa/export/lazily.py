@@ -6,7 +6,7 @@ So a model is merged that is as large as the memory, or, with weights mapped fro
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from rosa.algebra import subspace
 from rosa.checkpoint import warn_of_another_base
 from rosa.config import as_rosa_config
 from rosa.errors import UserError
+from rosa.export.checking import load_on_meta
 from rosa.layers.base import RosaLayer
 from rosa.layers.kinds import layers_of, rosa_layers
 from rosa.layers.weight import with_change
@@ -59,9 +60,7 @@ def mapped_lazily(base: nn.Module, folder: Path) -> tuple[Any, Weights]:
         ValueError, RuntimeError: the adapter does not fit the base.
     """
     pretrained = base.state_dict()
-    model = PeftModel.from_pretrained(
-        _on_meta(base), str(folder), low_cpu_mem_usage=True, torch_device="cpu"
-    )
+    model = load_on_meta(base, folder)
     adapter = model.active_adapters[0]
     weights: dict[str, Callable[[], Tensor]] = {}
     layers = layers_of(model, adapter)
@@ -76,29 +75,6 @@ def mapped_lazily(base: nn.Module, folder: Path) -> tuple[Any, Weights]:
         if tensor.is_meta and name not in weights:
             weights[name] = partial(pretrained.__getitem__, name)
     return plain, weights
-
-
-class Served(Mapping[str, Tensor]):
-    """Weights by name, each computed when it is asked for, and shown to someone.
-
-    Args:
-        weights: how each is computed.
-        show: is called with the name and the weight.
-    """
-
-    def __init__(self, weights: Weights, show: Callable[[str, Tensor], None]) -> None:
-        self._weights, self._show = weights, show
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor = self._weights[name]()
-        self._show(name, tensor)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
 
 
 def _plain(key: str) -> str:
@@ -154,11 +130,3 @@ def _copy(model: PeftModel) -> PeftModel:
         terms = (*layer.base_weight.standing.values(), *(a.terms for a in layer.adapters.values()))
         memo.update({id(each): each for each in terms})
     return copy.deepcopy(model, memo)
-
-
-def _on_meta(base: nn.Module) -> nn.Module:
-    """A copy of a plain model without weights; its buffers are there."""
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in base.parameters()
-    }
-    return copy.deepcopy(base, memo)

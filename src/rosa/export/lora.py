@@ -27,7 +27,7 @@ from rosa.checkpoint import is_rosa_key
 from rosa.config import RosaConfig
 from rosa.errors import ExportError
 from rosa.export.checking import is_rounding, same, without_weights
-from rosa.export.ranks import ALL, Budget, relative_error, within
+from rosa.export.ranks import ALL, Budget, changes_within
 from rosa.export.staging import rosa_adapter, staged
 from rosa.layers.kinds import layers_of
 from rosa.layers.parameter import ParamWrapper
@@ -84,8 +84,7 @@ def write_lora(
     assert isinstance(config, RosaConfig)
     state, ranks, parameters = {}, {}, []
     layers = layers_of(model, adapter)
-    whole = {name: layer.whole_change(adapter).compressed() for name, layer in layers.items()}
-    kept = within(budget, whole)
+    kept, errors = changes_within(budget, layers, adapter)
     for name, layer in layers.items():
         change = kept[name]
         try:
@@ -126,7 +125,7 @@ def write_lora(
     save_file(state, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     lora.save_pretrained(str(folder))
     _check_lora(model, kept if not budget.is_all else None, adapter, others, folder)
-    return {layer.name: relative_error(whole[name], kept[name]) for name, layer in layers.items()}
+    return errors
 
 
 def _check_called(model: PeftModel, adapter: str) -> None:

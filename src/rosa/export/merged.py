@@ -9,7 +9,7 @@ import functools
 import hashlib
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rosa.errors import ExportError, UserError
-from rosa.export.lazily import Served, Weights, merged_lazily
+from rosa.export.lazily import Weights, merged_lazily
 from rosa.export.staging import rosa_adapter, staged
 from rosa.layers.kinds import rosa_layers
 
@@ -83,8 +83,7 @@ def write_plain(
         folder: where its files go.
         max_shard_size: of a file.
     """
-    expected: dict[str, Digest] = {}
-    served = Served(weights, lambda name, tensor: expected.update({name: _digest(tensor)}))
+    served = _Served(weights)
     lazily = isinstance(plain, PreTrainedModel)
     if not lazily:
         for name, tensor in served.items():
@@ -94,7 +93,7 @@ def write_plain(
     if not hasattr(plain, "save_pretrained"):
         path = folder / "pytorch_model.bin"
         torch.save(state, path)
-        _check_merged(_digests(state, served), torch.load(path, "cpu", weights_only=True))
+        _check_merged(served.digests_of(state), torch.load(path, "cpu", weights_only=True))
         return None
     kind: Any = type(plain)
     how: dict[str, Any] = {}
@@ -120,8 +119,7 @@ def write_plain(
     attention = getattr(getattr(plain, "config", None), "_attn_implementation", None)
     if lazily and attention:
         how["attn_implementation"] = attention
-    # A weight that is tied to another has not been written by this name.
-    expected = _digests({n: t for n, t in state.items() if n not in expected}, served) | expected
+    expected = served.digests_of(state)
     del plain, state  # no three models in memory at a time
     try:
         loaded = kind.from_pretrained(str(folder), **how)
@@ -141,12 +139,36 @@ def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
     model.get_submodule(owner)._parameters[own] = nn.Parameter(tensor)
 
 
-def _digests(state: Mapping[str, Tensor], served: Served) -> dict[str, Digest]:
-    """Of a state dict whose weights on the meta device are served."""
-    return {n: _digest(served[n] if t.is_meta else t) for n, t in state.items()}
-
-
 Digest = tuple[torch.dtype, torch.Size, str]
+
+
+class _Served(Mapping[str, Tensor]):
+    """Weights by name, each computed when it is asked for; what it was is remembered."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        self._digests: dict[str, Digest] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._weights[name]()
+        self._digests[name] = _digest(tensor)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    def digests_of(self, state: Mapping[str, Tensor]) -> dict[str, Digest]:
+        """Of a state dict whose weights on the meta device are these, asked for or not.
+
+        A weight that is tied to another one is not written by its own name.
+        """
+        for name, tensor in state.items():
+            if name not in self._digests:
+                self._digests[name] = _digest(self[name] if tensor.is_meta else tensor)
+        return self._digests
 
 
 def _digest(tensor: Tensor) -> Digest:

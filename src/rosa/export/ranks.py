@@ -13,6 +13,7 @@ from torch.nn import functional
 from rosa.algebra.lowrank import LowRank, are_finite, transposed
 from rosa.config import check_rank
 from rosa.errors import UserError
+from rosa.layers.base import RosaLayer
 from rosa.layers.weight import SUPPORTED_DTYPES
 
 
@@ -52,6 +53,15 @@ class Budget:
 
 ALL = Budget()
 """Everything is kept."""
+
+
+def changes_within(
+    budget: Budget, layers: Mapping[str, RosaLayer], adapter: str
+) -> tuple[dict[str, LowRank], dict[str, float]]:
+    """What a budget keeps of an adapter's changes, by module; how much is lost, by layer's name."""
+    whole = {name: layer.whole_change(adapter).compressed() for name, layer in layers.items()}
+    kept = within(budget, whole)
+    return kept, {layer.name: relative_error(whole[n], kept[n]) for n, layer in layers.items()}
 
 
 def within(budget: Budget, changes: Mapping[str, LowRank]) -> dict[str, LowRank]:
