@@ -131,7 +131,7 @@ def test_what_cannot_be_summed_is_refused_and_nothing_changes(arguments, message
 def test_modules_trained_in_full_are_not_summed():
     config = RosaConfig(r=2, target_modules=["first"], modules_to_save=["last"])
     model = get_peft_model(Mlp(), config)
-    with pytest.raises(ValueError, match="'default' trains modules in full"):
+    with pytest.raises(ValueError, match="'default' trains modules or tokens"):
         model.add_weighted_adapter(["default"], [0.5], "half")
     lora = get_peft_model(nn.Sequential(nn.Linear(3, 3)), LoraConfig(target_modules=["0"]))
     assert not isinstance(lora.base_model, type(model.base_model))

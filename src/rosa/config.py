@@ -119,6 +119,13 @@ class RosaConfig(PeftConfig):
         default=None,
         metadata={"help": "Further modules to train in full and to save, such as a new head."},
     )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens whose rows of the input embedding are trained and saved, such as new "
+            "ones; or {name of an embedding: tokens}. The embedding itself is not adapted then."
+        },
+    )
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Indices of the layers to adapt."}
     )
@@ -192,6 +199,7 @@ class RosaConfig(PeftConfig):
                 "directions='zero' begins with B at zero, which keeps A from learning: use "
                 "trained='B' or 'both' with it"
             )
+        _check_tokens(self.trainable_token_indices)
         _check_choice("bias", self.bias, ("none", "all", "rosa_only"))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise UserTypeError(f"seed must be an integer, got {self.seed!r}")
@@ -226,6 +234,18 @@ def _check_alpha(name: str, alpha: object) -> None:
         raise UserTypeError(f"{name} must be a positive number, got {alpha!r}")
     if not 0 < alpha < float("inf"):
         raise UserError(f"{name} must be a positive number, got {alpha}")
+
+
+def _check_tokens(tokens: object) -> None:
+    lists = tokens.values() if isinstance(tokens, dict) else [[] if tokens is None else tokens]
+    for each in lists:
+        if not isinstance(each, list) or not all(type(t) is int and t >= 0 for t in each):
+            raise UserTypeError(
+                "trainable_token_indices must be a list of tokens' numbers, or {name of an "
+                f"embedding: such a list}}, got {tokens!r}"
+            )
+        if len(set(each)) < len(each):
+            raise UserError(f"trainable_token_indices has a token twice: {tokens!r}")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -43,6 +43,7 @@ from rosa.targets import (
     check_adaptable,
     check_full_training,
     check_same_parameters,
+    check_tokens,
     fingerprint_of_sound,
     has_embeddings,
     is_target,
@@ -132,6 +133,7 @@ class RosaModel(BaseTuner):
         check_full_training(config, model)
         check_same_parameters(config, self.peft_config)
         resolve_all_linear(config, model)
+        check_tokens(config, model)
         wrapped = tuple(
             f"{name}."
             for name, m in model.named_modules()
@@ -286,8 +288,8 @@ class RosaModel(BaseTuner):
             combination_type: "linear" or "cat", which are the same here.
 
         Raises:
-            ValueError: an argument is none of these, or an adapter trains whole modules besides
-                (`modules_to_save`), which are not summed. Nothing has been changed then.
+            ValueError: an argument is none of these, or an adapter trains whole modules or tokens
+                besides, which are not summed. Nothing has been changed then.
         """
         check_weighted(self, adapters, weights, adapter_name, combination_type)
         layers = {

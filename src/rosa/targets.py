@@ -124,6 +124,37 @@ def check_full_training(config: RosaConfig, model: nn.Module) -> None:
         )
 
 
+def check_tokens(config: RosaConfig, model: nn.Module) -> None:
+    """Raise ValueError unless the tokens to be trained are rows of embeddings left unadapted."""
+    if config.trainable_token_indices is None:
+        return
+    modules = dict(model.named_modules(remove_duplicate=False))
+    named = config.trainable_token_indices
+    if not isinstance(named, dict):
+        inputs = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+        names = [name for name, module in modules.items() if module is inputs]
+        named = {names[0] if names else "embed_tokens": named}
+    for wanted, tokens in named.items():
+        found = {n: base_of(m) for n, m in modules.items() if n.endswith(wanted)}
+        found = {n: m for n, m in found.items() if isinstance(m, (nn.Embedding, nn.Linear))}
+        if not found:
+            raise UserError(
+                f"trainable_token_indices: the model has no embedding {wanted!r}; give "
+                "{the embedding's name: tokens}"
+            )
+        for name, module in found.items():
+            if isinstance(modules[name], RosaLayer) or is_target(config, name):
+                raise UserError(
+                    f"trainable_token_indices: {name} would be adapted as well: train some of its "
+                    "rows or adapt it, and leave it out of target_modules, or its tokens out here"
+                )
+            if max(tokens, default=0) >= (rows := module.weight.shape[0]):
+                raise UserError(
+                    f"trainable_token_indices: {name} has {rows} rows, and none for token "
+                    f"{max(tokens)}: resize_token_embeddings first"
+                )
+
+
 def check_same_parameters(config: RosaConfig, others: Mapping[str, PeftConfig]) -> None:
     """Raise ValueError if adapters of one model name different parameters.
 

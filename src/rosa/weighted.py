@@ -51,12 +51,14 @@ def check_weighted(
                     "finite: load its file first"
                 )
         wrappers = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
-        if config.modules_to_save or any(
-            adapter in getattr(wrapper, "modules_to_save", ()) for wrapper in wrappers
+        if (
+            config.modules_to_save
+            or config.trainable_token_indices is not None
+            or any(adapter in wrapper._get_available_adapters() for wrapper in wrappers)
         ):
             raise UserError(
-                f"{adapter!r} trains modules in full (modules_to_save), which are not summed: "
-                "give adapters without them"
+                f"{adapter!r} trains modules or tokens besides (modules_to_save, "
+                "trainable_token_indices), which are not summed: give adapters without them"
             )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils import AuxiliaryTrainingWrapper, TrainableTokensWrapper, load_peft_weights
 from torch import Tensor, nn
 
 from rosa.algebra import subspace
@@ -69,6 +69,16 @@ def mapped_lazily(base: nn.Module, folder: Path) -> tuple[Any, Weights]:
         matrix = layer.base_weight.view.as_matrix(pretrained[key])
         layer.base_weight.recall(subspace.fingerprint(matrix))
         weights[key] = partial(_merged, layer, adapter, partial(pretrained.__getitem__, key))
+    tokens = {n: m for n, m in model.named_modules() if isinstance(m, TrainableTokensWrapper)}
+    if tokens:  # the file's rows, which PEFT has moved to where the embedding is: the meta device
+        rows = load_peft_weights(str(folder), device="cpu")
+        owners = {module.token_adapter: name for name, module in tokens.items()}
+        for name, module in tokens.items():
+            own = module.token_adapter
+            held = f"{owners[own.tied_adapter or own]}.token_adapter.trainable_tokens_delta"
+            key, indices = _plain(f"{name}.weight"), own.token_indices[adapter]
+            whole = partial(pretrained.__getitem__, key)
+            weights[key] = partial(_with_rows, whole, indices, rows[held])
     warn_of_another_base(as_rosa_config(model.peft_config[adapter]).base_fingerprint, layers)
     plain = _unloaded(model, adapter)
     for name, tensor in plain.state_dict().items():
@@ -93,6 +103,12 @@ def _merged(layer: RosaLayer, adapter: str, pretrained: Callable[[], Tensor]) ->
             "broken, or its change does not fit the weight's precision. Load an earlier checkpoint"
         )
     return view.as_stored(total).contiguous()
+
+
+def _with_rows(pretrained: Callable[[], Tensor], indices: list[int], rows: Tensor) -> Tensor:
+    """An embedding's weight with some of its rows trained."""
+    weight = pretrained()
+    return weight.index_copy(0, torch.tensor(indices), rows.to(weight))
 
 
 def _unloaded(model: PeftModel, adapter: str) -> Any:

@@ -117,6 +117,7 @@ def write_lora(
         target_parameters=parameters or None,
         bias="lora_only" if config.bias == "rosa_only" else config.bias,
         modules_to_save=config.modules_to_save,
+        trainable_token_indices=config.trainable_token_indices,
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,
