@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rosa.config import RosaConfig
 from rosa.export import export_lora, export_merged, export_rosa
 from rosa.layers.base import RosaLayer
+from rosa.mapping import map_pretrained
 from rosa.model import RosaModel
 from rosa.resampling.resample import resample
 from rosa.resampling.watching import watch
@@ -26,6 +27,7 @@ __all__ = [
     "export_lora",
     "export_merged",
     "export_rosa",
+    "map_pretrained",
     "resample",
     "watch",
 ]

@@ -142,7 +142,7 @@ def _copy(model: PeftModel) -> PeftModel:
     for _, layer in rosa_layers(model):
         weight = layer.base_weight.parameter
         memo[id(weight)] = nn.Parameter(weight.detach().to("meta"), weight.requires_grad)
-        memo[id(layer.base_weight.copy)] = None
+        memo[id(layer.base_weight.kept)] = None
         terms = (*layer.base_weight.standing.values(), *(a.terms for a in layer.adapters.values()))
         memo.update({id(each): each for each in terms})
     return copy.deepcopy(model, memo)

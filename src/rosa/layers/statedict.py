@@ -107,7 +107,7 @@ def _gives_pretrained(layer: Stateful, prefix: str) -> bool:
         key = f"{prefix}{layer.weight_path}"
         warnings.warn(f"{key} is as it lies in memory: {error}", stacklevel=2)
         return False
-    return of_the_base or layer.base_weight.copy is not None
+    return of_the_base or layer.base_weight.kept is not None
 
 
 def give_pretrained(layer: Stateful, state_dict: dict[str, Any], prefix: str) -> None:

@@ -12,13 +12,15 @@ from torch import Tensor
 from rosa.algebra import subspace
 from rosa.algebra.lowrank import LowRank, add_product, full_precision
 from rosa.errors import UserError
+from rosa.layers.files import WeightFile
 from rosa.layers.memory import check_in_memory
 from rosa.layers.sharding import is_sharded
 from rosa.layers.versions import Versions, same_state
 from rosa.layers.views import MatrixView
 
-_HALF = (torch.float16, torch.bfloat16)
-SUPPORTED_DTYPES = (*_HALF, torch.float32, torch.float64)
+HALF = (torch.float16, torch.bfloat16)
+"""The precisions in which an exact copy of a changed weight is kept."""
+SUPPORTED_DTYPES = (*HALF, torch.float32, torch.float64)
 
 
 class BaseWeight:
@@ -28,8 +30,8 @@ class BaseWeight:
     and ((w + o) - o) is reached after the first round and stays (Knuth, The Art of Computer
     Programming 2, 4.2.2, theorem D). That does not hold for several changes that take turns, nor
     for the coarse rounding of half precision: there an exact copy of the pretrained weight is kept
-    in main memory while anything stands in the weight, and the weight in memory is always that
-    copy plus what is wanted, rounded once.
+    in main memory while anything stands in the weight, or read from the file that it came from, and
+    the weight in memory is always that plus what is wanted, rounded once.
 
     Args:
         name: the layer's, for messages.
@@ -38,6 +40,8 @@ class BaseWeight:
 
     Attributes:
         standing: the changes that stand in the weight in memory, by name.
+        file: where else W_0 lies, if anybody has said so: then no copy is made of it.
+        kept: the exact W_0, where it is kept: the copy (out, in) in main memory, or that file.
     """
 
     def __init__(
@@ -47,7 +51,8 @@ class BaseWeight:
         self.view = view
         self.shape = view.shape
         self.standing: dict[str, LowRank] = {}
-        self._copy: Tensor | None = None  # the exact copy of W_0 (out, in), where one is kept
+        self.kept: Tensor | WeightFile | None = None
+        self.file: WeightFile | None = None
         self._versions = Versions()
         self._fingerprint = fingerprint
 
@@ -125,10 +130,9 @@ class BaseWeight:
         if not same_state(before, wanted):
             weight = self.matrix
             check_in_memory(self.name, self.view.module, self.parameter)
-            if self._copy is None and self._needs_a_copy(wanted, several):
-                copy = self.pretrained().to(weight.dtype)
-                self._copy = copy.to("cpu", memory_format=torch.contiguous_format)
-            if self._copy is None:
+            if self.kept is None and self._needs_a_copy(wanted, several):
+                self.kept = self._exact()
+            if self.kept is None:
                 names = dict.fromkeys((*before, *wanted))
                 changed = [n for n in names if wanted.get(n) is not before.get(n)]
                 steps = [(before.get(n), -1) for n in changed]
@@ -142,12 +146,32 @@ class BaseWeight:
                 for change, sign in steps:
                     weight.add_(change, alpha=sign)
             else:
+                exact = self.copy
+                assert exact is not None
                 self._versions.leaving(self.parameter, before)
-                _write_sum(weight, self._copy, wanted.values())
+                _write_sum(weight, exact, wanted.values())
             self.standing = dict(wanted)
             self._versions.arrived(self.parameter, self.standing)
         if not wanted:
-            self._copy = None  # the weight itself is the copy
+            self.kept = None  # the weight itself is the copy
+
+    def keep_in(self, file: WeightFile | None) -> bool:
+        """Let a file hold W_0 instead of a copy in memory; False if it holds something else.
+
+        None lets a copy be made again.
+        """
+        self.file = file
+        if self.kept is not None:
+            self.kept = self._exact()
+            return isinstance(self.kept, WeightFile)
+        return file is not None and isinstance(self._exact(), WeightFile)
+
+    def _exact(self) -> Tensor | WeightFile:
+        """What holds W_0 exactly: its file if it still does, or a copy (out, in) of it."""
+        exact = self.pretrained().to(self.parameter.dtype)
+        if self.file is not None and self.file.holds(self.view.as_stored(exact)):
+            return self.file
+        return exact.to("cpu", memory_format=torch.contiguous_format)
 
     def add(self, name: str, change: LowRank, now: LowRank) -> bool:
         """Add to what stands there, in one pass; False if that cannot be done exactly.
@@ -157,8 +181,8 @@ class BaseWeight:
             change: what is added.
             now: what then stands there under that name.
         """
-        half = self.parameter.dtype in _HALF  # whose copy is gone once others train the weight
-        if self._copy is not None or half or name not in self.standing:
+        half = self.parameter.dtype in HALF  # whose copy is gone once others train the weight
+        if self.kept is not None or half or name not in self.standing:
             return False
         self._versions.leaving(self.parameter, self.standing)
         with full_precision():
@@ -171,7 +195,7 @@ class BaseWeight:
         """Whether taking out what was added would not give the pretrained weight back for long."""
         weight = self.matrix
         something = any(change.rank for change in wanted.values())
-        return something and not weight.is_meta and (several or weight.dtype in _HALF)
+        return something and not weight.is_meta and (several or weight.dtype in HALF)
 
     # -- what others do to it ------------------------------------------------------------------
 
@@ -202,7 +226,7 @@ class BaseWeight:
     def overwritten(self) -> None:
         """Forget all about a weight that is about to be overwritten."""
         self.standing = {}
-        self._copy = self._fingerprint = None
+        self.kept = self._fingerprint = None
         self.expect_write()
 
     def account_for_writes(self, accept: bool) -> None:
@@ -219,7 +243,7 @@ class BaseWeight:
         sharded_or_offloaded = not whole or hasattr(self.view.module, "_hf_hook")
         if not sharded_or_offloaded:
             if self.parameter.requires_grad or not self.standing:
-                self._copy = self._fingerprint = None  # what was written is part of it
+                self.kept = self._fingerprint = None  # what was written is part of it
             elif self._is_pretrained_with({}):
                 self.standing = {}
             elif not self._is_pretrained_with(self.standing):
@@ -240,14 +264,14 @@ class BaseWeight:
             f"{happened}: what was written is taken for a change of the pretrained weight",
             stacklevel=3,
         )
-        self._copy = self._fingerprint = None
+        self.kept = self._fingerprint = None
 
     def _is_pretrained_with(self, standing: Mapping[str, LowRank]) -> bool:
         """Whether the weight in memory is W_0 with this in it, as far as one can tell."""
         weight = self.matrix
-        if self._copy is not None:
+        if (exact := self.copy) is not None:
             expected = torch.empty_like(weight)
-            _write_sum(expected, self._copy, standing.values())
+            _write_sum(expected, exact, standing.values())
             return torch.equal(weight, expected)
         if self._fingerprint is None:
             return bool(standing)  # nobody knows: what was believed
@@ -258,14 +282,16 @@ class BaseWeight:
 
     @property
     def copy(self) -> Tensor | None:
-        """The exact copy of the pretrained weight (out, in) in main memory, where one is kept."""
-        return self._copy
+        """The exact pretrained weight (out, in), where it is kept."""
+        if isinstance(self.kept, WeightFile):
+            return self.view.as_matrix(self.kept.read())
+        return self.kept
 
     @torch.no_grad()
     def pretrained(self) -> Tensor:
         """W_0 (out, in) in `work_dtype`: a copy, whatever stands in the weight."""
-        if self._copy is not None:
-            return self._copy.to(self.parameter.device, self.work_dtype, copy=True)
+        if (exact := self.copy) is not None:
+            return exact.to(self.parameter.device, self.work_dtype, copy=True)
         return self._without(self.standing)
 
     def _without(self, standing: Mapping[str, LowRank]) -> Tensor:
@@ -279,7 +305,7 @@ class BaseWeight:
     @torch.no_grad()
     def pretrained_as_stored(self) -> Tensor:
         """W_0 in the weight's own shape and precision."""
-        weight = self._copy
+        weight = self.copy
         if weight is None:
             weight = self.pretrained().to(self.parameter.dtype)
         return self.view.as_stored(weight).contiguous()
@@ -310,7 +336,7 @@ def _write_sum(weight: Tensor, pretrained: Tensor, changes: Iterable[LowRank]) -
     """Write the pretrained weight plus changes into a weight, rounded once."""
     pretrained = pretrained.to(weight.device)
     found = [change for change in changes if change.rank]
-    if len(found) != 1 or weight.dtype in _HALF:
+    if len(found) != 1 or weight.dtype in HALF:
         total = pretrained.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
         for change in found:
             total += _rounded(change, total)

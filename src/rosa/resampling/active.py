@@ -12,6 +12,7 @@ from rosa.algebra.lowrank import are_finite
 from rosa.errors import UserError
 from rosa.layers.adapter import Adapter
 from rosa.layers.base import RosaLayer
+from rosa.layers.files import WeightFile
 from rosa.layers.kinds import rosa_layers
 from rosa.layers.sharding import check_unsharded, is_sharded
 from rosa.resampling.optimizers import check_optimizer
@@ -101,6 +102,8 @@ def _check_layer(name: str, layer: RosaLayer) -> None:
             f"the weight of layer {name} is offloaded or sharded over processes: ROSA draws "
             "from whole weights, so train data-parallel without sharding or offloading"
         )
+    if isinstance(file := layer.base_weight.kept, WeightFile):
+        file.check()
 
 
 def _check_factors(active: Active) -> None:
