@@ -45,7 +45,8 @@ def a_life(model: Any) -> list[list[torch.Tensor]]:
         seen.append(weights(model))
     with model.disable_adapter():
         seen.append(weights(model))
-    model.add_adapter("other", RosaConfig(r=3, target_modules="all-linear", seed=4))
+    if "other" not in model.peft_config:
+        model.add_adapter("other", RosaConfig(r=3, target_modules="all-linear", seed=4))
     model.set_adapter("other")
     seen.append(weights(model))
     model.set_adapter("default")
@@ -54,6 +55,24 @@ def a_life(model: Any) -> list[list[torch.Tensor]]:
     model.unmerge_adapter()
     seen.append(weights(model))
     return seen
+
+
+@pytest.mark.parametrize("directions", ["svd", "zero"])
+@pytest.mark.parametrize("build", [tiny_bert, tiny_gpt2])
+def test_float32_weights_are_exact_then(build, directions, tmp_path):
+    model = loaded(build, tmp_path, torch.float32, directions=directions)
+    pretrained = {
+        n: p.clone()
+        for n, p in type(model.get_base_model()).from_pretrained(tmp_path).named_parameters()
+    }
+    assert map_pretrained(model) == sum(weight.nbytes for weight in weights(model))
+    for seen in (a_life(model), a_life(model)):
+        assert len(seen) == 7
+    with model.disable_adapter():
+        for path, layer in rosa_layers(model):
+            name = path.removeprefix("base_model.model.") + ".weight"
+            assert torch.equal(layer.base_weight.parameter, pretrained[name]), name
+    assert all(isinstance(each, WeightFile) for each in kept(model))
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -126,20 +145,21 @@ def test_a_file_that_is_gone_or_another_is_said_before_anything_is_drawn(how, wh
     before, aside = model.state_dict(), path.rename(tmp_path / "aside")
     before = {key: value.clone() for key, value in before.items()}
     if how == "another":
-        path.write_bytes(aside.read_bytes())
+        path.write_bytes(aside.read_bytes()[:-900] + bytes(900))
     with pytest.raises(ValueError, match=r"\.safetensors, from which .* is gone or was changed"):
         resample(model)
     with pytest.raises(ValueError, match=r"\.safetensors, from which .* is gone or was changed"):
         model.merge_adapter()
-    aside.rename(path)
+    path.unlink(missing_ok=True)
+    path.write_bytes(aside.read_bytes())  # by its content, not by its time
     model.unmerge_adapter()  # what of it could be merged
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     resample(model)
 
 
 def test_what_cannot_be_mapped_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no weights in half precision"):
-        map_pretrained(get_peft_model(Mlp(torch.float32), RosaConfig(target_modules=["first"])))
+    with pytest.raises(ValueError, match="no ROSA layers"):
+        map_pretrained(Mlp(torch.float32))
     model = get_peft_model(Mlp(torch.bfloat16), RosaConfig(r=2, target_modules=["first"]))
     with pytest.raises(ValueError, match="nobody knows what the model was loaded from"):
         map_pretrained(model)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Hashable
 from pathlib import Path
 
+import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from rosa.errors import UserError
 from rosa.layers.files import WeightFile
 from rosa.layers.kinds import rosa_layers
-from rosa.layers.weight import HALF
 
-Files = dict[Hashable, list[WeightFile]]
+Files = dict[tuple[torch.dtype, torch.Size], list[tuple[Tensor, WeightFile]]]
+"""By dtype and shape, since names may differ: the first numbers of each tensor, and where it is."""
 
 
 def map_pretrained(model: nn.Module, folder: str | os.PathLike[str] | None = None) -> int:
@@ -24,7 +24,9 @@ def map_pretrained(model: nn.Module, folder: str | os.PathLike[str] | None = Non
 
     While an adapter is in use an exact copy of every adapted weight in half precision is kept.
     Where the weights came from safetensors files that copy is on the disk already: it is mapped
-    from there when it is needed, at each draw and switch.
+    from there when it is needed, at each draw and switch. A float32 weight, of which no copy is
+    kept, is then exact as well, where it else is to a rounding: disabling the adapter gives the
+    pretrained weight back, and a resumed training is the uninterrupted one, to the last bit.
     Each weight is compared with its file first; one that has been cast, or changed since it was
     loaded, is copied as before. The files must stay as they are while the model is used: one that
     is gone or changed when it is needed raises ValueError, before anything is drawn.
@@ -35,26 +37,24 @@ def map_pretrained(model: nn.Module, folder: str | os.PathLike[str] | None = Non
             cache; the one that the model was loaded from if None.
 
     Returns:
-        How many bytes need not be copied.
+        How many bytes of weights are read from files from now on.
 
     Raises:
-        ValueError: ROSA adapts no half-precision weight of the model, there are no safetensors
-            files, or they hold none of those weights as they are in memory.
+        ValueError: there is no ROSA in the model, there are no safetensors files, or they hold none
+            of the adapted weights as they are in memory.
     """
-    layers = [
-        layer
-        for _, layer in rosa_layers(model)
-        if not layer.is_quantized and layer.base_weight.stored_dtype in HALF
-    ]
+    layers = [layer for _, layer in rosa_layers(model) if not layer.is_quantized]
     if not layers:
-        raise UserError("the model has no weights in half precision that ROSA adapts")
+        raise UserError("the model has no ROSA layers whose weights lie in a file")
     name = folder if folder is not None else getattr(model, "name_or_path", "") or _name_of(model)
     files = _tensors_in(_folder_of(os.fspath(name)))
     mapped = 0
     for layer in layers:
         weight = layer.base_weight
-        there = files[_begins(weight.pretrained_as_stored())]
-        if any(weight.keep_in(file) for file in there):
+        there = files[weight.parameter.dtype, weight.parameter.shape]
+        first = weight.pretrained_as_stored().flatten()[:16].cpu()
+        near = [file for begins, file in there if torch.allclose(begins, first, 1e-3, 1e-3)]
+        if any(weight.keep_in(file) for file in near):
             mapped += weight.parameter.nbytes
     if not mapped:
         raise UserError(
@@ -85,7 +85,6 @@ def _folder_of(name: str) -> Path:
 
 
 def _tensors_in(folder: Path) -> Files:
-    """The tensors of a folder's safetensors files, by how they begin: their names may differ."""
     found: Files = defaultdict(list)
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
@@ -94,11 +93,7 @@ def _tensors_in(folder: Path) -> Files:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118  # it is no dict
                 tensor = file.get_tensor(key)
-                if tensor.dtype in HALF:
-                    found[_begins(tensor)].append(WeightFile(path, key))
+                if tensor.is_floating_point():
+                    first = tensor.flatten()[:16].clone()
+                    found[tensor.dtype, tensor.shape].append((first, WeightFile(path, key)))
     return found
-
-
-def _begins(weight: Tensor) -> Hashable:
-    """A weight's dtype, shape, and first numbers."""
-    return weight.dtype, weight.shape, tuple(weight.flatten()[:16].tolist())

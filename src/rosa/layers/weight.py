@@ -155,22 +155,32 @@ class BaseWeight:
         if not wanted:
             self.kept = None  # the weight itself is the copy
 
-    def keep_in(self, file: WeightFile | None) -> bool:
-        """Let a file hold W_0 instead of a copy in memory; False if it holds something else.
+    @torch.no_grad()
+    def keep_in(self, file: WeightFile) -> bool:
+        """Let a file hold W_0 from now on, instead of a copy in memory; False if it does not.
 
-        None lets a copy be made again.
+        With it float32 is exact too: the weight in memory is always that plus what is wanted.
         """
+        weight, eps = self.pretrained(), torch.finfo(self.parameter.dtype).eps
+        rounding = None
+        if self.kept is None and self.standing:  # then `pretrained` is that of W_0 to a rounding
+            rounding = self.view.as_stored(4 * eps * (weight.abs() + self.matrix.abs()))
+        if not file.holds(self.view.as_stored(weight.to(self.parameter.dtype)), rounding):
+            return False
         self.file = file
-        if self.kept is not None:
-            self.kept = self._exact()
-            return isinstance(self.kept, WeightFile)
-        return file is not None and isinstance(self._exact(), WeightFile)
+        if self.standing:
+            before, self.kept = self.standing, file
+            self._versions.leaving(self.parameter, before)
+            _write_sum(self.matrix, self.view.as_matrix(file.read()), before.values())
+            self._versions.arrived(self.parameter, before)
+        return True
 
     def _exact(self) -> Tensor | WeightFile:
         """What holds W_0 exactly: its file if it still does, or a copy (out, in) of it."""
         exact = self.pretrained().to(self.parameter.dtype)
         if self.file is not None and self.file.holds(self.view.as_stored(exact)):
             return self.file
+        self.file = None
         return exact.to("cpu", memory_format=torch.contiguous_format)
 
     def add(self, name: str, change: LowRank, now: LowRank) -> bool:
@@ -195,7 +205,8 @@ class BaseWeight:
         """Whether taking out what was added would not give the pretrained weight back for long."""
         weight = self.matrix
         something = any(change.rank for change in wanted.values())
-        return something and not weight.is_meta and (several or weight.dtype in HALF)
+        kept = several or weight.dtype in HALF or self.file is not None
+        return something and not weight.is_meta and kept
 
     # -- what others do to it ------------------------------------------------------------------
 
