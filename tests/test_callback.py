@@ -12,9 +12,9 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
-from rosa import RosaCallback, RosaConfig, watch
+from rosa import RosaCallback, RosaConfig, map_pretrained, watch
 from rosa.layers.kinds import rosa_layers
 from rosa.resampling.counting import ItemCounter
 from tests.models import tiny_bert, tiny_gpt2
@@ -43,7 +43,12 @@ def train(
     config = RosaConfig(
         r=2, directions=directions, target_modules=["query", "value"], task_type="SEQ_CLS"
     )
+    mapped = isinstance(base, Path)
+    if mapped:
+        base = BertForSequenceClassification.from_pretrained(base)
     model = get_peft_model(copy.deepcopy(base) if base else tiny_bert(), config)
+    if mapped:
+        map_pretrained(model)
     args = TrainingArguments(
         **{
             "output_dir": str(folder),
@@ -190,15 +195,49 @@ def test_an_informed_run_resumed_after_its_first_draw_is_the_same_run(tmp_path, 
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_an_informed_run_resumed_while_it_watches_watches_anew(tmp_path, data):
+def test_a_checkpoint_without_what_was_seen_is_said_and_seen_anew(tmp_path, data):
     options = {"base": tiny_bert(), "directions": "gradient", "save_strategy": "steps"}
     options["save_steps"] = 2  # of the three steps before the first draw
     train(tmp_path / "whole", data, **options)
     checkpoint = str(tmp_path / "whole" / "checkpoint-2")
-    _, _, draws = train(tmp_path / "resumed", data, resume=checkpoint, **options)
+    with pytest.warns(UserWarning, match="lacks rosa_seen.safetensors"):  # another folder's
+        _, _, draws = train(tmp_path / "resumed", data, resume=checkpoint, **options)
     steps = sorted(draws)
     assert steps[0] == 2
     assert {s for s in steps[1:] if draws[s] > draws[s - 1]} == {5, 9, 15}
+
+
+@pytest.mark.parametrize("every", ["auto", 5, "epoch"])
+@pytest.mark.parametrize("directions", ["gradient", "orthonormal"])
+def test_a_run_resumed_at_any_step_is_the_uninterrupted_run_to_the_last_bit(
+    tmp_path, data, every, directions, monkeypatch
+):
+    """Also while it watches the gradient, or counts for its schedule."""
+    monkeypatch.setattr("rosa.resampling.callback.SHORTEST_ROUND", 3)
+    monkeypatch.setattr("rosa.resampling.callback.COUNTED", 4)
+    monkeypatch.setattr("rosa.resampling.callback.ITEMS_A_NUMBER", 0.05)
+    tiny_bert().save_pretrained(tmp_path / "base")
+    options = {
+        "base": tmp_path / "base",
+        "directions": directions,
+        "every": every,
+        "how": {"first": 6},
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "warmup_steps": 3,
+        "weight_decay": 0.1,
+    }
+    folder = tmp_path / "whole"
+    whole, callback, _ = train(folder, data, **options)
+    expected = {key: value.clone() for key, value in whole.model.state_dict().items()}
+    assert len(callback.drawn_at) >= 2
+    for step in (1, 2, 3, 4, 5, 6, 7, 12, 17):
+        resume = str(folder / f"checkpoint-{step}")
+        resumed, again, _ = train(folder, data, resume=resume, **options)
+        assert (again.drawn_at, again.period) == (callback.drawn_at, callback.period)
+        found = resumed.model.state_dict()
+        different = [key for key in expected if not torch.equal(found[key], expected[key])]
+        assert not different, step
 
 
 @pytest.mark.parametrize(

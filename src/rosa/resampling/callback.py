@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from rosa.errors import UserError, UserTypeError
 from rosa.layers.adapter import Adapter
@@ -17,6 +20,7 @@ from rosa.resampling.counting import ItemCounter
 from rosa.resampling.decay import DecayTowardDrawn
 from rosa.resampling.moments import check_moments
 from rosa.resampling.resample import resample, states_to_keep
+from rosa.resampling.seen import FILE, read_seen, recall, recall_count, write_seen
 from rosa.resampling.watching import watch
 
 ITEMS_A_NUMBER, SHORTEST_ROUND = 2, 64
@@ -35,10 +39,10 @@ class RosaCallback(TrainerCallback, ExportableState):
     before the first step or after the last one.
 
     With ``directions="gradient"`` the first draw comes early, at the step `first`, and the 4 steps
-    before it are watched. A run that is resumed among those watches anew, so it draws up to 4 steps
-    later than it would have. The draws after it, a period after one another, are of random
-    directions: what the gradient shows most of is by then learned. Weight decay pulls the factors
-    toward what they were drawn as (`rosa.resampling.decay`).
+    before it are watched; a checkpoint among those holds what was seen, and what was counted for
+    "auto". The draws after it, a period after one another, are of random directions: what the
+    gradient shows most of is by then learned. Weight decay pulls the factors toward what they were
+    drawn as (`rosa.resampling.decay`).
 
     Args:
         every: ``"auto"``, when the model was shown twice as many items as it trains numbers, and 64
@@ -91,6 +95,8 @@ class RosaCallback(TrainerCallback, ExportableState):
         self._counter: ItemCounter | None = None
         self._adapters: list[Adapter] = []
         self._stepped = 0  # in this process
+        self._counted = 0  # steps whose items are counted
+        self._seen: dict[str, Tensor] = {}  # before a resumed run's checkpoint
 
     def state(self) -> dict[str, Any]:
         """What the Trainer's checkpoints hold of it."""
@@ -100,6 +106,7 @@ class RosaCallback(TrainerCallback, ExportableState):
                 "period": self.period,
                 "drawn_at": list(self.drawn_at),
                 "trained": self._trained(),
+                "has_seen": self._sees(),
             },
         }
 
@@ -111,7 +118,7 @@ class RosaCallback(TrainerCallback, ExportableState):
         found = active_adapters(kwargs["model"], kwargs.get("optimizer"))
         states_to_keep(self.moments, kwargs.get("optimizer"), found)
         self._adapters = [active.adapter for active in found]
-        self._stepped = 0
+        self._stepped = self._counted = 0
         self._last_step, self._draw_at = -1, None
         before, trained = self._before(state), self._trained()
         if before.get("trained", trained) != trained:
@@ -120,10 +127,19 @@ class RosaCallback(TrainerCallback, ExportableState):
                 f"{trained}: give RosaConfig the checkpoint's trained=, or begin anew"
             )
         self.drawn_at = [step for step in before.get("drawn_at", []) if step < state.global_step]
+        self._seen = read_seen(_checkpoint(args, state)) if before.get("has_seen") else {}
+        if before.get("has_seen") and not self._seen:
+            warnings.warn(
+                f"the checkpoint lacks {FILE}, what was seen of the gradient or counted for the "
+                "next draw: it is seen anew, and the draws come up to a few steps later",
+                stacklevel=2,
+            )
         if self.every == "auto":
             self.period = before.get("period")
             if self.period is None:
                 self._counter = ItemCounter(kwargs["model"])
+                self._counted, items = recall_count(self._seen)
+                self._counter.add(items)
         else:
             self.period = self._period_in_steps(args, kwargs.get("train_dataloader"))
         self._plan(state.max_steps)
@@ -138,6 +154,21 @@ class RosaCallback(TrainerCallback, ExportableState):
         found = saved.get(type(self).__name__, {})
         found = found[0] if isinstance(found, list) else found
         return found.get("attributes", {})
+
+    def _sees(self) -> bool:
+        return self._counter is not None or any(a.sketch is not None for a in self._adapters)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put beside the checkpoint what was seen for the next draw."""
+        self.write_seen(_checkpoint(args, state))
+
+    def write_seen(self, checkpoint: Path) -> None:
+        """Write into a checkpoint's folder what was seen for the next draw."""
+        if self._sees():
+            counted = None if self._counter is None else (self._counted, self._counter.counted())
+            write_seen(checkpoint, self._adapters, counted)
 
     def _trained(self) -> str:
         return ", ".join(sorted({adapter.config.trained for adapter in self._adapters}))
@@ -191,7 +222,8 @@ class RosaCallback(TrainerCallback, ExportableState):
         if ahead is not None and (ahead == watched or (resumed and ahead < watched)):
             if watched:
                 watch(model)
-            self._draw_at = step + watched
+            goes_on = resumed and recall(self._seen, self._adapters)
+            self._draw_at = step + (ahead if goes_on else watched)
         if step == self._draw_at:
             started = time.perf_counter()
             self.drawn += resample(model, optimizer, moments=self.moments)
@@ -213,9 +245,10 @@ class RosaCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Name the layers that the first step did not use; find auto's period after a few."""
         self._stepped += 1
+        self._counted += 1
         if self._stepped == 1:
             _warn_of_idle(self._adapters)
-        if self._stepped == COUNTED and self._counter is not None:
+        if self._counted == COUNTED and self._counter is not None:
             counted, self._counter = self._counter.stop() / COUNTED, None
             examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
             factors = [f for adapter in self._adapters for f in adapter.factors]
@@ -223,6 +256,10 @@ class RosaCallback(TrainerCallback, ExportableState):
             wanted = math.ceil(ITEMS_A_NUMBER * numbers / (counted or examples))
             self.period = max(wanted, SHORTEST_ROUND)
             self._plan(state.max_steps)
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
 def _warn_of_idle(adapters: list[Adapter]) -> None:

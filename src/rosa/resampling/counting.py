@@ -34,10 +34,19 @@ class ItemCounter:
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() > 0]
         self._counts.append(len(tensors[0]) if tensors else 1)
 
+    def add(self, items: float) -> None:
+        """Count what was counted before, as in a run that is resumed."""
+        self._counts.append(torch.tensor(items))
+
+    def counted(self) -> float:
+        """How many there were so far, in this process."""
+        counts = [torch.as_tensor(n).double().cpu() for n in self._counts or [0]]
+        return float(torch.stack(counts).sum())
+
     def stop(self) -> int:
         """How many there were, in all data-parallel processes; counts no more."""
         self._hook.remove()
-        total = torch.stack([torch.as_tensor(n).float().cpu() for n in self._counts or [0]]).sum()
+        total = torch.tensor(self.counted())
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             total = _summed(total)
         return int(total)
