@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import re
+from dataclasses import MISSING, Field, fields
 from html import unescape
 from typing import Any
 
 from latex2mathml.converter import convert
 from typer.main import get_command
 
+from rosa import RosaConfig
 from rosa.cli.commands import app
 
-COMMANDS = "<!-- commands -->"
+COMMANDS, SETTINGS = "<!-- commands -->", "<!-- settings -->"
+WRITTEN_ON_SAVING = ("base_fingerprint", "loading")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.S)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """The page, with the reference of all commands where it asks for that."""
-    return markdown.replace(COMMANDS, commands()) if COMMANDS in markdown else markdown
+    """The page, with the commands' or the settings' reference where it asks for that."""
+    for mark, made in ((COMMANDS, commands), (SETTINGS, settings)):
+        if mark in markdown:
+            markdown = markdown.replace(mark, made())
+    return markdown
 
 
 def on_page_content(html: str, **_: Any) -> str:
@@ -28,6 +34,20 @@ def on_page_content(html: str, **_: Any) -> str:
 def _as_mathml(found: re.Match[str]) -> str:
     display = "inline" if found[2] == "(" else "block"
     return convert(unescape(found[3]), display=display)
+
+
+def settings() -> str:
+    """The fields of `RosaConfig`, which its docstring gets only when it is imported."""
+    rows = [
+        f"| `{f.name}` | {_cell(f.metadata['help'])} | `{_written(f)}` |"
+        for f in fields(RosaConfig)
+        if f.name in RosaConfig.__annotations__ and f.name not in WRITTEN_ON_SAVING
+    ]
+    return "\n".join(["| field | meaning | default |", "| --- | --- | --- |", *rows])
+
+
+def _written(field: Field[Any]) -> str:
+    return "{}" if field.default is MISSING else repr(field.default)
 
 
 def commands() -> str:
@@ -48,7 +68,8 @@ def _command(name: str, command: Any) -> str:
             panels.setdefault(panel, []).append(_option(parameter))
     for panel, rows in panels.items():
         heading = [f"**{panel}**"] if panel else []
-        parts += [*heading, "\n".join(["| option | meaning | default |", "| --- | --- | --- |", *rows])]
+        table = ["| option | meaning | default |", "| --- | --- | --- |", *rows]
+        parts += [*heading, "\n".join(table)]
     return "\n\n".join(parts)
 
 
