@@ -1,6 +1,6 @@
 """ROSA in a loop of Accelerate, in one process or several:
 
-accelerate launch --num-processes 2 examples/accelerate_loop.py
+torchrun --nproc-per-node 2 examples/accelerate_loop.py
 
 The model is a small decoder of letters with random weights, which stands for your pretrained one.
 """
@@ -18,7 +18,8 @@ import rosa  # registers ROSA with PEFT
 FIRST, EVERY, WATCHED = 20, 60, 4
 torch.manual_seed(0)
 
-accelerator = Accelerator(gradient_accumulation_steps=2)
+cpu = not torch.cuda.is_available()
+accelerator = Accelerator(gradient_accumulation_steps=2, cpu=cpu)
 text = torch.tensor(list(inspect.getsource(inspect).encode()))  # Python's own code, as bytes
 texts = list(text[: len(text) // 64 * 64].view(-1, 64))
 loader = DataLoader(texts, batch_size=8, shuffle=True)  # type: ignore[arg-type]  # a list will do
