@@ -31,7 +31,7 @@ def learn(model: nn.Module, pictures: torch.Tensor, steps: int, first: int = 0) 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     for step in range(steps):
         if first and step % first == 0 and step > 0:  # four batches tell where the loss falls
-            several = list(torch.randint(1400, (4, 64)))
+            several = torch.randint(1400, (4, 64))
             rosa.resample(
                 model, optimizer, batches=several, loss=lambda m, b: loss_of(m, pictures, b)
             )

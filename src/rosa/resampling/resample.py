@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -57,8 +58,9 @@ def resample(
     states = states_to_keep(moments, optimizer, found)
     check_finite(found)
     informed = [active for active in found if active.is_informed]
-    if batches and informed:
-        look(model, informed, batches, loss)
+    shown = iter(batches if informed else ())
+    if (first := next(shown, None)) is not None:
+        look(model, informed, chain([first], shown), loss)
     agree(informed)
     warn_of_blind(informed)
     for active in found:
