@@ -101,6 +101,7 @@ def build_trainer(
     trainer = SurvivingTrainer(
         model=model,
         count=item_counter(task.kind, model),
+        skips=settings.on_nan == "skip",
         args=args,
         data_collator=collator(task, tokenizer),
         train_dataset=rows["train"],
