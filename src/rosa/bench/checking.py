@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rosa.bench.methods import check_packages, find_method
 from rosa.bench.quantizing import check_load_in
-from rosa.bench.settings import PRECISIONS, RunSettings
+from rosa.bench.settings import ON_NAN, PRECISIONS, RunSettings
 from rosa.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ def check(settings: RunSettings) -> RunSettings:
         raise UserError(f"max_length must be at least 8 tokens, got {settings.max_length}")
     if settings.precision not in PRECISIONS:
         raise UserError(f"precision must be one of {', '.join(PRECISIONS)}: {settings.precision}")
+    if settings.on_nan not in ON_NAN:
+        raise UserError(f"on_nan must be one of {', '.join(ON_NAN)}: {settings.on_nan}")
     check_load_in(settings.load_in)
     if settings.load_in != "full" and method.config is None:
         raise UserError(f"method {settings.method} trains the weights: it needs load_in full")

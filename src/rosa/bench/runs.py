@@ -10,8 +10,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rosa.bench.checkpoints import write_whole
 from rosa.bench.quantizing import quantization, quantize
 from rosa.errors import UserError, blame
 
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 SETTINGS, METRICS, HISTORY = "settings.json", "metrics.json", "history.json"
 ADAPTER, MODEL, CHECKPOINTS = "adapter", "model", "checkpoints"
 PREDICTIONS = "predictions.json"
-_OURS = (SETTINGS, METRICS, HISTORY, PREDICTIONS, ADAPTER, MODEL, CHECKPOINTS)
+_OURS = (METRICS, HISTORY, PREDICTIONS, ADAPTER, MODEL, CHECKPOINTS)
+_LOCK, _DIGEST = ".lock", "data_digest"
 
 
 _MISFIT = (ValueError, TypeError, RuntimeError, OSError)
@@ -37,9 +39,7 @@ _MISFIT = (ValueError, TypeError, RuntimeError, OSError)
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def check_output(output: Path, settings: dict[str, Any], resume: bool, overwrite
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file: name a folder")
     before = settings_of(output)
-    if not before and output.is_dir() and any(output.iterdir()):
+    if not before and output.is_dir() and any(p.name != _LOCK for p in output.iterdir()):
         raise UserError(f"{output} holds files that are not a run's: name a new folder")
     if before and resume:
         differ = [
@@ -96,17 +96,49 @@ def check_output(output: Path, settings: dict[str, Any], resume: bool, overwrite
         )
 
 
-def begin(output: Path, settings: dict[str, Any], overwrite: bool) -> None:
-    """Make `output` a run's folder, checked before; `overwrite` deletes what a run left there."""
-    if overwrite:
-        for name in _OURS:
-            path = output / name
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+@contextmanager
+def begin(
+    output: Path, settings: dict[str, Any], data: Any, resume: bool, overwrite: bool
+) -> Iterator[None]:
+    """Make `output` a run's folder, checked before, that no other process trains in meanwhile.
+
+    Args:
+        output: the folder.
+        settings: the run's.
+        data: what it trains on, as JSON values: a run must go on with the same.
+        resume: the folder's run is gone on with.
+        overwrite: delete what a run left there.
+
+    Raises:
+        UserError: another process trains there, or the run was begun on other data.
+    """
+    from filelock import FileLock, Timeout
+
+    text = json.dumps(data, sort_keys=True).encode()
+    digest = hashlib.blake2b(text, digest_size=16).hexdigest()
     output.mkdir(parents=True, exist_ok=True)
-    write_json(output / SETTINGS, settings)
+    try:
+        lock = FileLock(output / _LOCK).acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"another process is training in {output}: wait for it or stop it"
+        ) from None
+    with lock:
+        before = settings_of(output).get(_DIGEST, digest)
+        if resume and before != digest:
+            raise UserError(
+                f"the training data is not what the run in {output} was begun on: give the same "
+                "files to resume it, or --overwrite to start again"
+            )
+        if overwrite:  # the result first, so that what is left of it is no finished run
+            for name in _OURS:
+                path = output / name
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+        write_json(output / SETTINGS, {**settings, _DIGEST: digest})
+        yield
 
 
 def check_model(name: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from rosa.config import MOMENTS, RosaConfig
 
 PRECISIONS = ("auto", "fp32", "bf16")
+ON_NAN = ("stop", "skip")
 DATA, METHOD, TRAINING, OUTPUT = "Data", "Method", "Training", "Output"
 
 
@@ -110,6 +111,9 @@ class RunSettings:
     max_length: int = _is(DATA, "Longest text in tokens; the rest is cut.", 128)
     group_by_length: bool = _is(
         DATA, "Batches of texts of like length: less padding, faster.", False
+    )
+    on_nan: str = _is(
+        TRAINING, "Where loss or gradient is NaN or infinite: stop, or skip the step.", "stop"
     )
     precision: str = _is(TRAINING, "auto (bf16 where a GPU has it), fp32 or bf16.", "auto")
     seed: int = _is(TRAINING, "Seed of everything random.", 0)

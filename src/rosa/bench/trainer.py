@@ -32,7 +32,8 @@ def build_trainer(
     )
     from transformers.utils import logging
 
-    from rosa.bench.averaging import MeanTrainer, item_counter
+    from rosa.bench.averaging import item_counter
+    from rosa.bench.surviving import SurvivingTrainer
 
     class EpochProgress(ProgressCallback):
         """A progress bar with a line per evaluation, not one per log of the loss."""
@@ -74,7 +75,6 @@ def build_trainer(
         use_cpu=not torch.accelerator.is_available(),  # without it, bf16 is refused on a CPU
         seed=settings.seed,
         **evaluations,
-        save_total_limit=2,
         # PEFT cannot load an AdaLoRA of other ranks than the model's now: the last epoch's it is.
         load_best_model_at_end=settings.method != "adalora",
         metric_for_best_model=task.metric,
@@ -98,9 +98,10 @@ def build_trainer(
 
     optimizer = method.optimizer(settings, settings.rank or 0, model) if method.optimizer else None
     callback = schedule(settings) if settings.method in RESAMPLED else None
-    trainer = MeanTrainer(
+    trainer = SurvivingTrainer(
         model=model,
         count=item_counter(task.kind, model),
+        skips=settings.on_nan == "skip",
         args=args,
         data_collator=collator(task, tokenizer),
         train_dataset=rows["train"],

@@ -6,21 +6,24 @@ import itertools
 import math
 import sys
 import tempfile
-import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rosa import map_pretrained
 from rosa.bench import runs, tasks
 from rosa.bench.building import adapt, load_base
-from rosa.bench.checking import check
+from rosa.bench.checking import RESAMPLED, check
+from rosa.bench.checkpoints import bring_to_disk, settle
 from rosa.bench.methods import find_method
-from rosa.bench.processes import join, say
+from rosa.bench.processes import is_first, join, say
 from rosa.bench.reading import longest_input
 from rosa.bench.record import Record, read_record
 from rosa.bench.saving import save_trained
 from rosa.bench.settings import RunSettings
+from rosa.bench.surviving import Clock
 from rosa.bench.tasks.task import DataSettings, Generation, Task
 from rosa.bench.tokenizing import tokenize
 from rosa.bench.trainer import build_trainer, collator
@@ -93,49 +96,53 @@ def train(
         return itertools.islice(loader, FIRST_STEPS * batches_a_step)
 
     model, recorder = adapt(settings, base, batches)
-    if state.is_main_process:
-        runs.begin(settings.output, settings.to_json(), overwrite)  # nothing was written before
-    state.wait_for_everyone()
-    trainer, callback = build_trainer(settings, task, rows, model, tokenizer)
-    for further in (*callbacks, *([recorder] if recorder else [])):
-        trainer.add_callback(further)
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=_last_checkpoint(settings.output) if resume else None)
-    seconds = time.perf_counter() - started
-    metrics = _evaluate(settings, trainer, task, rows, tokenizer)
-    history: dict[str, Any] = _history(trainer.state.log_history)
-    if callback is not None:
-        history["drawn_at"] = callback.drawn_at
-    if recorder is not None:
-        history["changes"] = {"epochs": recorder.epochs, "spectra": recorder.spectra}
-    record = Record(
-        variant=variant or settings.method,
-        method=settings.method,
-        rank=settings.rank,
-        lr=settings.lr,  # type: ignore[arg-type]  # `check` has chosen one
-        seed=settings.seed,
-        metric=task.metric,
-        reported=task.reported,
-        scores=metrics,
-        train_loss=history["epochs"][-1]["train_loss"],
-        epochs=trainer.state.epoch,
-        steps=trainer.state.global_step,
-        train_seconds=seconds,
-        resamples=len(callback.drawn_at) if callback else 0,
-        resample_seconds=callback.seconds if callback else 0.0,
-        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        peak_memory_mib=_peak_memory_mib(),
-        train_examples=len(task.train),
-        validation_examples=len(task.validation),
-        test_examples=_reported_examples(task, rows),
-        adapter_bytes=0,
-    )
-    if state.is_main_process:
-        place = save_trained(settings, task, trainer.model, tokenizer, metrics)
-        size = sum(p.stat().st_size for p in place.glob("*.safetensors"))
-        record = replace(record, adapter_bytes=size)
-        runs.write_json(settings.output / runs.HISTORY, history)
-        record.write(settings.output)
+    if settings.method in RESAMPLED:
+        with suppress(UserError):  # then they are copied, or exact to a rounding
+            map_pretrained(model)
+    data = {name: part[:] for name, part in rows.items()}
+    how = settings.output, settings.to_json(), data, resume, overwrite
+    with runs.begin(*how) if state.is_main_process else nullcontext():  # nothing was written before
+        state.wait_for_everyone()
+        trainer, callback = build_trainer(settings, task, rows, model, tokenizer)
+        clock = Clock()
+        for further in (*callbacks, *([recorder] if recorder else []), clock):
+            trainer.add_callback(further)
+        trainer.train(resume_from_checkpoint=_last_checkpoint(settings.output) if resume else None)
+        metrics = _evaluate(settings, trainer, task, rows, tokenizer)
+        history: dict[str, Any] = _history(trainer.state.log_history)
+        if callback is not None:
+            history["drawn_at"] = callback.drawn_at
+        if recorder is not None:
+            history["changes"] = {"epochs": recorder.epochs, "spectra": recorder.spectra}
+        record = Record(
+            variant=variant or settings.method,
+            method=settings.method,
+            rank=settings.rank,
+            lr=settings.lr,  # type: ignore[arg-type]  # `check` has chosen one
+            seed=settings.seed,
+            metric=task.metric,
+            reported=task.reported,
+            scores=metrics,
+            train_loss=history["epochs"][-1]["train_loss"],
+            epochs=trainer.state.epoch,
+            steps=trainer.state.global_step,
+            train_seconds=clock.seconds,
+            resamples=len(callback.drawn_at) if callback else 0,
+            resample_seconds=callback.seconds if callback else 0.0,
+            trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            peak_memory_mib=_peak_memory_mib(),
+            train_examples=len(task.train),
+            validation_examples=len(task.validation),
+            test_examples=_reported_examples(task, rows),
+            adapter_bytes=0,
+        )
+        if state.is_main_process:
+            place = save_trained(settings, task, trainer.model, tokenizer, metrics)
+            bring_to_disk(place)
+            size = sum(p.stat().st_size for p in place.glob("*.safetensors"))
+            record = replace(record, adapter_bytes=size)
+            runs.write_json(settings.output / runs.HISTORY, history)
+            record.write(settings.output)
     (record,) = broadcast_object_list([record])
     return record
 
@@ -203,10 +210,12 @@ def is_decoder(config: Any) -> bool:
 
 
 def _last_checkpoint(output: Path) -> str | None:
-    """The newest whole checkpoint: the Trainer writes its state last, so half a one lacks it."""
-    whole = (output / runs.CHECKPOINTS).glob("checkpoint-*/trainer_state.json")
-    steps = {int(state.parent.name.rpartition("-")[2]): state.parent for state in whole}
-    return str(steps[max(steps)]) if steps else None
+    """The newest whole checkpoint of a run, for all its processes."""
+    from accelerate.utils import broadcast_object_list
+
+    newest = [settle(output / runs.CHECKPOINTS) if is_first() else None]
+    (found,) = broadcast_object_list(newest)
+    return None if found is None else str(found)
 
 
 def _evaluate(

@@ -105,6 +105,7 @@ class RosaCallback(TrainerCallback, ExportableState):
             "attributes": {
                 "period": self.period,
                 "drawn_at": list(self.drawn_at),
+                "seconds": self.seconds,
                 "trained": self._trained(),
                 "has_seen": self._sees(),
             },
@@ -127,6 +128,7 @@ class RosaCallback(TrainerCallback, ExportableState):
                 f"{trained}: give RosaConfig the checkpoint's trained=, or begin anew"
             )
         self.drawn_at = [step for step in before.get("drawn_at", []) if step < state.global_step]
+        self.seconds = before.get("seconds", 0.0)
         self._seen = read_seen(_checkpoint(args, state)) if before.get("has_seen") else {}
         if before.get("has_seen") and not self._seen:
             warnings.warn(
