@@ -11,7 +11,7 @@ from rosa.config import MOMENTS, RosaConfig
 
 PRECISIONS = ("auto", "fp32", "bf16")
 ON_NAN = ("stop", "skip")
-DATA, METHOD, TRAINING, OUTPUT = "Data", "Method", "Training", "Output"
+DATA, METHOD, TRAINING, OUTPUT, PLAN = "Data", "Method", "Training", "Output", "Machine"
 
 
 def _is(panel: str, text: str, default: Any = MISSING, option: str | None = None) -> Any:
@@ -104,6 +104,9 @@ class RunSettings:
     batch_size: int = _is(TRAINING, "Examples per device and step.", 32)
     eval_batch_size: int = _is(TRAINING, "Examples per step of evaluation.", 64)
     gradient_accumulation: int = _is(TRAINING, "Batches per optimizer step.", 1)
+    gradient_checkpointing: bool = _is(
+        TRAINING, "Compute layers again in the backward pass: less memory, a slower step.", False
+    )
     weight_decay: float = _is(
         TRAINING, "AdamW's; ROSA's factors decay toward what they were drawn as.", 0.0
     )
