@@ -18,21 +18,22 @@ class UserTypeError(UserError, TypeError):
     """Something of the wrong type was given."""
 
 
-_LONGEST = 60
-"""Characters of a value that a message shows."""
+_LONGEST = 32
+"""Characters of a value that a message shows: fewer than PEFT looks for in a TypeError's, to tell
+whether it is of a field that a config does not have."""
 
 
 class ExportError(UserError, RuntimeError):
     """What was exported is loaded as something else than was trained; nothing was kept of it."""
 
 
-def shown(value: object) -> str:
+def shown(value: object, longest: int = _LONGEST) -> str:
     """A value as a message shows it: whatever was given, in a line that can be printed."""
     try:
         text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
     except (RecursionError, ValueError):  # nested deep; an integer of thousands of digits
         return f"a very large {type(value).__name__}"
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return text if len(text) <= longest else f"{text[:longest]}..."
 
 
 @contextmanager
