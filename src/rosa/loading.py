@@ -153,7 +153,16 @@ def _guarded_pretrained(load: Any) -> Any:
         elif isinstance(config, RosaConfig):
             check_weights(model_id, kwargs)
         with as_before(model, adapter_name):
-            return load(cls, model, model_id, adapter_name, is_trainable, config, **kwargs)
+            try:
+                return load(cls, model, model_id, adapter_name, is_trainable, config, **kwargs)
+            except AttributeError as error:
+                found = (getattr(model, "peft_config", None) or {}).get(adapter_name)
+                if not isinstance(found, RosaConfig):
+                    raise
+                raise UserError(
+                    f"an adapter with task_type={found.task_type} cannot be put on a "
+                    f"{type(model).__name__} ({error}): load the model that it was trained on"
+                ) from error
 
     return from_pretrained
 

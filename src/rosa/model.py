@@ -33,7 +33,7 @@ from rosa.checkpoint import (
     warn_of_another_base,
 )
 from rosa.config import RosaConfig, as_rosa_config
-from rosa.errors import UserError
+from rosa.errors import NothingToAdaptError, UserError
 from rosa.layers.base import RosaLayer
 from rosa.layers.kinds import base_of, kind_of, layers_of, rosa_layers
 from rosa.layers.memory import make_private, place, tenants, weight_owners
@@ -79,7 +79,7 @@ class RosaModel(BaseTuner):
         """Put an adapter into the model; on an error the model is left as it was.
 
         Raises:
-            NoMatchingPeftModuleError: no module has such a name; names that come near are listed.
+            NothingToAdaptError: no module has such a name; names that come near are listed.
             ValueError: a layer cannot be adapted, or the model has an adapter of that name; says
                 which and why.
         """
@@ -94,7 +94,7 @@ class RosaModel(BaseTuner):
         except NoMatchingPeftModuleError as error:
             hint = all_in_full(config, model) or f"{error}{near_names(config, model)}"
             config.target_modules = wanted
-            raise NoMatchingPeftModuleError(hint) from None
+            raise NothingToAdaptError(hint) from None
         except Exception:
             if isinstance(wanted, str):  # "all-linear" has become the names of this model's layers
                 config.target_modules = wanted

@@ -19,6 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from rosa.bench.quantizing import quantization, quantize
 from rosa.errors import UserError, blame
 
@@ -31,8 +33,8 @@ PREDICTIONS = "predictions.json"
 _OURS = (SETTINGS, METRICS, HISTORY, PREDICTIONS, ADAPTER, MODEL, CHECKPOINTS)
 
 
-_MISFIT = (ValueError, TypeError, RuntimeError, OSError)
-"""What PEFT raises for an adapter that is not the model's."""
+_MISFIT = (ValueError, TypeError, RuntimeError, OSError, SafetensorError)
+"""What PEFT raises for an adapter that is not the model's, or whose file is damaged."""
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -189,7 +191,10 @@ def load_trained(
 def fitting(place: Path, base: PreTrainedModel) -> Iterator[None]:
     """Say of an adapter's folder that it does not fit its base model, where loading it fails."""
     try:
-        with blame(f"the adapter in {place} does not fit the model {base.name_or_path}", *_MISFIT):
+        with blame(
+            f"the adapter in {place} is damaged, or does not fit the model {base.name_or_path}",
+            *_MISFIT,
+        ):
             yield
     except KeyError as error:
         raise UserError(

@@ -9,8 +9,12 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
+from json import JSONDecodeError
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
 
 from rosa.bench import runs, tasks
 from rosa.bench.building import adapt, load_base
@@ -24,12 +28,14 @@ from rosa.bench.settings import RunSettings
 from rosa.bench.tasks.task import DataSettings, Generation, Task
 from rosa.bench.tokenizing import tokenize
 from rosa.bench.trainer import build_trainer, collator
-from rosa.errors import UserError
+from rosa.errors import UserError, blame
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
 
+_DAMAGED = (UnpicklingError, SafetensorError, JSONDecodeError, EOFError)
+"""What reading a checkpoint raises where its files are damaged, or hold more than numbers."""
 FIRST_STEPS = 4
 """Steps' batches that a method sees which begins with the training data's gradient."""
 
@@ -100,7 +106,11 @@ def train(
     for further in (*callbacks, *([recorder] if recorder else [])):
         trainer.add_callback(further)
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=_last_checkpoint(settings.output) if resume else None)
+    checkpoint = _last_checkpoint(settings.output) if resume else None
+    with blame(
+        f"{checkpoint} cannot be resumed: delete it to go on from an earlier one", *_DAMAGED
+    ):
+        trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started
     metrics = _evaluate(settings, trainer, task, rows, tokenizer)
     history: dict[str, Any] = _history(trainer.state.log_history)
