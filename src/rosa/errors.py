@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from peft.utils.error import NoMatchingPeftModuleError
+
 READERS = ("peft", "transformers", "tokenizers", "huggingface_hub", "safetensors", "torch")
 """The libraries that read what a user gave, besides Python's own (`json`)."""
 
@@ -20,8 +22,26 @@ class UserTypeError(UserError, TypeError):
     """Something of the wrong type was given."""
 
 
+_LONGEST = 32
+"""Characters of a value that a message shows: fewer than PEFT looks for in a TypeError's, to tell
+whether it is of a field that a config does not have."""
+
+
+class NothingToAdaptError(UserError, NoMatchingPeftModuleError):
+    """No module is what `target_modules` names; PEFT's own error, for those who catch that."""
+
+
 class ExportError(UserError, RuntimeError):
     """What was exported is loaded as something else than was trained; nothing was kept of it."""
+
+
+def shown(value: object, longest: int = _LONGEST) -> str:
+    """A value as a message shows it: whatever was given, in a line that can be printed."""
+    try:
+        text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    except (RecursionError, ValueError):  # nested deep; an integer of thousands of digits
+        return f"a very large {type(value).__name__}"
+    return text if len(text) <= longest else f"{text[:longest]}..."
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import (
     _ExcludedModule,
     _maybe_include_all_linear_layers,
 )
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES, EMBEDDING_LAYER_NAMES
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -135,7 +135,7 @@ def check_tokens(config: RosaConfig, model: nn.Module) -> None:
         names = [name for name, module in modules.items() if module is inputs]
         named = {names[0] if names else "embed_tokens": named}
     for wanted, tokens in named.items():
-        found = {n: base_of(m) for n, m in modules.items() if n.endswith(wanted)}
+        found = {n: _without_tokens(m) for n, m in modules.items() if n.endswith(wanted)}
         found = {n: m for n, m in found.items() if isinstance(m, (nn.Embedding, nn.Linear))}
         if not found:
             raise UserError(
@@ -153,6 +153,12 @@ def check_tokens(config: RosaConfig, model: nn.Module) -> None:
                     f"trainable_token_indices: {name} has {rows} rows, and none for token "
                     f"{max(tokens)}: resize_token_embeddings first"
                 )
+
+
+def _without_tokens(module: nn.Module) -> nn.Module:
+    """An embedding without what is around it, as another adapter's tokens."""
+    wrapped = isinstance(module, TrainableTokensWrapper)
+    return module.original_module if wrapped else base_of(module)
 
 
 def check_same_parameters(config: RosaConfig, others: Mapping[str, PeftConfig]) -> None:

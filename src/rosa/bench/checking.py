@@ -20,7 +20,7 @@ RESAMPLED = ("rosa", "relora")
 
 def check(settings: RunSettings) -> RunSettings:
     """The settings with the method's learning rate filled in; raises for values of no use."""
-    from rosa.config import check_rank
+    from rosa.checks import check_rank
 
     method = find_method(settings.method)
     check_packages(settings.method)

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -18,6 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
 
 from rosa.bench.checkpoints import write_whole
 from rosa.bench.quantizing import quantization, quantize
@@ -33,8 +34,8 @@ _OURS = (METRICS, HISTORY, PREDICTIONS, ADAPTER, MODEL, CHECKPOINTS)
 _LOCK, _DIGEST = ".lock", "data_digest"
 
 
-_MISFIT = (ValueError, TypeError, RuntimeError, OSError)
-"""What PEFT raises for an adapter that is not the model's."""
+_MISFIT = (ValueError, TypeError, RuntimeError, OSError, SafetensorError)
+"""What PEFT raises for an adapter that is not the model's, or whose file is damaged."""
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -98,14 +99,14 @@ def check_output(output: Path, settings: dict[str, Any], resume: bool, overwrite
 
 @contextmanager
 def begin(
-    output: Path, settings: dict[str, Any], data: Any, resume: bool, overwrite: bool
+    output: Path, settings: dict[str, Any], digest: str, resume: bool, overwrite: bool
 ) -> Iterator[None]:
     """Make `output` a run's folder, checked before, that no other process trains in meanwhile.
 
     Args:
         output: the folder.
         settings: the run's.
-        data: what it trains on, as JSON values: a run must go on with the same.
+        digest: of what it trains on: a run must go on with the same.
         resume: the folder's run is gone on with.
         overwrite: delete what a run left there.
 
@@ -114,8 +115,6 @@ def begin(
     """
     from filelock import FileLock, Timeout
 
-    text = json.dumps(data, sort_keys=True).encode()
-    digest = hashlib.blake2b(text, digest_size=16).hexdigest()
     output.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(output / _LOCK).acquire(timeout=0)
@@ -221,7 +220,10 @@ def load_trained(
 def fitting(place: Path, base: PreTrainedModel) -> Iterator[None]:
     """Say of an adapter's folder that it does not fit its base model, where loading it fails."""
     try:
-        with blame(f"the adapter in {place} does not fit the model {base.name_or_path}", *_MISFIT):
+        with blame(
+            f"the adapter in {place} is damaged, or does not fit the model {base.name_or_path}",
+            *_MISFIT,
+        ):
             yield
     except KeyError as error:
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -11,6 +12,8 @@ from rosa.bench.processes import say
 from rosa.bench.settings import RunSettings
 from rosa.bench.tasks.task import Task
 from rosa.errors import UserError
+
+_BATCH = 1000
 
 
 def tokenize(
@@ -39,6 +42,21 @@ def tokenize(
     if cut:
         say(f"{cut} of {len(rows['train'])} training texts reach {longest} tokens (--max-length)")
     return rows
+
+
+def digest(rows: dict[str, Any]) -> str:
+    """Of the token ids and labels of `tokenize`, to tell whether they are the same again."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, part in sorted(rows.items()):
+        for batch in part.with_format("arrow").iter(_BATCH):
+            for column in sorted(batch.column_names):
+                values = batch.column(column).combine_chunks()
+                found.update(f"{name} {column} {len(values)}".encode())
+                if hasattr(values, "value_lengths"):
+                    found.update(values.value_lengths().to_numpy(False).tobytes())
+                    values = values.flatten()
+                found.update(values.to_numpy(False).tobytes())
+    return found.hexdigest()
 
 
 def _parts(task: Task) -> list[tuple[str, Any]]:

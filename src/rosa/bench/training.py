@@ -9,8 +9,12 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import fields, replace
+from json import JSONDecodeError
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
 
 from rosa import map_pretrained
 from rosa.bench import runs, tasks
@@ -25,14 +29,16 @@ from rosa.bench.saving import save_trained
 from rosa.bench.settings import RunSettings
 from rosa.bench.surviving import Clock
 from rosa.bench.tasks.task import DataSettings, Generation, Task
-from rosa.bench.tokenizing import tokenize
+from rosa.bench.tokenizing import digest, tokenize
 from rosa.bench.trainer import build_trainer, collator
-from rosa.errors import UserError
+from rosa.errors import UserError, blame
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
 
+_DAMAGED = (UnpicklingError, SafetensorError, JSONDecodeError, EOFError)
+"""What reading a checkpoint raises where its files are damaged, or hold more than numbers."""
 FIRST_STEPS = 4
 """Steps' batches that a method sees which begins with the training data's gradient."""
 
@@ -99,15 +105,16 @@ def train(
     if settings.method in RESAMPLED:
         with suppress(UserError):  # then they are copied, or exact to a rounding
             map_pretrained(model)
-    data = {name: part[:] for name, part in rows.items()}
-    how = settings.output, settings.to_json(), data, resume, overwrite
+    how = settings.output, settings.to_json(), digest(rows), resume, overwrite
     with runs.begin(*how) if state.is_main_process else nullcontext():  # nothing was written before
         state.wait_for_everyone()
         trainer, callback = build_trainer(settings, task, rows, model, tokenizer)
         clock = Clock()
         for further in (*callbacks, *([recorder] if recorder else []), clock):
             trainer.add_callback(further)
-        trainer.train(resume_from_checkpoint=_last_checkpoint(settings.output) if resume else None)
+        checkpoint = _last_checkpoint(settings.output) if resume else None
+        with blame(f"{checkpoint} cannot be resumed: delete it to go on before it", *_DAMAGED):
+            trainer.train(resume_from_checkpoint=checkpoint)
         metrics = _evaluate(settings, trainer, task, rows, tokenizer)
         history: dict[str, Any] = _history(trainer.state.log_history)
         if callback is not None:
