@@ -162,18 +162,18 @@ def test_a_run_goes_on_with_the_data_it_was_begun_on(folder, tmp_path, capsys):
 def test_a_comparison_that_is_stopped_stops_its_cells_and_goes_on(folder, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log"
     files = ["--model", folder / "base", "--train", folder / "reviews.csv", "--output", out]
-    how = ["compare", *files, "--methods", "rosa,lora", "--lrs", "1e-3,1e-2", "--jobs", 2]
+    how = ["compare", *files, "--methods", "rosa,lora", "--lrs", "1e-2", "--jobs", 2]
     how += ["--steps", 400, "--batch-size", 8]
     process = crash.start(how, None, None, log)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not list(out.glob("*/checkpoints/*/whole.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGTERM)
-    process.join(60)
+    process.join(300)
     assert process.exitcode == TERMINATED, log.read_text()
     for place in out.glob("*/.lock"):
         with FileLock(place).acquire(timeout=5):  # nobody trains there any more
             pass
     assert list(out.glob("*/checkpoints/*/whole.json"))
     assert crash.run(how, log=log) == 0, log.read_text()
-    assert len(list(out.glob("*/metrics.json"))) == 4
+    assert len(list(out.glob("*/metrics.json"))) == 2

@@ -15,6 +15,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from safetensors import SafetensorError
 
 from rosa.bench.checkpoints import write_whole
 from rosa.bench.quantizing import quantization, quantize
+from rosa.bench.settings import RunSettings
 from rosa.errors import UserError, blame
 
 if TYPE_CHECKING:
@@ -31,6 +33,11 @@ SETTINGS, METRICS, HISTORY = "settings.json", "metrics.json", "history.json"
 ADAPTER, MODEL, CHECKPOINTS = "adapter", "model", "checkpoints"
 PREDICTIONS = "predictions.json"
 _OURS = (METRICS, HISTORY, PREDICTIONS, ADAPTER, MODEL, CHECKPOINTS)
+_DEFAULTS = {
+    f.name: list(f.default) if isinstance(f.default, tuple) else f.default
+    for f in fields(RunSettings)
+    if f.default is not MISSING
+}
 _LOCK, _DIGEST = ".lock", "data_digest"
 
 
@@ -81,10 +88,11 @@ def check_output(output: Path, settings: dict[str, Any], resume: bool, overwrite
     if not before and output.is_dir() and any(p.name != _LOCK for p in output.iterdir()):
         raise UserError(f"{output} holds files that are not a run's: name a new folder")
     if before and resume:
+        before = {**_DEFAULTS, **before}  # it may be of a version that had fewer settings
         differ = [
-            f"{name} ({before.get(name)} there, {value} here)"
+            f"{name} ({before[name]} there, {value} here)"
             for name, value in settings.items()
-            if name not in ("output", "versions") and before.get(name) != value
+            if name not in ("output", "versions") and before[name] != value
         ]
         if differ:
             raise UserError(

@@ -34,10 +34,12 @@ class Stopped(KeyboardInterrupt):
     """
 
     def __init__(self, asked: int, step: int) -> None:
-        super().__init__(
-            f"stopped after step {step}, which is saved: the same command with --resume goes on"
-        )
+        super().__init__(asked, step)  # which another process makes it of again
         self.code = 128 + asked
+
+    def __str__(self) -> str:
+        step = self.args[1]
+        return f"stopped after step {step}, which is saved: the same command with --resume goes on"
 
 
 class Stopper(AbstractContextManager["Stopper"]):
