@@ -199,10 +199,8 @@ def load_trained(
 def fitting(place: Path, base: PreTrainedModel) -> Iterator[None]:
     """Say of an adapter's folder that it does not fit its base model, where loading it fails."""
     try:
-        with blame(
-            f"the adapter in {place} is damaged, or does not fit the model {base.name_or_path}",
-            *_MISFIT,
-        ):
+        what = f"is damaged or cut short, or does not fit the model {base.name_or_path}"
+        with blame(f"the adapter in {place} {what}", *_MISFIT):
             yield
     except KeyError as error:
         raise UserError(
