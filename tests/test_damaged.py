@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rosa import RosaConfig
+from rosa.bench.runs import load_trained
 from rosa.errors import UserError
 from rosa.export.lazily import mapped_lazily
 from rosa.layers.kinds import rosa_layers
 from tests.helpers import fails, moved, trained_run
-from tests.models import tiny_bert, tiny_gpt2
+from tests.models import save_with_tokenizer, tiny_bert, tiny_gpt2
 
 HEAD = "base_model.model.classifier.weight"
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -274,6 +275,16 @@ def test_folders_that_cannot_be_read_are_refused(bert, damage):
     with pytest.raises(kind, match=message):
         model.load_adapter(str(folder), "second")
     assert list(model.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize("damage", FOLDERS)
+def test_the_commands_refuse_them_too(tmp_path, damage):
+    _, model = base_and_saved(tmp_path / "adapter")
+    save_with_tokenizer(model.unload(), tmp_path / "base")
+    model.config.save_pretrained(tmp_path / "adapter")
+    FOLDERS[damage][0](tmp_path / "adapter")
+    with pytest.raises((UserError, FileNotFoundError), match="adapter_"):
+        load_trained(tmp_path / "adapter", str(tmp_path / "base"))
 
 
 def test_a_pickle_on_the_hub_is_not_read(bert, monkeypatch):

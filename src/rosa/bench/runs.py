@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from rosa.bench.checkpoints import write_whole
 from rosa.bench.quantizing import quantization, quantize
 from rosa.bench.settings import RunSettings
-from rosa.errors import UserError, blame
+from rosa.errors import UserError, blame, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,11 +51,19 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; ValueError names the file if it is broken."""
+    """Read a JSON object; ValueError names the file if it is broken, or holds something else."""
+    found = _read(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds {shown(found)} instead of a JSON object: it is damaged")
+    return found
+
+
+def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): the file is damaged") from error
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deep" if isinstance(error, RecursionError) else error
+        raise UserError(f"{path} is not valid JSON ({reason}): the file is damaged") from error
 
 
 def is_done(folder: Path) -> bool:
@@ -67,7 +75,7 @@ def settings_of(folder: Path) -> dict[str, Any]:
     """The settings of the run in a folder; empty if there is no run there."""
     if not (folder / SETTINGS).is_file():
         return {}
-    found = read_json(folder / SETTINGS)
+    found = _read(folder / SETTINGS)
     # Others write a settings.json too; ours names the version of this package.
     ours = isinstance(found, dict) and "rosa-finetune" in (found.get("versions") or {})
     return found if ours else {}
@@ -228,10 +236,8 @@ def load_trained(
 def fitting(place: Path, base: PreTrainedModel) -> Iterator[None]:
     """Say of an adapter's folder that it does not fit its base model, where loading it fails."""
     try:
-        with blame(
-            f"the adapter in {place} is damaged, or does not fit the model {base.name_or_path}",
-            *_MISFIT,
-        ):
+        what = f"is damaged or cut short, or does not fit the model {base.name_or_path}"
+        with blame(f"the adapter in {place} {what}", *_MISFIT):
             yield
     except KeyError as error:
         raise UserError(
@@ -266,9 +272,9 @@ def load_base(place: Path, model: str | None = None, whole: bool = False) -> Pre
     from peft import PeftConfig
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    import rosa  # noqa: F401  # registers the method
+    from rosa.loading import check_config
 
-    read_json(place / "adapter_config.json")  # a damaged one is named
+    check_config(place)
     if not (place / "adapter_model.safetensors").is_file():
         raise FileNotFoundError(
             f"{place} has no adapter_model.safetensors: its weights are missing"
