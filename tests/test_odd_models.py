@@ -1,0 +1,367 @@
+"""Models that use their layers in other ways than to call them, and layers of unusual making."""
+
+from __future__ import annotations
+
+import copy
+import types
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rosa import RosaConfig, resample, watch
+from rosa.errors import UserError
+from rosa.layers.kinds import rosa_layers
+from tests.helpers import moved
+
+
+def attach(base: nn.Module, targets: Any = None, **options: Any) -> Any:
+    named = {} if targets is None else {"target_modules": targets}
+    config = RosaConfig(**{"r": 2, "alpha": 3.0, **named, **options})
+    return get_peft_model(base, config, autocast_adapter_dtype=False)
+
+
+def plain_of(model: Any, base: nn.Module) -> Any:
+    """A plain model whose weights are what the adapted one's are said to be."""
+    plain: Any = copy.deepcopy(base)
+    with torch.no_grad():
+        for name, layer in rosa_layers(model.base_model.model):
+            path = f"{name}.{layer.weight_path}".replace(".base_layer", "")
+            weight = plain.get_parameter(path)
+            weight.add_(layer.get_delta_weight("default").to(weight.dtype))
+    return plain
+
+
+def trained(base: nn.Module, targets: Any = None, **options: Any) -> Any:
+    """With what is to be learned learned in part, over a draw."""
+    model = attach(base, targets, **options)
+    moved(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # random directions do
+        resample(model)
+    moved(model)
+    return model
+
+
+def close(one: Tensor, other: Tensor) -> None:
+    torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
+
+
+# -- methods -----------------------------------------------------------------------------------
+
+
+class Projecting(nn.Linear):
+    scale = 2.0
+
+    def project(self, x: Tensor, bias: bool = True) -> Tensor:
+        return self.scale * F.linear(x, self.weight, self.bias if bias else None)
+
+    def twice(self, x: Tensor) -> Tensor:
+        return self.project(self(x)[..., : self.in_features])
+
+    @classmethod
+    def kind(cls) -> type:
+        return cls
+
+
+class Attending(nn.Embedding):
+    def attend(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T
+
+
+class Kernel(nn.Conv1d):
+    def spread(self, x: Tensor) -> Tensor:
+        return F.conv_transpose1d(x, self.weight)
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 6, 5) / 2)
+        self.down = nn.Parameter(torch.randn(3, 5, 6) / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down @ torch.tanh(self.up @ x)
+
+    def backwards(self, x: Tensor) -> Tensor:
+        return self.up.mT @ torch.tanh(self.down.mT @ x)
+
+
+class Calling(nn.Module):
+    """Calls methods of its layers, and the layers too if it is told so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = Projecting(6, 7)
+        self.embedding = Attending(9, 7)
+        self.kernel = Kernel(9, 3, 2)
+        self.experts = Experts()
+        self.both = False
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.linear.project(torch.ones(len(ids), 6).double() * ids[:, None] / 9)
+        x = x + self.linear.project(x[:, 1:], bias=False) + self.linear.twice(x[:, 1:])
+        x = self.embedding.attend(torch.tanh(x))
+        x = self.kernel.spread(torch.tanh(x[:, :3, None]))
+        x = self.experts.backwards(x.flatten(1)[:3, :5, None])
+        if self.both:
+            x = (
+                x.sum()
+                + self.embedding(ids[:3])
+                + self.linear(torch.tanh(x[:, :1, 0].repeat(1, 6)))
+            )
+        return x
+
+
+CALLED = {
+    "target_modules": ["linear", "embedding", "kernel"],
+    "target_parameters": ["experts.up", "experts.down"],
+}
+
+
+@pytest.fixture
+def calling(_fresh_random_inputs: None) -> Calling:
+    model = Calling().double()
+    nn.init.normal_(model.linear.bias)
+    return model
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["methods", "methods-and-calls"])
+@pytest.mark.parametrize("options", [{}, {"trained": "B"}, {"directions": "zero"}])
+def test_a_method_of_an_adapted_module_computes_with_the_changed_weight(calling, both, options):
+    calling.both = both
+    base, ids = copy.deepcopy(calling), torch.randint(9, (4,))
+    model = trained(calling, **CALLED, **options)
+    plain = plain_of(model, base)
+    close(model(ids), plain(ids))
+    with model.disable_adapter():
+        close(model(ids), base(ids))
+    model.merge_adapter()
+    close(model(ids), plain(ids))
+    model.unmerge_adapter()
+    close(model(ids), plain(ids))
+    close(model.merge_and_unload()(ids), plain(ids))
+
+
+def test_gradients_of_a_method_reach_the_factors_and_what_watches(calling):
+    base = copy.deepcopy(calling)
+    model = trained(calling, **CALLED)
+    plain = plain_of(model, base)
+    ids = torch.randint(9, (4,))
+    watch(model)
+    for each in (model, plain):
+        each(ids).square().sum().backward()
+    for name, layer in rosa_layers(model.base_model.model):
+        path = f"{name}.{layer.weight_path}".replace(".base_layer", "")
+        grad = layer.base_weight.view.as_matrix(plain.get_parameter(path).grad)
+        if grad.shape != layer.base_weight.shape:
+            grad = grad.flatten(1)
+        adapter = layer.adapters["default"]
+        a, b = adapter.factors
+        close(a.grad, adapter.scaling * b.mT @ grad)
+        close(b.grad, adapter.scaling * grad @ a.mT)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the gradient of every weight was seen
+        resample(model)
+    close(model(ids), plain(ids))
+
+
+def test_what_is_no_method_is_handed_out_as_it_is(calling):
+    model = attach(calling, **CALLED)
+    linear = model.base_model.model.linear
+    assert linear.kind() is Projecting
+    assert linear.scale == 2.0
+    assert linear.in_features == 6
+    assert model.base_model.model.embedding.num_embeddings == 9
+    with pytest.raises(AttributeError, match="nothing"):
+        linear.nothing()
+
+
+def test_a_method_that_writes_the_weight_is_refused_while_the_adapter_is_in_use(calling):
+    model = trained(calling, ["linear"])
+    linear, x = model.base_model.model.linear, torch.randn(3, 6).double()
+    before = linear(x)
+    with pytest.raises(UserError, match="read but not written"):
+        linear.reset_parameters()
+    assert torch.equal(linear(x), before)
+    with model.disable_adapter():
+        was = linear.base_layer.weight.clone()
+        linear.reset_parameters()
+        assert not torch.equal(was, linear.base_layer.weight)
+
+
+# -- patched -----------------------------------------------------------------------------------
+
+
+class Three(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, 6)
+        self.linear = nn.Linear(6, 4)
+        self.kernel = nn.Conv1d(4, 3, 2)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.linear(self.embedding(ids))
+        return self.kernel(self.attention(x, x, x)[0].mT)
+
+
+def doubled(self: nn.Module, *args: Any) -> Any:
+    """Three times what the module's class computes of it, less a part of its weight."""
+    found = type(self).forward(self, *args)
+    if isinstance(found, tuple):
+        return (3 * found[0] - self.in_proj_weight.mean(), None)
+    return 3 * found - self.weight.mean()
+
+
+THREE = ["embedding", "linear", "kernel", "attention"]
+
+
+@pytest.mark.parametrize("which", THREE)
+@pytest.mark.parametrize("when", ["base", "before", "around"])
+def test_a_forward_of_the_modules_own_computes_with_the_changed_weight(which, when):
+    base, ids = Three().double(), torch.randint(9, (2, 5))
+    patched = copy.deepcopy(base)
+
+    def patch(module: Any) -> None:
+        module.forward = types.MethodType(doubled, module)
+
+    if when == "before":
+        patch(getattr(base, which))
+    if (which, when) == ("linear", "before"):
+        with pytest.raises(UserError, match="linear"):
+            attach(base, THREE)
+        return
+    model = trained(base, THREE)
+    layer = getattr(model.base_model.model, which)
+    if when == "base":
+        patch(layer.base_layer)
+    elif when == "around":
+        inner = layer.forward
+        layer.forward = lambda *args: around(layer, inner(*args))
+    plain = plain_of(model, patched)
+    if when == "around":
+        inner_plain = getattr(plain, which).forward
+        one = getattr(plain, which)
+        one.forward = lambda *args: around(one, inner_plain(*args))
+    else:
+        patch(getattr(plain, which))
+    close(model(ids), plain(ids))
+    model(ids).sum().backward()
+    plain(ids).sum().backward()
+    weight = getattr(plain, which)
+    name = "in_proj_weight" if which == "attention" else "weight"
+    grad = layer.base_weight.view.as_matrix(getattr(weight, name).grad)
+    adapter = layer.adapters["default"]
+    close(adapter.factors[1].grad, adapter.scaling * grad @ adapter.factors[0].mT)
+
+
+def around(module: Any, found: Any) -> Any:
+    weight = module.in_proj_weight if isinstance(found, tuple) else module.weight
+    if isinstance(found, tuple):
+        return (found[0] * weight.mean(), None)
+    return found * weight.mean()
+
+
+@pytest.mark.parametrize("which", ["embedding", "linear"])
+def test_dropout_is_refused_where_the_module_has_a_forward_of_its_own(which):
+    model = attach(Three().double(), ["embedding", "linear"], rosa_dropout=0.1)
+    base = getattr(model.base_model.model, which).base_layer
+    base.forward = types.MethodType(doubled, base)
+    with pytest.raises(UserError, match="rosa_dropout"):
+        model(torch.randint(9, (2, 5)))
+
+
+# -- compiled ----------------------------------------------------------------------------------
+
+
+class Mixed(nn.Module):
+    """Experts, of which the layers around it are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = Experts()
+        self.last = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.experts(x))
+
+
+COMPILED: dict[str, tuple[Any, dict[str, Any], Any]] = {
+    "methods": (Calling, CALLED, lambda: torch.randint(9, (4,))),
+    "attention": (Three, {"target_modules": THREE}, lambda: torch.randint(9, (2, 5))),
+    "parameters": (
+        Mixed,
+        {"target_modules": ["last"], "target_parameters": ["up", "down"]},
+        lambda: torch.randn(3, 5, 4).double(),
+    ),
+}
+
+
+@pytest.mark.parametrize("which", COMPILED)
+def test_it_is_compiled_as_one_graph(which):
+    make, options, draw = COMPILED[which]
+    model, x = trained(make().double(), **options), draw()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        found = []
+        for each in (model, compiled):
+            model.zero_grad()
+            out = each(x)
+            out.square().sum().backward()
+            found.append([out.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+        for one, other in zip(*found, strict=True):
+            close(one, other)
+        moved(model)
+
+
+# -- attributes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("which", "name", "value"),
+    [
+        ("kernel", "stride", (2,)),
+        ("kernel", "padding", (1,)),
+        ("embedding", "padding_idx", 3),
+        ("attention", "batch_first", False),
+        ("attention", "in_proj_bias", None),
+    ],
+)
+def test_an_attribute_of_the_module_is_set_in_the_module(which, name, value):
+    base, ids = Three().double(), torch.randint(9, (2, 5))
+    for parameter in base.parameters():
+        nn.init.normal_(parameter)
+    plain = copy.deepcopy(base)
+    model = trained(base, THREE)
+    for each in (model.base_model.model, plain):
+        setattr(getattr(each, which), name, value)
+    layer = getattr(model.base_model.model, which)
+    assert getattr(layer.base_layer, name) is value
+    assert getattr(layer, name) is value
+    close(model(ids), plain_of(model, plain)(ids))
+    assert getattr(copy.deepcopy(layer).base_layer, name) is not None or value is None
+
+
+def test_what_the_module_does_not_have_stays_with_the_layer():
+    model = attach(Three().double(), THREE)
+    layer = model.base_model.model.linear
+    layer.note = "mine"
+    assert not hasattr(layer.base_layer, "note")
+    layer._note, layer.base_layer._note = "mine", "its"
+    assert layer.base_layer._note == "its"
+
+
+def test_an_adapted_parameter_is_not_replaced_in_front_of_its_module():
+    model = attach(Mixed().double(), target_parameters=["experts.up"])
+    experts = model.base_model.model.experts
+    for value in (nn.Parameter(torch.randn(3, 6, 5)), torch.randn(3, 6, 5)):
+        with pytest.raises(UserError, match="up"):
+            experts.up = value
+    experts.down = nn.Parameter(torch.zeros(3, 5, 6).double())
+    assert not model(torch.randn(3, 5, 4).double())[..., 0].diff().any()
