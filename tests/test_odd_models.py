@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import GPT2LMHeadModel
 
-from rosa import RosaConfig, resample, watch
+from rosa import RosaConfig, export_lora, export_merged, export_rosa, resample, watch
 from rosa.errors import UserError
 from rosa.layers.kinds import rosa_layers
 from tests.helpers import moved
+from tests.models import tiny_gpt2
 
 
 def attach(base: nn.Module, targets: Any = None, **options: Any) -> Any:
@@ -365,3 +367,235 @@ def test_an_adapted_parameter_is_not_replaced_in_front_of_its_module():
             experts.up = value
     experts.down = nn.Parameter(torch.zeros(3, 5, 6).double())
     assert not model(torch.randn(3, 5, 4).double())[..., 0].diff().any()
+
+
+# -- memory ------------------------------------------------------------------------------------
+
+
+class Two(nn.Module):
+    """Two linear layers, of which the second is left alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 5), nn.Linear(5, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(torch.tanh(self.one(x)))
+
+
+def is_left_alone(base: nn.Module, options: dict[str, Any], *names: str) -> None:
+    """Attaching is refused with these names, before anything of the model has changed."""
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    kinds = [type(module) for module in base.modules()]
+    with pytest.raises(UserError) as error:
+        attach(base, **options)
+    assert all(name in str(error.value) for name in names), error.value
+    assert kinds == [type(module) for module in base.modules()]
+    for name, tensor in base.state_dict().items():
+        assert torch.equal(tensor.to_dense(), before[name].to_dense())
+
+
+VIEWS = {
+    "whole": lambda w: w.detach(),
+    "transposed": lambda w: w.detach().T,
+    "flat": lambda w: w.detach().view(-1),
+    "row": lambda w: w.detach()[2],
+    "column": lambda w: w.detach()[:, 1],
+    "diagonal": lambda w: w.detach().diagonal(),
+    "bytes": lambda w: w.detach().view(torch.uint8),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("where", ["one", "two", ""])
+@pytest.mark.parametrize(
+    "options", [{"targets": ["one"]}, {"target_parameters": ["one.weight"]}], ids=str
+)
+def test_a_weight_whose_memory_a_buffer_shares_is_refused(view, where, options):
+    base = Two().double()
+    base.get_submodule(where).register_buffer("alias", VIEWS[view](base.one.weight))
+    is_left_alone(base, options, "one", f"{where}.alias".strip("."), "buffer")
+    model = trained(base, ["two"])
+    assert model(torch.randn(2, 6).double()).shape == (2, 6)
+
+
+def test_a_weight_in_a_part_of_a_buffer_is_refused():
+    base, flat = Two().double(), torch.randn(100).double()
+    base.register_buffer("flat", flat)
+    base.one.weight = nn.Parameter(flat[20:50].view(5, 6))
+    is_left_alone(base, {"targets": ["one"]}, "one", "flat")
+
+
+def test_weights_that_only_lie_beside_each_other_are_adapted():
+    base, flat = Two().double(), torch.randn(60).double()
+    base.one.weight = nn.Parameter(flat[:30].view(5, 6))
+    base.two.weight = nn.Parameter(flat[30:].view(6, 5))
+    block = torch.randn(8, 14).double()
+    base.three, base.four = nn.Linear(6, 5), nn.Linear(5, 8)
+    base.three.weight = nn.Parameter(block[:5, :6])
+    base.four.weight = nn.Parameter(block[:, 6:11])
+    base.register_buffer("beside", block[:, 11:])
+    before = copy.deepcopy(base.state_dict())
+    model = attach(base, ["one", "two", "three", "four"])
+    moved(model)
+    assert torch.equal(base.beside, before["beside"])
+    plain = model.unload().state_dict()
+    for name, tensor in before.items():
+        close(plain[name], tensor)
+
+
+class Graph(nn.Module):
+    """Sums over neighbours, by a sparse matrix, between linear layers."""
+
+    def __init__(self, layout: str = "to_sparse") -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 5), nn.Linear(5, 6)
+        self.register_buffer("near", getattr(torch.eye(4).double().round(), layout)())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(torch.tanh(self.near @ self.one(x)))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr"])
+def test_a_model_with_sparse_buffers_is_adapted_saved_and_exported(tmp_path, layout):
+    base, x = Graph(layout).double(), torch.randn(4, 6).double()
+    state = {name: tensor for name, tensor in base.state_dict().items() if name != "near"}
+    plain = Graph().double()  # torch copies no other layout
+    plain.load_state_dict(copy.deepcopy(state), strict=False)
+    model = trained(base, ["one", "two"])
+    expected = plain_of(model, plain)(x)
+    close(model(x), expected)
+    model.save_pretrained(tmp_path / "adapter")
+    close(PeftModel.from_pretrained(copy.deepcopy(plain), str(tmp_path / "adapter"))(x), expected)
+    export_lora(model, tmp_path / "lora")
+    export_merged(model, tmp_path / "merged")
+    merged = Graph(layout).double()
+    merged.load_state_dict(torch.load(tmp_path / "merged" / "pytorch_model.bin"))
+    close(merged(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr"])
+@pytest.mark.parametrize("options", [{"targets": ["one"]}, {"target_parameters": ["one.weight"]}])
+def test_a_sparse_weight_is_refused(layout, options):
+    base = Two().double()
+    base.one.weight = nn.Parameter(getattr(base.one.weight.detach(), layout)())
+    is_left_alone(base, options, "one", "sparse")
+    trained(base, ["two"])
+
+
+@pytest.mark.parametrize(
+    "options", [{"targets": ["embedding"]}, {"target_parameters": ["embedding.weight"]}], ids=str
+)
+def test_an_embedding_with_sparse_gradients_learns_as_one_without(options):
+    base = Three().double()
+    other = copy.deepcopy(base)
+    base.embedding.sparse = True
+    models, ids = [attach(each, **options) for each in (base, other)], torch.randint(9, (2, 5))
+    for model in models:
+        watch(model)
+        model(ids).square().sum().backward()
+        resample(model)
+        model(ids).square().sum().backward()
+    layers = [next(iter(rosa_layers(model)))[1] for model in models]
+    for one, two in zip(*(layer.adapters["default"].factors for layer in layers), strict=True):
+        close(one, two)
+        close(one.grad, two.grad)
+
+
+# -- exports -----------------------------------------------------------------------------------
+
+
+class Remark:
+    """A state of a class that torch does not know."""
+
+    def __init__(self, note: str) -> None:
+        self.note = note
+
+
+class Extra(nn.Linear):
+    """Keeps more in a state dict than weights."""
+
+    extra: Any = None
+
+    def get_extra_state(self) -> Any:
+        return self.extra
+
+    def set_extra_state(self, state: Any) -> None:
+        self.extra = state
+
+
+STATES = [
+    {"steps": [1, torch.ones(2)], "note": "x"},
+    "a note",
+    torch.arange(3),
+    Remark("x"),
+    None,
+]
+
+
+@pytest.mark.parametrize("state", STATES, ids=lambda state: type(state).__name__)
+@pytest.mark.parametrize("targets", [["one"], ["two"], ["one", "two"]])
+def test_a_model_with_an_extra_state_is_exported(tmp_path, state, targets):
+    def make() -> Two:
+        base = Two()
+        base.one = Extra(6, 5)
+        base.one.extra = state
+        return base.double()
+
+    base = make()
+    plain, x = copy.deepcopy(base), torch.randn(3, 6).double()
+    model = trained(base, targets)
+    for export in (export_lora, export_rosa, export_merged):
+        export(model, tmp_path / export.__name__)
+    found = torch.load(tmp_path / "export_merged" / "pytorch_model.bin", weights_only=False)
+    merged = make()
+    merged.load_state_dict(found)
+    close(merged(x), plain_of(model, plain)(x))
+    assert type(merged.one.extra) is type(state)
+
+
+def test_what_transformers_cannot_save_is_said_before_anything_is_written(tmp_path):
+    extra, shared = tiny_gpt2(), tiny_gpt2()
+    extra.transformer.h[0].attn.more = Extra(2, 2)
+    extra.transformer.h[0].attn.more.extra = {"steps": 3}
+    shared.transformer.h[0].attn.more = nn.Linear(16, 48)
+    shared.transformer.h[0].attn.more.bias = shared.transformer.h[0].attn.c_attn.bias
+    for base, what in ((extra, "more._extra_state"), (shared, "shared tensors")):
+        model = trained(base, ["c_fc"])
+        with pytest.raises(UserError, match=what):
+            export_merged(model, tmp_path / "merged")
+        assert not (tmp_path / "merged").exists()
+
+
+class Tied(GPT2LMHeadModel):
+    """Saves a weight and a bias under one of their two names."""
+
+    _tied_weights_keys = {  # noqa: RUF012  # transformers' own
+        "lm_head.weight": "transformer.wte.weight",
+        "second.weight": "transformer.h.0.attn.c_attn.weight",
+        "other.bias": "transformer.h.0.attn.c_attn.bias",
+    }
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.other, self.second = nn.Linear(16, 48), nn.Linear(48, 16)
+        self.post_init()
+        self.tie_weights()
+
+    def post_init(self) -> None:
+        if hasattr(self, "second"):  # else it is torch's before all are there
+            super().post_init()
+
+
+@pytest.mark.parametrize("targets", [["c_fc"], ["h.1.attn.c_attn"]])
+def test_a_model_with_second_names_is_merged(tmp_path, targets):
+    base = Tied(tiny_gpt2().config).eval()
+    assert base.second.weight is base.transformer.h[0].attn.c_attn.weight
+    is_left_alone(base, {"targets": ["c_attn"]}, "second")
+    model = trained(base, targets)
+    ids = torch.randint(50, (2, 5))
+    export_merged(model, tmp_path)
+    merged = Tied.from_pretrained(tmp_path)
+    torch.testing.assert_close(merged(ids).logits, model(ids).logits)

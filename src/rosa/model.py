@@ -33,7 +33,7 @@ from rosa.config import RosaConfig, as_rosa_config
 from rosa.errors import UserError
 from rosa.layers.base import RosaLayer
 from rosa.layers.kinds import base_of, kind_of, layers_of, rosa_layers
-from rosa.layers.memory import make_private, place, tenants, weight_owners
+from rosa.layers.memory import make_private, owners_of, tenants, weight_owners
 from rosa.layers.parameter import ParamWrapper
 from rosa.layers.sharding import check_unsharded
 from rosa.layers.statedict import give_pretrained
@@ -156,11 +156,12 @@ class RosaModel(BaseTuner):
                     "model's embeddings with it, and there are none. Train it in full "
                     f"(modules_to_save=[{name!r}]), or leave it out of target_modules"
                 )
-            names = (n.replace(".base_layer", "") for n in owners[place(target.weight)])
+            names = (n.replace(".base_layer", "") for n in owners_of(target.weight, owners))
             if shared := [n.removesuffix(".weight") for n in names if n != target.place]:
                 raise UserError(
-                    f"the weight of {name} is shared with {', '.join(shared)} (tied weights): "
-                    "ROSA changes the weight in memory and would change those too. Leave it out "
+                    f"the weight of {name} is shared with {', '.join(shared)} (tied weights, or a "
+                    "buffer in the same memory): ROSA changes the weight in memory and would "
+                    "change those too. Leave it out "
                     f"(exclude_modules=[{name!r}]) or untie it first (for tied embeddings load the "
                     "model with tie_word_embeddings=False and clone the weight)"
                 )

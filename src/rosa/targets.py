@@ -349,6 +349,11 @@ def check_adaptable(target: Target) -> None:
             "exclude_modules"
         )
     weight = target.weight
+    if weight.layout is not torch.strided:
+        raise UserError(
+            f"the weight of {name} is sparse ({weight.layout}), and a change of it would not be: "
+            "make it dense (to_dense), or leave it out with exclude_modules"
+        )
     if weight.dtype not in SUPPORTED_DTYPES:
         raise UserError(
             f"the weight of {name} is stored as {weight.dtype} (quantized?): ROSA needs "

@@ -66,7 +66,7 @@ class _Read(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         a, b = unpack(ctx)
         (grad,) = grads
-        full = ctx.view.as_matrix(grad)
+        full = ctx.view.as_matrix(grad.to_dense())  # an embedding may give a sparse one
         if ctx.sketch is not None:
             with torch.no_grad():
                 ctx.sketch.add_gradient(full)
