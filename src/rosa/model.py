@@ -15,7 +15,6 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    AuxiliaryTrainingWrapper,
     register_peft_method,
 )
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
@@ -37,7 +36,9 @@ from rosa.layers.memory import make_private, owners_of, tenants, weight_owners
 from rosa.layers.parameter import ParamWrapper
 from rosa.layers.sharding import check_unsharded
 from rosa.layers.statedict import give_pretrained
+from rosa.matching import has_embeddings, is_target, resolve_all_linear
 from rosa.names import COMPILED, check_adapter_name, check_modules_to_save
+from rosa.nesting import check_nesting
 from rosa.targets import (
     all_in_full,
     check_adaptable,
@@ -45,10 +46,7 @@ from rosa.targets import (
     check_same_parameters,
     check_tokens,
     fingerprint_of_sound,
-    has_embeddings,
-    is_target,
     near_names,
-    resolve_all_linear,
     targets_of,
     warn_of_statistics,
 )
@@ -134,21 +132,11 @@ class RosaModel(BaseTuner):
         check_same_parameters(config, self.peft_config)
         resolve_all_linear(config, model)
         check_tokens(config, model)
-        wrapped = tuple(
-            f"{name}."
-            for name, m in model.named_modules()
-            if isinstance(m, AuxiliaryTrainingWrapper)
-        )
+        check_nesting(config, model)
         targets = []
         for target in targets_of(config, model):
             targets.append(target)
             name = target.name
-            if name.startswith(wrapped):
-                raise UserError(
-                    f"{name} lies in a module that another adapter trains in full, which this one "
-                    "would adapt: give both the same modules_to_save, or leave it out with "
-                    "exclude_modules"
-                )
             check_adaptable(target)
             if name in EMBEDDING_LAYER_NAMES and not has_embeddings(model):
                 raise UserError(
@@ -171,6 +159,7 @@ class RosaModel(BaseTuner):
             most = min(target.view.shape[-2:])
             if r > most:
                 capped.append(f"{name} ({r} to {most})")
+        owners.clear()  # a weight that it holds seems to be another's
         for target in targets:  # here, since PEFT's loops hold the parameters
             if not isinstance(target.module, RosaLayer) and not target.kind.is_quantized:
                 make_private(target.base, target.parameter, held)

@@ -5,21 +5,15 @@ from __future__ import annotations
 import copy
 import difflib
 import math
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    _ExcludedModule,
-    _maybe_include_all_linear_layers,
-)
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
-from peft.utils.constants import DUMMY_TARGET_MODULES, EMBEDDING_LAYER_NAMES
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -27,7 +21,7 @@ from transformers import PreTrainedModel
 
 from rosa.algebra.lowrank import are_finite
 from rosa.algebra.subspace import fingerprint
-from rosa.config import RosaConfig, as_rosa_config
+from rosa.config import RosaConfig
 from rosa.errors import UserError
 from rosa.layers.base import RosaLayer
 from rosa.layers.kinds import KINDS, base_of, kind_of, rosa_layers
@@ -36,81 +30,7 @@ from rosa.layers.parameter import ParamWrapper
 from rosa.layers.sharding import is_sharded
 from rosa.layers.views import MatrixView
 from rosa.layers.weight import SUPPORTED_DTYPES
-from rosa.names import COMPILED
-
-# The heads that PEFT's classes for a task train in full; some add them to the config only once the
-# layers have been replaced.
-_HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
-
-
-def is_target(config: RosaConfig, name: str) -> bool | re.Match[str] | None:
-    """PEFT's matching of names, less the modules that are trained in full anyway."""
-    if is_trained_in_full(config, name):
-        return _ExcludedModule()  # type: ignore[return-value]
-    return BaseTuner._check_target_module_exists(config, name)
-
-
-def resolve_all_linear(config: RosaConfig, model: nn.Module) -> None:
-    """Let `target_modules="all-linear"` be the names of the layers that can be adapted."""
-    if not isinstance(config.target_modules, str) or config.target_modules.lower() != "all-linear":
-        return
-    model = getattr(model, COMPILED.rstrip("."), model)
-    found = as_rosa_config(
-        _maybe_include_all_linear_layers(copy.copy(config), model)
-    ).target_modules
-    names = {_whole(model, n) for n in found or () if not is_trained_in_full(config, n)}
-    if not names:
-        return
-    others = {n for n in names if not _is_plain(model.get_submodule(n))}
-    # PEFT looks at names alone: with such a head it saves the embeddings too, and fails there.
-    others |= {n for n in names if n in EMBEDDING_LAYER_NAMES and not has_embeddings(model)}
-    config.target_modules = list(names - others)
-    if others:
-        warnings.warn(
-            f"all-linear leaves out {', '.join(sorted(others)[:5])}: of a class that computes or "
-            "is read otherwise than a linear layer, or a head that PEFT cannot save as one",
-            stacklevel=2,
-        )
-
-
-def _whole(model: nn.Module, name: str) -> str:
-    """The name of the module that a linear layer is adapted with, or its own."""
-    parent, _, child = name.replace(".base_layer", "").rpartition(".")
-    base = base_of(model.get_submodule(parent))
-    kind = kind_of(base)
-    return name if kind is None or child not in kind.inner(base) else parent
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a module computes what its kind of layer does; others are refused by name."""
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    kind = kind_of(base)
-    return kind is None or kind.is_plain(base)
-
-
-def has_embeddings(model: nn.Module) -> bool:
-    """Whether PEFT could save the model's embeddings beside an adapted head."""
-    if not isinstance(model, PreTrainedModel):
-        return True
-    try:
-        model.get_input_embeddings()
-    except NotImplementedError:
-        return False
-    return True
-
-
-def is_trained_in_full(config: RosaConfig, name: str) -> bool:
-    """Whether PEFT trains this module, or one that it lies in, in full: then it is not adapted.
-
-    By the endings that PEFT goes by: `classifier` is `pre_classifier` too.
-    """
-    heads = (*(config.modules_to_save or ()), *_HEADS.get(config.task_type or "", ()))
-    parts = name.split(".")
-    return any(".".join(parts[: i + 1]).endswith(heads) for i in range(len(parts)))
+from rosa.matching import is_target, is_trained_in_full
 
 
 def check_full_training(config: RosaConfig, model: nn.Module) -> None:

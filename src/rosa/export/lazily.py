@@ -40,10 +40,12 @@ def merged_lazily(model: PeftModel, adapter: str) -> tuple[Any, Weights]:
         adapter: its name.
     """
     weights = {
-        _plain(f"{name}.{layer.weight_path}"): partial(
-            _merged, layer, adapter, layer.base_weight.pretrained_as_stored
+        _plain(f"{name}.{layer.weight_path}"): (
+            partial(_merged, layer, adapter, layer.base_weight.pretrained_as_stored)
+            if adapter in layer.adapters
+            else layer.base_weight.pretrained_as_stored
         )
-        for name, layer in layers_of(model, adapter).items()
+        for name, layer in rosa_layers(model)
     }
     return _unloaded(_copy(model), adapter), weights
 

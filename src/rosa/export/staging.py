@@ -70,7 +70,13 @@ def rosa_adapter(model: nn.Module, adapter_name: str | None) -> tuple[PeftModel,
         inner = extract_model_from_parallel(model, keep_torch_compile=False)
     if not isinstance(inner, PeftModel):
         raise UserTypeError(f"expected a PeftModel with ROSA, got {type(inner).__name__}")
-    adapter = inner.active_adapters[0] if adapter_name is None else adapter_name
+    active = inner.active_adapters
+    if adapter_name is None and len(active) > 1:
+        raise UserError(
+            f"several adapters are active ({', '.join(active)}), and one is exported: name it by "
+            "adapter_name, or make one of their sum first (model.add_weighted_adapter)"
+        )
+    adapter = active[0] if adapter_name is None else adapter_name
     if not isinstance(inner.peft_config.get(adapter), RosaConfig):
         rosa = [name for name, c in inner.peft_config.items() if isinstance(c, RosaConfig)]
         raise UserError(f"{adapter!r} is not a ROSA adapter of this model; there are: {rosa}")

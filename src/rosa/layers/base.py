@@ -326,7 +326,8 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
         """Of factors that a file has brought (low_cpu_mem_usage), which PEFT's own would round."""
-        self.adapters[adapter_name].place(self.base_weight.parameter, device)
+        if adapter_name in self.adapters:
+            self.adapters[adapter_name].place(self.base_weight.parameter, device)
 
     def copy_adapter(self, source: str, target: str) -> None:
         """Make one adapter what another one is: factors, offset and count of draws."""

@@ -109,7 +109,7 @@ def _holders(layer: nn.Module, name: str) -> tuple[int, int]:
 
 def _block(weight: Tensor) -> int:
     """The address of the block of memory that a tensor lies in; 0 if it has none."""
-    # What is made of other tensors, as torchao's quantized and sparse ones, has no memory of its own.
+    # What is made of others, as sparse tensors and torchao's are, has no memory of its own.
     made = is_traceable_wrapper_subclass(weight) or weight.layout is not torch.strided
     elsewhere = weight.is_meta or is_sharded(weight) or made
     return 0 if elsewhere else weight.untyped_storage().data_ptr()
