@@ -17,6 +17,7 @@ from rosa import RosaConfig, export_lora, export_merged, export_rosa, resample
 from rosa.errors import UserError
 from rosa.layers.kinds import layers_of
 from tests.helpers import moved
+from tests.models import tiny_gpt2
 
 
 class Block(nn.Module):
@@ -235,3 +236,65 @@ def test_of_several_active_adapters_the_one_to_export_is_asked_for(base, export,
     assert not (tmp_path / "out").exists()
     export(model, tmp_path / "out", "other")
     assert any((tmp_path / "out").iterdir())
+
+
+TOKENS: dict[str, dict[str, Any]] = {
+    "none": {"target_modules": ["c_attn"]},
+    "some": {"target_modules": ["c_attn"], "trainable_token_indices": [1, 2, 3]},
+    "others": {"target_modules": ["c_fc"], "trainable_token_indices": {"wte": [4, 5]}},
+    "places": {"target_modules": ["c_fc"], "trainable_token_indices": {"wpe": [4]}},
+    "whole": {"target_modules": ["c_attn"], "modules_to_save": ["wte"]},
+}
+TOGETHER = [("some", "others"), ("others", "some"), ("some", "some"), ("places", "places")]
+APART = [
+    pair
+    for pair in itertools.product(TOKENS, repeat=2)
+    if pair not in TOGETHER and len({*pair}) > 1
+]
+
+
+def with_tokens(base: nn.Module, name: str) -> Any:
+    return get_peft_model(copy.deepcopy(base), RosaConfig(r=2, **copy.deepcopy(TOKENS[name])))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("first", "second"), TOGETHER)
+def test_adapters_that_train_tokens_of_one_embedding_keep_to_themselves(
+    first, second, tied, tmp_path
+):
+    base, ids = tiny_gpt2(tied).eval(), torch.randint(50, (2, 7))
+    model, expected = with_tokens(base, first), {}
+    train(model)
+    model.add_adapter("other", RosaConfig(r=2, **copy.deepcopy(TOKENS[second])))
+    model.set_adapter("other")
+    train(model)
+    for adapter in ("default", "other"):
+        model.set_adapter(adapter)
+        expected[adapter] = model(ids).logits
+    model.save_pretrained(tmp_path)
+    for adapter, logits in expected.items():
+        folder = tmp_path / ("" if adapter == "default" else adapter)
+        alone = PeftModel.from_pretrained(copy.deepcopy(base), str(folder))
+        torch.testing.assert_close(alone(ids).logits, logits)
+        model.set_adapter(adapter)
+        torch.testing.assert_close(model(ids).logits, logits)
+        export_merged(model, tmp_path / f"merged-{adapter}", adapter)
+        merged = type(base).from_pretrained(tmp_path / f"merged-{adapter}")
+        torch.testing.assert_close(merged(ids).logits, logits)
+
+
+@pytest.mark.parametrize(("first", "second"), APART)
+def test_adapters_that_train_tokens_beside_others_are_refused(first, second):
+    base, ids = tiny_gpt2().eval(), torch.randint(50, (2, 7))
+    if {first, second} == {"none", "whole"}:
+        return
+    model = with_tokens(base, first)
+    train(model)
+    before, modules = model(ids).logits, [type(m) for m in model.modules()]
+    with pytest.raises(UserError, match="same embeddings"):
+        model.add_adapter("other", RosaConfig(r=2, **copy.deepcopy(TOKENS[second])))
+    assert modules == [type(m) for m in model.modules()]
+    assert torch.equal(model(ids).logits, before)
+    with pytest.raises(UserError, match="well"):
+        both = TOKENS["some"] | {"modules_to_save": ["wte"]}
+        get_peft_model(tiny_gpt2(), RosaConfig(r=2, **both))

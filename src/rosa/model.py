@@ -131,7 +131,7 @@ class RosaModel(BaseTuner):
         check_full_training(config, model)
         check_same_parameters(config, self.peft_config)
         resolve_all_linear(config, model)
-        check_tokens(config, model)
+        check_tokens(config, model, self.peft_config)
         check_nesting(config, model)
         targets = []
         for target in targets_of(config, model):

@@ -44,35 +44,71 @@ def check_full_training(config: RosaConfig, model: nn.Module) -> None:
         )
 
 
-def check_tokens(config: RosaConfig, model: nn.Module) -> None:
-    """Raise ValueError unless the tokens to be trained are rows of embeddings left unadapted."""
-    if config.trainable_token_indices is None:
-        return
+def check_tokens(config: RosaConfig, model: nn.Module, others: Mapping[str, PeftConfig]) -> None:
+    """Raise ValueError unless the tokens to be trained are rows of embeddings left unadapted.
+
+    All adapters of a model are to train rows of the same embeddings: PEFT does not save one that
+    does not, beside one that does.
+    """
+    named = _tokens_of(config, model)
+    for name, other in others.items():
+        theirs = _tokens_of(other, model).keys()
+        if isinstance(other, RosaConfig) and theirs != named.keys():
+            raise UserError(
+                "trainable_token_indices must be of the same embeddings for all adapters of a "
+                f"model: {name!r} trains tokens of {', '.join(sorted(theirs)) or 'none'}, the new "
+                f"one of {', '.join(sorted(named)) or 'none'}. Delete the other adapter first, or "
+                "load each onto a model of its own"
+            )
     modules = dict(model.named_modules(remove_duplicate=False))
-    named = config.trainable_token_indices
+    for name, tokens in named.items():
+        full = is_trained_in_full(config, name)
+        if full or isinstance(modules[name], RosaLayer) or is_target(config, name):
+            raise UserError(
+                f"trainable_token_indices: {name} would be {'trained' if full else 'adapted'} as "
+                "well: train some of its rows or all of it, and leave it out of target_modules and "
+                "modules_to_save, or its tokens out here"
+            )
+        if max(tokens, default=0) >= (rows := _plain_of(modules[name]).weight.shape[0]):  # type: ignore[index]
+            raise UserError(
+                f"trainable_token_indices: {name} has {rows} rows, and none for token "
+                f"{max(tokens)}: resize_token_embeddings first"
+            )
+
+
+def _tokens_of(config: PeftConfig, model: nn.Module) -> dict[str, list[int]]:
+    """The tokens that an adapter trains, by the embedding's name in the model."""
+    named = getattr(config, "trainable_token_indices", None)
+    if named is None:
+        return {}
+    modules = dict(model.named_modules(remove_duplicate=False))
     if not isinstance(named, dict):
         inputs = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
         names = [name for name, module in modules.items() if module is inputs]
         named = {names[0] if names else "embed_tokens": named}
-    for wanted, tokens in named.items():
-        found = {n: base_of(m) for n, m in modules.items() if n.endswith(wanted)}
-        found = {n: m for n, m in found.items() if isinstance(m, (nn.Embedding, nn.Linear))}
+    wrapped = tuple(f"{n}." for n, m in modules.items() if isinstance(m, AuxiliaryTrainingWrapper))
+    tokens = {}
+    for wanted, indices in named.items():
+        found = [
+            name
+            for name, module in modules.items()
+            if name.endswith(wanted) and not name.startswith(wrapped)
+            if isinstance(_plain_of(module), (nn.Embedding, nn.Linear))
+        ]
         if not found:
             raise UserError(
                 f"trainable_token_indices: the model has no embedding {wanted!r}; give "
                 "{the embedding's name: tokens}"
             )
-        for name, module in found.items():
-            if isinstance(modules[name], RosaLayer) or is_target(config, name):
-                raise UserError(
-                    f"trainable_token_indices: {name} would be adapted as well: train some of its "
-                    "rows or adapt it, and leave it out of target_modules, or its tokens out here"
-                )
-            if max(tokens, default=0) >= (rows := module.weight.shape[0]):
-                raise UserError(
-                    f"trainable_token_indices: {name} has {rows} rows, and none for token "
-                    f"{max(tokens)}: resize_token_embeddings first"
-                )
+        tokens.update(dict.fromkeys(found, indices))
+    return tokens
+
+
+def _plain_of(module: nn.Module) -> nn.Module:
+    """A module without what PEFT has put around it."""
+    while isinstance(module, AuxiliaryTrainingWrapper):
+        module = module.original_module
+    return base_of(module)
 
 
 def check_same_parameters(config: RosaConfig, others: Mapping[str, PeftConfig]) -> None:
