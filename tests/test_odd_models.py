@@ -599,3 +599,51 @@ def test_a_model_with_second_names_is_merged(tmp_path, targets):
     export_merged(model, tmp_path)
     merged = Tied.from_pretrained(tmp_path)
     torch.testing.assert_close(merged(ids).logits, model(ids).logits)
+
+
+# -- huge changes ------------------------------------------------------------------------------
+
+
+def ulps(found: Tensor, expected: Tensor) -> float:
+    """How far off a weight is, in roundings of its norm."""
+    size = float(expected.norm()) * torch.finfo(expected.dtype).eps
+    return float((found - expected).norm()) / max(size, torch.finfo(expected.dtype).tiny)
+
+
+@pytest.mark.parametrize("power", range(-1, 9))
+@pytest.mark.parametrize("options", [{}, {"directions": "svd"}, {"trained": "B"}])
+def test_a_change_far_larger_than_the_weight_is_taken_out_again(power, options):
+    base = Three()
+    before = copy.deepcopy(base.state_dict())
+    model = attach(base, THREE, **options)
+    for draw in range(4):
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for _, layer in rosa_layers(model):
+                adapter = layer.adapters["default"]
+                for factor in adapter.factors:
+                    if factor.requires_grad:
+                        factor.add_(torch.randn_like(factor) * (1 if draw else 10**power))
+            resample(model)
+        with model.disable_adapter():
+            state = {k.replace(".base_layer", ""): v for k, v in model.state_dict().items()}
+            found = {k: state[f"base_model.model.{k}"].clone() for k in before}
+        for name, weight in before.items():
+            assert ulps(found[name], weight) < 32, name
+        for _ in range(3):
+            with model.disable_adapter():
+                for _, layer in rosa_layers(model):
+                    name = f"{layer.name}.{layer.parameter_name}"
+                    assert torch.equal(layer.base_weight.parameter, found[name])
+    plain = model.unload().state_dict()
+    assert all(torch.equal(plain[name], weight) for name, weight in found.items())
+
+
+def test_no_copy_is_kept_of_a_weight_that_is_changed_by_as_much_as_it_is():
+    model = attach(Two(), ["one", "two"])
+    for _ in range(20):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            moved(model, 0.05)
+            resample(model)
+        assert all(layer.base_weight.kept is None for _, layer in rosa_layers(model))
