@@ -301,3 +301,49 @@ def test_an_embedding_is_trained_in_part_or_in_full():
     config = RosaConfig(r=2, **TOKENS["some"], modules_to_save=["wte"])
     with pytest.raises(UserError, match="would be trained as well"):
         get_peft_model(tiny_gpt2(), config)
+
+
+@pytest.mark.parametrize("of", ["model", "tuner"])
+@pytest.mark.parametrize("broken", ["block.lin", "block.sub.0"])
+def test_a_refused_switch_leaves_all_as_it_was(base, of, broken):
+    model = attached(base, "inside")
+    train(model)
+    model.add_adapter("other", config_of("inside"))
+    with torch.no_grad():
+        model.base_model.model.get_submodule(broken).base_layer.weight.add_(1)
+    with pytest.raises(UserError, match="offset stood in it"):
+        (model if of == "model" else model.base_model).set_adapter("other")
+    assert model.active_adapter == "default"
+    assert model.active_adapters == ["default"]
+    layers = layers_of(model, "default").values()
+    assert all(each.active_adapters == ["default"] for each in layers)
+    with pytest.warns(UserWarning, match="taken for"), model.disable_adapter():
+        pass
+    model.set_adapter("other")
+    assert model.active_adapter == "other"
+
+
+def test_a_switch_that_fails_halfway_is_taken_back(base, monkeypatch):
+    x = torch.randn(2, 3, 6).double()
+    model = attached(base, "save-sub")
+    train(model)
+    config = config_of("save-sub")
+    config.target_modules = {"lin", "last"}
+    model.add_adapter("other", config)
+    before = model(x)
+    last = model.base_model.model.last
+    monkeypatch.setattr(type(last), "set_adapter", _fails_for(last, type(last).set_adapter))
+    with pytest.raises(RuntimeError, match="halfway"):
+        model.set_adapter("other")
+    assert model.active_adapter == "default"
+    close(model(x), before)
+    assert model.active_adapters == ["default"]
+
+
+def _fails_for(layer: Any, method: Any) -> Any:
+    def set_adapter(self: Any, names: Any, *args: Any, **kwargs: Any) -> None:
+        if self is layer and "other" in names:
+            raise RuntimeError("halfway")
+        method(self, names, *args, **kwargs)
+
+    return set_adapter

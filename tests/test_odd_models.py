@@ -12,10 +12,11 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from rosa import RosaConfig, export_lora, export_merged, export_rosa, resample, watch
-from rosa.errors import UserError
+from rosa.errors import ExportError, UserError
 from rosa.layers.kinds import rosa_layers
 from tests.helpers import moved
 from tests.models import tiny_gpt2
@@ -647,3 +648,61 @@ def test_no_copy_is_kept_of_a_weight_that_is_changed_by_as_much_as_it_is():
             moved(model, 0.05)
             resample(model)
         assert all(layer.base_weight.kept is None for _, layer in rosa_layers(model))
+
+
+# -- embeddings --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize("options", [{"targets": ["two"]}, {"target_parameters": ["two.weight"]}])
+def test_an_embedding_that_changes_its_own_weight_is_refused(kind, options):
+    base = Two().double()
+    base.two = kind(9, 5, max_norm=0.5).double()
+    is_left_alone(base, options, "two")
+    if "target_parameters" in options:
+        base.two.max_norm = None
+        attach(base, **options)
+
+
+# -- never run ---------------------------------------------------------------------------------
+
+
+def _reads(self: Any, x: Tensor) -> Tensor:
+    return self.down_proj(self.act_fn(F.linear(x, self.gate_proj.weight)) * self.up_proj(x))
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = LlamaConfig(vocab_size=50, num_attention_heads=2, **sizes)
+    return LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_that_reads_weights_is_not_exported_to_lora_unseen(tmp_path, training, monkeypatch):
+    model = trained(tiny_llama(), ["gate_proj", "up_proj"])
+    model.save_pretrained(tmp_path / "adapter")
+    fresh: Any = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "adapter")).train(training)
+    modes = [module.training for module in fresh.modules()]
+    state = torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        export_lora(fresh, tmp_path / "calls")
+    assert [module.training for module in fresh.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    monkeypatch.setattr(LlamaMLP, "forward", _reads)
+    reading = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "adapter"))
+    with pytest.raises(ExportError, match="reads the weight of .*gate_proj"):
+        export_lora(reading, tmp_path / "reads")
+
+
+@pytest.mark.parametrize("why", ["no inputs", "others", "disabled"])
+def test_a_model_that_cannot_be_run_is_exported_with_a_warning(tmp_path, why, monkeypatch):
+    model: Any = attach(Two() if why == "no inputs" else tiny_llama(), "all-linear")
+    moved(model)
+    if why == "others":
+        other = property(lambda self: {"pixel_values": torch.zeros(1, 3, 4, 4)})
+        monkeypatch.setattr(LlamaForCausalLM, "dummy_inputs", other)
+    elif why == "disabled":
+        model.base_model.disable_adapter_layers()
+    with pytest.warns(UserWarning, match="has not run yet"):
+        export_lora(model, tmp_path)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
 from peft import get_peft_model
 
 from rosa import RosaConfig, export_merged
@@ -17,8 +18,8 @@ from rosa.bench import exporting
 from rosa.bench.processes import cleaning_up
 from rosa.errors import UserError
 from rosa.export.staging import contents, staged
-from tests.helpers import fails, run, trained_run
-from tests.models import Mlp
+from tests.helpers import fails, run, trained_run, write_csv
+from tests.models import Mlp, save_with_tokenizer, tiny_bert
 
 
 def files(folder: Path) -> set[str]:
@@ -114,3 +115,23 @@ def test_the_command_exports_into_a_folder_that_a_killed_one_left(tmp_path, monk
     assert signal.getsignal(signal.SIGTERM) is handler
     with cleaning_up():
         assert signal.getsignal(signal.SIGTERM) is not handler
+
+
+@pytest.mark.parametrize(
+    ("kind", "task"), [("TokenClassification", "TOKEN_CLS"), ("QuestionAnswering", "QUESTION_ANS")]
+)
+def test_models_of_other_tasks_are_not_exported_without_their_heads(tmp_path, capsys, kind, task):
+    base = getattr(transformers, f"BertFor{kind}")(tiny_bert().config)
+    save_with_tokenizer(base, tmp_path / "base")
+    model = get_peft_model(base, RosaConfig(r=2, target_modules=["query"], task_type=task))
+    model.base_model.model.name_or_path = str(tmp_path / "base")
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    for more in (["--to", "merged"], ["--to", "lora"], ["--to", "merged", "--low-memory"]):
+        how = ["export", tmp_path / "adapter", *more, "--output", tmp_path / "out"]
+        assert f"{task}) than the command knows" in (told := fails(capsys, *how))
+        assert "rosa.export_merged" in told
+        assert not (tmp_path / "out").exists()
+    export_merged(model, tmp_path / "plain")
+    data = write_csv(tmp_path / "v.csv")
+    assert kind in fails(capsys, "evaluate", tmp_path / "plain", "--validation", data)

@@ -39,6 +39,7 @@ from rosa.layers.statedict import give_pretrained
 from rosa.matching import has_embeddings, is_target, resolve_all_linear
 from rosa.names import COMPILED, check_adapter_name, check_modules_to_save
 from rosa.nesting import check_nesting
+from rosa.switching import or_as_before
 from rosa.targets import (
     all_in_full,
     check_adaptable,
@@ -247,6 +248,11 @@ class RosaModel(BaseTuner):
         method would move the one, and give the other the replaced one's `weight`.
         """
         setattr(parent, child_name, new_module)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapter(s), in all layers or, on an error, in none."""
+        with or_as_before(self):
+            super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

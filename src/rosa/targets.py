@@ -324,6 +324,11 @@ def check_adaptable(target: Target) -> None:
             f"{tuple(weight.shape)}): attach ROSA to the whole model, and train it "
             "data-parallel without sharding of the weights"
         )
+    if isinstance(base, (nn.Embedding, nn.EmbeddingBag)) and base.max_norm is not None:
+        raise UserError(
+            f"{name} is of an embedding with max_norm, which writes into its weight at every call: "
+            "leave it out, or set max_norm to None"
+        )
     if kind is ParamWrapper and weight.ndim not in (2, 3):
         raise UserError(
             f"{name} has {weight.ndim} dimensions: target_parameters are matrices (out, in), or "

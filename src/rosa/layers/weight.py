@@ -21,7 +21,7 @@ from rosa.layers.views import MatrixView
 HALF = (torch.float16, torch.bfloat16)
 """The precisions in which an exact copy of a changed weight is kept."""
 LARGE = 8.0
-"""How many times its norm may be added to a weight without such a copy: that is lost to rounding."""
+"""How many times its norm may be added to a weight without such a copy; more would round it."""
 SUPPORTED_DTYPES = (*HALF, torch.float32, torch.float64)
 
 
