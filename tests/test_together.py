@@ -71,7 +71,8 @@ class TestTrainedTokens:
             close(PeftModel.from_pretrained(fresh, tmp_path, low_cpu_mem_usage=low), expected)
         with model.disable_adapter():
             close(model, pretrained)
-        model.add_adapter("other", RosaConfig(r=2, target_modules="all-linear"))
+        other = RosaConfig(r=2, target_modules="all-linear", trainable_token_indices=tokens)
+        model.add_adapter("other", other)
         model.set_adapter("other")
         close(model, pretrained)
         with pytest.raises(ValueError, match="trains modules or tokens besides"):

@@ -132,6 +132,7 @@ def guard() -> None:
     """Wrap PEFT's functions; called once, when ROSA is registered."""
     PeftModel.from_pretrained = classmethod(_guarded_pretrained(PeftModel.from_pretrained.__func__))  # type: ignore[attr-defined,method-assign]
     PeftModel.load_adapter = _guarded_adapter(PeftModel.load_adapter)  # type: ignore[method-assign]
+    PeftModel.set_adapter = _guarded_switch(PeftModel.set_adapter)  # type: ignore[method-assign]
     guarded = _guarded_state(peft.utils.save_and_load.set_peft_model_state_dict)
     for module in (peft, peft.utils, peft.utils.save_and_load, peft.peft_model):
         module.set_peft_model_state_dict = guarded  # type: ignore[attr-defined]
@@ -185,6 +186,20 @@ def _guarded_adapter(load: Any) -> Any:
             return load(self, model_id, adapter_name, *args, **kwargs)
 
     return load_adapter
+
+
+def _guarded_switch(switch: Any) -> Any:
+    @functools.wraps(switch)
+    def set_adapter(self: PeftModel, *args: Any, **kwargs: Any) -> None:
+        before, is_rosa = self.active_adapter, self.peft_type == ROSA
+        try:
+            switch(self, *args, **kwargs)
+        except BaseException:
+            if is_rosa:  # PEFT has taken the new name before it asks for it
+                self.active_adapter = before
+            raise
+
+    return set_adapter
 
 
 def _guarded_state(load: Any) -> Any:

@@ -16,7 +16,6 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    AuxiliaryTrainingWrapper,
     register_peft_method,
 )
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
@@ -36,12 +35,15 @@ from rosa.config import RosaConfig, as_rosa_config
 from rosa.errors import NothingToAdaptError, UserError
 from rosa.layers.base import RosaLayer
 from rosa.layers.kinds import base_of, kind_of, layers_of, rosa_layers
-from rosa.layers.memory import make_private, place, tenants, weight_owners
+from rosa.layers.memory import make_private, owners_of, tenants, weight_owners
 from rosa.layers.parameter import ParamWrapper
 from rosa.layers.sharding import check_unsharded
 from rosa.layers.statedict import give_pretrained
 from rosa.loading import as_before, guard
+from rosa.matching import has_embeddings, is_target, resolve_all_linear
 from rosa.names import COMPILED, check_adapter_name, check_modules_to_save
+from rosa.nesting import check_nesting
+from rosa.switching import or_as_before
 from rosa.targets import (
     all_in_full,
     check_adaptable,
@@ -49,10 +51,7 @@ from rosa.targets import (
     check_same_parameters,
     check_tokens,
     fingerprint_of_sound,
-    has_embeddings,
-    is_target,
     near_names,
-    resolve_all_linear,
     targets_of,
     warn_of_statistics,
 )
@@ -136,22 +135,12 @@ class RosaModel(BaseTuner):
         check_full_training(config, model)
         check_same_parameters(config, self.peft_config)
         resolve_all_linear(config, model)
-        check_tokens(config, model)
-        wrapped = tuple(
-            f"{name}."
-            for name, m in model.named_modules()
-            if isinstance(m, AuxiliaryTrainingWrapper)
-        )
+        check_tokens(config, model, self.peft_config)
+        check_nesting(config, model)
         targets = []
         for target in targets_of(config, model):
             targets.append(target)
             name = target.name
-            if name.startswith(wrapped):
-                raise UserError(
-                    f"{name} lies in a module that another adapter trains in full, which this one "
-                    "would adapt: give both the same modules_to_save, or leave it out with "
-                    "exclude_modules"
-                )
             check_adaptable(target)
             if name in EMBEDDING_LAYER_NAMES and not has_embeddings(model):
                 raise UserError(
@@ -159,11 +148,12 @@ class RosaModel(BaseTuner):
                     "model's embeddings with it, and there are none. Train it in full "
                     f"(modules_to_save=[{name!r}]), or leave it out of target_modules"
                 )
-            names = (n.replace(".base_layer", "") for n in owners[place(target.weight)])
+            names = (n.replace(".base_layer", "") for n in owners_of(target.weight, owners))
             if shared := [n.removesuffix(".weight") for n in names if n != target.place]:
                 raise UserError(
-                    f"the weight of {name} is shared with {', '.join(shared)} (tied weights): "
-                    "ROSA changes the weight in memory and would change those too. Leave it out "
+                    f"the weight of {name} is shared with {', '.join(shared)} (tied weights, or a "
+                    "buffer in the same memory): ROSA changes the weight in memory and would "
+                    "change those too. Leave it out "
                     f"(exclude_modules=[{name!r}]) or untie it first (for tied embeddings load the "
                     "model with tie_word_embeddings=False and clone the weight)"
                 )
@@ -173,6 +163,7 @@ class RosaModel(BaseTuner):
             most = min(target.view.shape[-2:])
             if r > most:
                 capped.append(f"{name} ({r} to {most})")
+        owners.clear()  # a weight that it holds seems to be another's
         for target in targets:  # here, since PEFT's loops hold the parameters
             if not isinstance(target.module, RosaLayer) and not target.kind.is_quantized:
                 make_private(target.base, target.parameter, held)
@@ -260,6 +251,11 @@ class RosaModel(BaseTuner):
         method would move the one, and give the other the replaced one's `weight`.
         """
         setattr(parent, child_name, new_module)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapter(s), in all layers or, on an error, in none."""
+        with or_as_before(self):
+            super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

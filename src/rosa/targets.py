@@ -5,21 +5,15 @@ from __future__ import annotations
 import copy
 import difflib
 import math
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    _ExcludedModule,
-    _maybe_include_all_linear_layers,
-)
-from peft.utils import AuxiliaryTrainingWrapper, TrainableTokensWrapper
-from peft.utils.constants import DUMMY_TARGET_MODULES, EMBEDDING_LAYER_NAMES
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -27,7 +21,7 @@ from transformers import PreTrainedModel
 
 from rosa.algebra.lowrank import are_finite
 from rosa.algebra.subspace import fingerprint
-from rosa.config import RosaConfig, as_rosa_config
+from rosa.config import RosaConfig
 from rosa.errors import UserError
 from rosa.layers.base import RosaLayer
 from rosa.layers.kinds import KINDS, base_of, kind_of, rosa_layers
@@ -36,81 +30,7 @@ from rosa.layers.parameter import ParamWrapper
 from rosa.layers.sharding import is_sharded
 from rosa.layers.views import MatrixView
 from rosa.layers.weight import SUPPORTED_DTYPES
-from rosa.names import COMPILED
-
-# The heads that PEFT's classes for a task train in full; some add them to the config only once the
-# layers have been replaced.
-_HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
-
-
-def is_target(config: RosaConfig, name: str) -> bool | re.Match[str] | None:
-    """PEFT's matching of names, less the modules that are trained in full anyway."""
-    if is_trained_in_full(config, name):
-        return _ExcludedModule()  # type: ignore[return-value]
-    return BaseTuner._check_target_module_exists(config, name)
-
-
-def resolve_all_linear(config: RosaConfig, model: nn.Module) -> None:
-    """Let `target_modules="all-linear"` be the names of the layers that can be adapted."""
-    if not isinstance(config.target_modules, str) or config.target_modules.lower() != "all-linear":
-        return
-    model = getattr(model, COMPILED.rstrip("."), model)
-    found = as_rosa_config(
-        _maybe_include_all_linear_layers(copy.copy(config), model)
-    ).target_modules
-    names = {_whole(model, n) for n in found or () if not is_trained_in_full(config, n)}
-    if not names:
-        return
-    others = {n for n in names if not _is_plain(model.get_submodule(n))}
-    # PEFT looks at names alone: with such a head it saves the embeddings too, and fails there.
-    others |= {n for n in names if n in EMBEDDING_LAYER_NAMES and not has_embeddings(model)}
-    config.target_modules = list(names - others)
-    if others:
-        warnings.warn(
-            f"all-linear leaves out {', '.join(sorted(others)[:5])}: of a class that computes or "
-            "is read otherwise than a linear layer, or a head that PEFT cannot save as one",
-            stacklevel=2,
-        )
-
-
-def _whole(model: nn.Module, name: str) -> str:
-    """The name of the module that a linear layer is adapted with, or its own."""
-    parent, _, child = name.replace(".base_layer", "").rpartition(".")
-    base = base_of(model.get_submodule(parent))
-    kind = kind_of(base)
-    return name if kind is None or child not in kind.inner(base) else parent
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a module computes what its kind of layer does; others are refused by name."""
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    kind = kind_of(base)
-    return kind is None or kind.is_plain(base)
-
-
-def has_embeddings(model: nn.Module) -> bool:
-    """Whether PEFT could save the model's embeddings beside an adapted head."""
-    if not isinstance(model, PreTrainedModel):
-        return True
-    try:
-        model.get_input_embeddings()
-    except NotImplementedError:
-        return False
-    return True
-
-
-def is_trained_in_full(config: RosaConfig, name: str) -> bool:
-    """Whether PEFT trains this module, or one that it lies in, in full: then it is not adapted.
-
-    By the endings that PEFT goes by: `classifier` is `pre_classifier` too.
-    """
-    heads = (*(config.modules_to_save or ()), *_HEADS.get(config.task_type or "", ()))
-    parts = name.split(".")
-    return any(".".join(parts[: i + 1]).endswith(heads) for i in range(len(parts)))
+from rosa.matching import is_target, is_trained_in_full
 
 
 def check_full_training(config: RosaConfig, model: nn.Module) -> None:
@@ -124,41 +44,71 @@ def check_full_training(config: RosaConfig, model: nn.Module) -> None:
         )
 
 
-def check_tokens(config: RosaConfig, model: nn.Module) -> None:
-    """Raise ValueError unless the tokens to be trained are rows of embeddings left unadapted."""
-    if config.trainable_token_indices is None:
-        return
+def check_tokens(config: RosaConfig, model: nn.Module, others: Mapping[str, PeftConfig]) -> None:
+    """Raise ValueError unless the tokens to be trained are rows of embeddings left unadapted.
+
+    All adapters of a model are to train rows of the same embeddings: PEFT does not save one that
+    does not, beside one that does.
+    """
+    named = _tokens_of(config, model)
+    for name, other in others.items():
+        theirs = _tokens_of(other, model).keys()
+        if isinstance(other, RosaConfig) and theirs != named.keys():
+            raise UserError(
+                "trainable_token_indices must be of the same embeddings for all adapters of a "
+                f"model: {name!r} trains tokens of {', '.join(sorted(theirs)) or 'none'}, the new "
+                f"one of {', '.join(sorted(named)) or 'none'}. Delete the other adapter first, or "
+                "load each onto a model of its own"
+            )
     modules = dict(model.named_modules(remove_duplicate=False))
-    named = config.trainable_token_indices
+    for name, tokens in named.items():
+        full = is_trained_in_full(config, name)
+        if full or isinstance(modules[name], RosaLayer) or is_target(config, name):
+            raise UserError(
+                f"trainable_token_indices: {name} would be {'trained' if full else 'adapted'} as "
+                "well: train some of its rows or all of it, and leave it out of target_modules and "
+                "modules_to_save, or its tokens out here"
+            )
+        if max(tokens, default=0) >= (rows := _plain_of(modules[name]).weight.shape[0]):  # type: ignore[index]
+            raise UserError(
+                f"trainable_token_indices: {name} has {rows} rows, and none for token "
+                f"{max(tokens)}: resize_token_embeddings first"
+            )
+
+
+def _tokens_of(config: PeftConfig, model: nn.Module) -> dict[str, list[int]]:
+    """The tokens that an adapter trains, by the embedding's name in the model."""
+    named = getattr(config, "trainable_token_indices", None)
+    if named is None:
+        return {}
+    modules = dict(model.named_modules(remove_duplicate=False))
     if not isinstance(named, dict):
         inputs = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
         names = [name for name, module in modules.items() if module is inputs]
         named = {names[0] if names else "embed_tokens": named}
-    for wanted, tokens in named.items():
-        found = {n: _without_tokens(m) for n, m in modules.items() if n.endswith(wanted)}
-        found = {n: m for n, m in found.items() if isinstance(m, (nn.Embedding, nn.Linear))}
+    wrapped = tuple(f"{n}." for n, m in modules.items() if isinstance(m, AuxiliaryTrainingWrapper))
+    tokens = {}
+    for wanted, indices in named.items():
+        found = [
+            name
+            for name, module in modules.items()
+            if name.endswith(wanted) and not name.startswith(wrapped)
+            if isinstance(_plain_of(module), (nn.Embedding, nn.Linear))
+        ]
         if not found:
             raise UserError(
                 f"trainable_token_indices: the model has no embedding {wanted!r}; give "
                 "{the embedding's name: tokens}"
             )
-        for name, module in found.items():
-            if isinstance(modules[name], RosaLayer) or is_target(config, name):
-                raise UserError(
-                    f"trainable_token_indices: {name} would be adapted as well: train some of its "
-                    "rows or adapt it, and leave it out of target_modules, or its tokens out here"
-                )
-            if max(tokens, default=0) >= (rows := module.weight.shape[0]):
-                raise UserError(
-                    f"trainable_token_indices: {name} has {rows} rows, and none for token "
-                    f"{max(tokens)}: resize_token_embeddings first"
-                )
+        tokens.update(dict.fromkeys(found, indices))
+    return tokens
 
 
-def _without_tokens(module: nn.Module) -> nn.Module:
-    """An embedding without what is around it, as another adapter's tokens."""
-    wrapped = isinstance(module, TrainableTokensWrapper)
-    return module.original_module if wrapped else base_of(module)
+def _plain_of(module: nn.Module) -> nn.Module:
+    """A module without what PEFT has put around it."""
+    while isinstance(module, AuxiliaryTrainingWrapper):
+        module = module.original_module
+    return base_of(module)
 
 
 def check_same_parameters(config: RosaConfig, others: Mapping[str, PeftConfig]) -> None:
@@ -355,6 +305,11 @@ def check_adaptable(target: Target) -> None:
             "exclude_modules"
         )
     weight = target.weight
+    if weight.layout is not torch.strided:
+        raise UserError(
+            f"the weight of {name} is sparse ({weight.layout}), and a change of it would not be: "
+            "make it dense (to_dense), or leave it out with exclude_modules"
+        )
     if weight.dtype not in SUPPORTED_DTYPES:
         raise UserError(
             f"the weight of {name} is stored as {weight.dtype} (quantized?): ROSA needs "
@@ -368,6 +323,11 @@ def check_adaptable(target: Target) -> None:
             f"the weight of {name} is empty or sharded over processes (shape "
             f"{tuple(weight.shape)}): attach ROSA to the whole model, and train it "
             "data-parallel without sharding of the weights"
+        )
+    if isinstance(base, (nn.Embedding, nn.EmbeddingBag)) and base.max_norm is not None:
+        raise UserError(
+            f"{name} is of an embedding with max_norm, which writes into its weight at every call: "
+            "leave it out, or set max_norm to None"
         )
     if kind is ParamWrapper and weight.ndim not in (2, 3):
         raise UserError(

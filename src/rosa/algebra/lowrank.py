@@ -104,6 +104,15 @@ class LowRank:
         """The number of terms k (an upper bound of the rank of the matrix)."""
         return sum(a.shape[-2] for _, a in self._parts)
 
+    @property
+    def size(self) -> float:
+        """The root of the sum of the terms' squared norms: what rounding of the matrix goes by.
+
+        Terms that take each other out count; of a stack that of all.
+        """
+        squares = (a.norm(dim=-1) * b.norm(dim=-2) for b, a in self._parts)
+        return math.hypot(*(float(each.norm()) for each in squares))
+
     def __add__(self, other: LowRank) -> LowRank:
         """The sum, with the terms of both: exact, nothing is multiplied out."""
         total = LowRank.__new__(LowRank)

@@ -16,7 +16,7 @@ from rosa.export.lazily import mapped_lazily
 from rosa.export.lora import write_lora
 from rosa.export.merged import MAX_SHARD_SIZE, write_merged, write_plain
 from rosa.export.ranks import ALL, Budget
-from rosa.export.staging import rosa_adapter, staged
+from rosa.export.staging import contents, rosa_adapter, staged
 
 FORMS = ("merged", "lora", "rosa")
 
@@ -64,7 +64,7 @@ def export_folder(
     max_shard_size = max_shard_size or MAX_SHARD_SIZE
     if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]?B", max_shard_size, re.IGNORECASE):
         raise UserError(f"--max-shard-size is a size as 500MB or 5GB, got {max_shard_size!r}")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.exists() and (not output.is_dir() or contents(output)):
         raise UserError(f"{output} is not empty: name a new folder")
     if low_memory:
         _merge_files(folder, output, model, max_shard_size)

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -33,3 +38,16 @@ def say(text: str) -> None:
     """Print a line, in the first process alone."""
     if is_first():
         print(text)
+
+
+@contextmanager
+def cleaning_up() -> Iterator[None]:
+    """Let a request to end (SIGTERM) end this by an exception, which cleans up what was begun."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

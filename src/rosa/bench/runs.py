@@ -222,8 +222,10 @@ def load_trained(
         with fitting(place, plain):
             trained = PeftModel.from_pretrained(plain, str(place))
     elif (place / "config.json").is_file():
-        architectures = read_json(place / "config.json").get("architectures") or [""]
-        decoder = architectures[0].endswith(("ForCausalLM", "LMHeadModel"))
+        architecture = (read_json(place / "config.json").get("architectures") or [""])[0]
+        decoder = architecture.endswith(("ForCausalLM", "LMHeadModel"))
+        if architecture and not decoder and not architecture.endswith("SequenceClassification"):
+            raise _other_task(place, architecture)
         auto: Any = AutoModelForCausalLM if decoder else AutoModelForSequenceClassification
         with blame(f"the model in {place} cannot be loaded"):
             trained = auto.from_pretrained(str(place))
@@ -284,6 +286,8 @@ def load_base(place: Path, model: str | None = None, whole: bool = False) -> Pre
     base = model or config.base_model_name_or_path
     if base is None:
         raise UserError(f"{place} does not name its base model: give --model")
+    if config.task_type not in (None, "CAUSAL_LM", "SEQ_CLS"):
+        raise _other_task(place, str(getattr(config.task_type, "value", config.task_type)))
     check_model(base)
     has_config = (place / "config.json").is_file()
     # In the precision that it was trained in: a coarser one would compute something else.
@@ -311,6 +315,15 @@ def load_base(place: Path, model: str | None = None, whole: bool = False) -> Pre
         plain = auto.from_pretrained(base, dtype=dtype, **how)
     quantize(load_in, plain)
     return plain
+
+
+def _other_task(place: Path, task: str) -> UserError:
+    return UserError(
+        f"{place} is of another task ({task}) than the command knows, which are CAUSAL_LM and "
+        "SEQ_CLS, and would be loaded without its head. In Python load the base by its own class, "
+        "model = PeftModel.from_pretrained(base, folder), and call rosa.export_merged(model, new "
+        "folder), rosa.export_lora or rosa.export_rosa"
+    )
 
 
 _TELL_NOTHING = {

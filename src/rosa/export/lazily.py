@@ -40,10 +40,12 @@ def merged_lazily(model: PeftModel, adapter: str) -> tuple[Any, Weights]:
         adapter: its name.
     """
     weights = {
-        _plain(f"{name}.{layer.weight_path}"): partial(
-            _merged, layer, adapter, layer.base_weight.pretrained_as_stored
+        _plain(f"{name}.{layer.weight_path}"): (
+            partial(_merged, layer, adapter, layer.base_weight.pretrained_as_stored)
+            if adapter in layer.adapters
+            else layer.base_weight.pretrained_as_stored
         )
-        for name, layer in layers_of(model, adapter).items()
+        for name, layer in rosa_layers(model)
     }
     return _unloaded(_copy(model), adapter), weights
 
@@ -82,7 +84,7 @@ def mapped_lazily(base: nn.Module, folder: Path) -> tuple[Any, Weights]:
     warn_of_another_base(as_rosa_config(model.peft_config[adapter]).base_fingerprint, layers)
     plain = _unloaded(model, adapter)
     for name, tensor in plain.state_dict().items():
-        if tensor.is_meta and name not in weights:
+        if isinstance(tensor, Tensor) and tensor.is_meta and name not in weights:
             weights[name] = partial(pretrained.__getitem__, name)
     return plain, weights
 
@@ -139,6 +141,9 @@ def _copy(model: PeftModel) -> PeftModel:
     for name, parameter in model.named_parameters():
         if type(parameter) is nn.Parameter and not name.startswith(changed):
             memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
+    for name, buffer in model.named_buffers():
+        if not name.startswith(changed):
+            memo[id(buffer)] = buffer
     for _, layer in rosa_layers(model):
         weight = layer.base_weight.parameter
         memo[id(weight)] = nn.Parameter(weight.detach().to("meta"), weight.requires_grad)

@@ -28,6 +28,7 @@ from rosa.config import RosaConfig
 from rosa.errors import ExportError
 from rosa.export.checking import is_rounding, same, without_weights
 from rosa.export.ranks import ALL, Budget, changes_within
+from rosa.export.running import see_one_run
 from rosa.export.staging import rosa_adapter, staged
 from rosa.layers.kinds import layers_of
 from rosa.layers.parameter import ParamWrapper
@@ -98,6 +99,7 @@ def write_lora(
             ranks[layer.name] = change.rank
         else:
             ranks[name.removeprefix(_PREFIX)] = change.rank
+    see_one_run(model, adapter)
     _check_called(model, adapter)
     others = _beside_layers(model, adapter)  # heads, biases: named alike by every method
     state.update({key: value.detach().cpu().contiguous() for key, value in others.items()})

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,9 +18,10 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 from transformers import PreTrainedModel
 
-from rosa.errors import ExportError, UserError
+from rosa.errors import ExportError, UserError, is_out_of_memory
 from rosa.export.lazily import Weights, merged_lazily
 from rosa.export.staging import rosa_adapter, staged
 from rosa.layers.kinds import rosa_layers
@@ -89,11 +91,20 @@ def write_plain(
         for name, tensor in served.items():
             _set(plain, name, tensor)
     state = plain.state_dict()
-    dtypes = {t.dtype for t in state.values() if t.is_floating_point()}
+    tensors = [value for value in state.values() if isinstance(value, Tensor)]
+    if lazily and len(tensors) < len(state):
+        others = [name for name, value in state.items() if not isinstance(value, Tensor)]
+        raise UserError(
+            f"{', '.join(others[:5])}: an extra state that is no tensor, which transformers' "
+            "save_pretrained cannot write; nothing was written. Use model.merge_and_unload(), and "
+            "save the plain model's state dict"
+        )
+    dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
     if not hasattr(plain, "save_pretrained"):
         path = folder / "pytorch_model.bin"
         torch.save(state, path)
-        _check_merged(served.digests_of(state), torch.load(path, "cpu", weights_only=True))
+        # Ours, so that a module's extra state may be of any class.
+        _check_merged(served.digests_of(state), torch.load(path, "cpu", weights_only=False))
         return None
     kind: Any = type(plain)
     how: dict[str, Any] = {}
@@ -109,7 +120,10 @@ def write_plain(
             plain.save_pretrained(str(folder), **how)
     except UserError:
         raise
-    except ValueError as error:  # such as generation settings that do not go together
+    except (ValueError, RuntimeError) as error:
+        # Such as generation settings that do not go together, weights tied without its knowing.
+        if is_out_of_memory(error):
+            raise
         raise UserError(
             f"{kind.__name__}.save_pretrained refuses this model; nothing was written: {error}"
         ) from error
@@ -120,7 +134,7 @@ def write_plain(
     if lazily and attention:
         how["attn_implementation"] = attention
     expected = served.digests_of(state)
-    del plain, state  # no three models in memory at a time
+    del plain, state, tensors  # no three models in memory at a time
     try:
         loaded = kind.from_pretrained(str(folder), **how)
     except Exception as error:
@@ -139,7 +153,7 @@ def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
     model.get_submodule(owner)._parameters[own] = nn.Parameter(tensor)
 
 
-Digest = tuple[torch.dtype, torch.Size, str]
+Digest = tuple[torch.dtype | None, torch.Size, str]
 
 
 class _Served(Mapping[str, Tensor]):
@@ -165,26 +179,36 @@ class _Served(Mapping[str, Tensor]):
 
         A weight that is tied to another one is not written by its own name.
         """
-        for name, tensor in state.items():
+        for name, value in state.items():
             if name not in self._digests:
-                self._digests[name] = _digest(self[name] if tensor.is_meta else tensor)
+                on_meta = isinstance(value, Tensor) and value.is_meta
+                self._digests[name] = _digest(self[name] if on_meta else value)
         return self._digests
 
 
-def _digest(tensor: Tensor) -> Digest:
-    """A tensor's dtype, shape, and a fingerprint of its numbers."""
-    numbers = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return tensor.dtype, tensor.shape, hashlib.blake2b(numbers.data).hexdigest()
+def _digest(value: Any) -> Digest:
+    """A tensor's dtype, shape, and a fingerprint of its numbers; or that of an extra state."""
+    if not isinstance(value, Tensor):
+        leaves, _ = tree_flatten(value)
+        parts = [_digest(each) if isinstance(each, Tensor) else each for each in leaves]
+        whole = b"".join(map(pickle.dumps, parts))
+        return None, torch.Size(), hashlib.blake2b(whole).hexdigest()
+    numbers = value.detach().cpu().to_dense().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return value.dtype, value.shape, hashlib.blake2b(numbers.data).hexdigest()
 
 
-def _check_merged(expected: dict[str, Digest], found: dict[str, Tensor]) -> None:
+def _as(value: Any, dtype: torch.dtype | None) -> Any:
+    return value if dtype is None or not isinstance(value, Tensor) else value.to(dtype)
+
+
+def _check_merged(expected: dict[str, Digest], found: dict[str, Any]) -> None:
     differ = [
         name
         for name in sorted({*expected, *found})
         if name not in expected
         or name not in found
         # It may be loaded in a wider dtype, which holds the same numbers.
-        or _digest(found[name].to(expected[name][0])) != expected[name]
+        or _digest(_as(found[name], expected[name][0])) != expected[name]
     ]
     if differ:
         more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""

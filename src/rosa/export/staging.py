@@ -6,11 +6,13 @@ import contextlib
 import os
 import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import nn
@@ -24,18 +26,21 @@ _MODEL_FILES = re.compile(
     r"|(adapter_model|model|pytorch_model).*\.(safetensors|bin|json)"
 )
 
+_BEGUN = ".export-"
+"""What the name of a folder begins with that an export writes in."""
+
 
 @contextlib.contextmanager
 def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder to write in and to check; its files go into `folder` if nothing is raised.
 
-    So a failed export leaves nothing, and what a user has in `folder` stays as it is.
+    So a failed export leaves nothing, and what a user has in `folder` stays as it is. What an
+    export left that was killed is deleted.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: name a folder")
-    there = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
-    taken = [name for name in there if _MODEL_FILES.fullmatch(name)]
+    taken = [name for name in contents(folder) if _MODEL_FILES.fullmatch(name)]
     if taken:
         raise UserError(
             f"{folder} holds a model or an adapter already ({', '.join(taken[:5])}), which the "
@@ -43,10 +48,10 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
         )
     made = [p for p in (folder, *folder.parents) if not p.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    done = False
+    moved: list[Path] = []
     try:
         # Inside, so that moving the files only renames them.
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as place:
+        with tempfile.TemporaryDirectory(prefix=f"{_prefix()}{os.getpid()}-", dir=folder) as place:
             yield Path(place)
             clashes = [p.name for p in Path(place).iterdir() if (folder / p.name).exists()]
             if clashes:
@@ -54,13 +59,35 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
                     f"{folder} holds {', '.join(sorted(clashes))} already, which the export would "
                     "replace: name a new folder"
                 )
-            for path in Path(place).iterdir():
-                shutil.move(path, folder / path.name)
-        done = True
-    finally:
-        if not done:
-            for path in made:
-                path.rmdir()
+            for path in sorted(Path(place).iterdir()):
+                moved.append(folder / path.name)
+                path.rename(folder / path.name)
+    except BaseException:
+        for path in moved:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for path in made:
+            path.rmdir()
+        raise
+
+
+def contents(folder: Path) -> list[str]:
+    """The names of what is in a folder, if there is one, but for what exports have begun.
+
+    What one has left that was killed is deleted: one of this machine, whose process is no more.
+    """
+    found = []
+    for path in sorted(folder.iterdir()) if folder.exists() else ():
+        if not path.name.startswith(_BEGUN):
+            found.append(path.name)
+        elif path.name.startswith(_prefix()):
+            process = path.name.removeprefix(_prefix()).partition("-")[0]
+            if process.isdecimal() and not psutil.pid_exists(int(process)):
+                shutil.rmtree(path, ignore_errors=True)
+    return found
+
+
+def _prefix() -> str:
+    return f"{_BEGUN}{socket.gethostname()}-"
 
 
 def rosa_adapter(model: nn.Module, adapter_name: str | None) -> tuple[PeftModel, str]:
@@ -70,7 +97,13 @@ def rosa_adapter(model: nn.Module, adapter_name: str | None) -> tuple[PeftModel,
         inner = extract_model_from_parallel(model, keep_torch_compile=False)
     if not isinstance(inner, PeftModel):
         raise UserTypeError(f"expected a PeftModel with ROSA, got {type(inner).__name__}")
-    adapter = inner.active_adapters[0] if adapter_name is None else adapter_name
+    active = inner.active_adapters
+    if adapter_name is None and len(active) > 1:
+        raise UserError(
+            f"several adapters are active ({', '.join(active)}), and one is exported: name it by "
+            "adapter_name, or make one of their sum first (model.add_weighted_adapter)"
+        )
+    adapter = active[0] if adapter_name is None else adapter_name
     if not isinstance(inner.peft_config.get(adapter), RosaConfig):
         rosa = [name for name, c in inner.peft_config.items() if isinstance(c, RosaConfig)]
         raise UserError(f"{adapter!r} is not a ROSA adapter of this model; there are: {rosa}")

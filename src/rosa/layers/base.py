@@ -22,6 +22,7 @@ from rosa.layers import statedict
 from rosa.layers.adapter import Adapter
 from rosa.layers.drawing import draw
 from rosa.layers.effective import effective_weight
+from rosa.layers.front import Front
 from rosa.layers.kind import Kind
 from rosa.layers.offset import OffsetDict
 from rosa.layers.tracing import is_traced
@@ -29,7 +30,7 @@ from rosa.layers.versions import Unchanged
 from rosa.layers.weight import BaseWeight
 
 
-class RosaLayer(nn.Module, BaseTunerLayer, Kind):
+class RosaLayer(Front, BaseTunerLayer, Kind):
     """The adapters of one weight. A kind of layer (`Kind`) is a subclass that computes with it.
 
     Invariant: what stands in the weight in memory (`BaseWeight`) is what the layer's state asks
@@ -56,7 +57,6 @@ class RosaLayer(nn.Module, BaseTunerLayer, Kind):
     other_param_names = ("rosa_dropout", "rosa_offset")
 
     weight_class: type[BaseWeight] = BaseWeight
-    base_layer: nn.Module
     arrived: statedict.Arrived | None = None  # by state dicts since the layer was last used
     cast_input_dtype_enabled = True  # which `peft.helpers.disable_input_dtype_casting` looks for
     was_called = False
@@ -91,6 +91,7 @@ class RosaLayer(nn.Module, BaseTunerLayer, Kind):
         self.register_load_state_dict_pre_hook(statedict.before_load)
         self.register_load_state_dict_post_hook(statedict.after_load)
         self.update_layer(adapter_name, r, alpha, config)
+        self._made = True
 
     # -- the weight in memory ------------------------------------------------------------------
 
@@ -111,14 +112,6 @@ class RosaLayer(nn.Module, BaseTunerLayer, Kind):
     def in_features(self) -> int:
         """The columns of the weight as a matrix."""
         return self._base_weight.shape[-1]
-
-    @property
-    def weight_path(self) -> str:
-        """Where the weight is, from the layer: one may be around another."""
-        path, module = "base_layer.", self.base_layer
-        while isinstance(module, RosaLayer):
-            path, module = f"{path}base_layer.", module.base_layer
-        return path + self.parameter_name
 
     def base_fingerprint(self) -> tuple[float, float] | None:
         """See `subspace.fingerprint`, of the pretrained weight; None on the meta device."""
@@ -238,15 +231,6 @@ class RosaLayer(nn.Module, BaseTunerLayer, Kind):
         super().__setstate__(state)
         self.base_weight.copied()
 
-    def __getattr__(self, name: str) -> Any:
-        """What models ask of a layer beside its weight, as a convolution's stride."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("_") or "base_layer" not in self._modules:
-                raise
-            return getattr(self.base_layer, name)
-
     def __repr__(self) -> str:
         return "rosa." + super().__repr__()
 
@@ -342,7 +326,8 @@ class RosaLayer(nn.Module, BaseTunerLayer, Kind):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
         """Of factors that a file has brought (low_cpu_mem_usage), which PEFT's own would round."""
-        self.adapters[adapter_name].place(self.base_weight.parameter, device)
+        if adapter_name in self.adapters:
+            self.adapters[adapter_name].place(self.base_weight.parameter, device)
 
     def copy_adapter(self, source: str, target: str) -> None:
         """Make one adapter what another one is: factors, offset and count of draws."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
 from torch.func import functional_call
 
 from rosa.config import RosaConfig
@@ -16,10 +17,21 @@ def with_changed_weight(layer: RosaLayer, *args: Any, **kwargs: Any) -> Any:
 
     For modules of which nothing is known but that they use the weight. The changed weight is
     computed at every call, and kept for the backward pass.
+
+    Raises:
+        UserError: an active adapter has dropout.
     """
+    for adapter in map(layer.adapters.get, layer.active_adapters):
+        if adapter is not None:
+            check_no_dropout(layer.name, adapter.config)
     path = layer.weight_path.removeprefix("base_layer.")
     weight = layer.changed_weight()
     return functional_call(layer.base_layer, {path: weight}, args, kwargs, tie_weights=False)
+
+
+def is_patched(base: nn.Module) -> bool:
+    """Whether a module was given a forward of its own, which may be any; not by accelerate."""
+    return "forward" in vars(base) and not hasattr(base, "_hf_hook")
 
 
 def check_no_dropout(layer: str, config: RosaConfig) -> None:

@@ -13,7 +13,7 @@ from rosa.algebra.sketch import Sketch
 from rosa.config import RosaConfig
 from rosa.layers.adapter import Adapter
 from rosa.layers.base import RosaLayer
-from rosa.layers.changed import check_no_dropout, with_changed_weight
+from rosa.layers.changed import check_no_dropout, is_patched, with_changed_weight
 from rosa.layers.plain import plain_sum
 from rosa.layers.tracing import is_traced
 from rosa.layers.views import MatrixView
@@ -49,8 +49,7 @@ def _convolves(base: nn.Module) -> bool:
     """Whether it convolves as torch does; a subclass may change its inputs or its weight."""
     kind = next(kind for kind in _PLAIN if isinstance(base, kind))
     names = ("forward", "_conv_forward")
-    patched = "forward" in vars(base) and not hasattr(base, "_hf_hook")  # not accelerate's
-    return not patched and all(getattr(type(base), n) is getattr(kind, n) for n in names)
+    return not is_patched(base) and all(getattr(type(base), n) is getattr(kind, n) for n in names)
 
 
 class RosaConv(RosaLayer):

@@ -34,12 +34,11 @@ def effective_weight(
         note: is called when a value is first needed; None computes it now.
     """
     how = weight, *adapter.factors, adapter.scaling, view
-    if is_traced():
+    if is_traced():  # where no setting of torch's can be changed for a while
         return _product(*how)
     return _Read.apply(*how, adapter.sketch, note)  # type: ignore[return-value]
 
 
-@full_precision()
 def _product(weight: Tensor, a: Tensor, b: Tensor, scaling: float, view: MatrixView) -> Tensor:
     return weight + view.as_stored((b * scaling) @ a).to(weight.dtype)
 
@@ -59,14 +58,15 @@ class _Read(torch.autograd.Function):
         ctx.save_for_backward(a, b)
         ctx.scaling, ctx.view, ctx.sketch = scaling, view, sketch
         if note is None:
-            return _product(weight, a, b, scaling, view)
+            with full_precision():
+                return _product(weight, a, b, scaling, view)
         return _Unread(note, weight.detach(), a.detach(), b.detach(), scaling, view)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         a, b = unpack(ctx)
         (grad,) = grads
-        full = ctx.view.as_matrix(grad)
+        full = ctx.view.as_matrix(grad.to_dense())  # an embedding may give a sparse one
         if ctx.sketch is not None:
             with torch.no_grad():
                 ctx.sketch.add_gradient(full)
@@ -92,7 +92,7 @@ class _Unread(Tensor):
     def _value(self) -> Tensor:
         if self._read is None:
             self._note()
-            with torch.no_grad():
+            with torch.no_grad(), full_precision():
                 self._read = _product(*self._how)
         return self._read
 

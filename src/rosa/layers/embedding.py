@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from rosa.layers.adapter import Adapter
 from rosa.layers.base import RosaLayer
+from rosa.layers.changed import is_patched, with_changed_weight
 from rosa.layers.plain import plain_sum
 from rosa.layers.tracing import is_traced
 from rosa.layers.views import MatrixView
@@ -45,7 +46,10 @@ class RosaEmbedding(RosaLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The rows of W + s B A, transposed, that indices (...) name: (..., width)."""
-        return plain_sum(self, self._in_use(x, is_traced()), self._product, x, *args, **kwargs)
+        active = self._in_use(x, is_traced())
+        if active and is_patched(self.base_layer):
+            return with_changed_weight(self, x, *args, **kwargs)
+        return plain_sum(self, active, self._product, x, *args, **kwargs)
 
     def _product(self, adapter: Adapter, x: Tensor) -> Tensor:
         a, b = adapter.factors

@@ -11,6 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from rosa.layers.base import RosaLayer
+from rosa.layers.changed import is_patched, with_changed_weight
 from rosa.layers.fused import adapted_linear, can_fuse
 from rosa.layers.plain import linear_product, plain_sum
 from rosa.layers.tracing import is_traced
@@ -31,8 +32,7 @@ class RosaLinear(RosaLayer):
     @staticmethod
     def is_plain(base: nn.Module) -> bool:
         """Whether a linear layer computes what one does; a subclass may do something else."""
-        own = type(base).forward is not nn.Linear.forward
-        own |= "forward" in vars(base) and not hasattr(base, "_hf_hook")  # not accelerate's
+        own = type(base).forward is not nn.Linear.forward or is_patched(base)
         if isinstance(base, NonDynamicallyQuantizableLinear):
             return False  # attention reads its weight
         if not isinstance(base, nn.Linear) or not own or base.weight.is_meta:
@@ -71,4 +71,6 @@ class RosaLinear(RosaLayer):
             (a, b), dropout = one.factors, self.rosa_dropout[one.name]
             if isinstance(dropout, nn.Identity) and can_fuse(self.base_layer, x, a):
                 return adapted_linear(self.base_layer, x, a, b, one.scaling, one.sketch)
+        if active and is_patched(self.base_layer):
+            return with_changed_weight(self, x, *args, **kwargs)
         return plain_sum(self, active, partial(linear_product, self), x, *args, **kwargs)

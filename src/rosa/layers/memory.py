@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter, defaultdict
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -13,21 +14,55 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from rosa.errors import UserError
 from rosa.layers.sharding import is_sharded
 
+Owners = dict[int, list[tuple[str, Tensor]]]
+"""The parameters and buffers of a model with their names, by the block of memory they lie in."""
 
-def weight_owners(model: nn.Module) -> dict[tuple[int, int], list[str]]:
-    """The names of each weight, by where it lies in memory."""
-    owners = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if is_lazy(parameter):  # it has no memory, nor an end to it
-            continue
-        owners[place(parameter)].append(name)
+
+def weight_owners(model: nn.Module) -> Owners:
+    """Those of a model, with all of their names; one that has no memory yet is alone."""
+    owners: Owners = defaultdict(list)
+    named = model.named_parameters, model.named_buffers
+    for name, tensor in chain.from_iterable(each(remove_duplicate=False) for each in named):
+        if not is_lazy(tensor):  # it has no memory, nor an end to it
+            owners[_block(tensor) or -id(tensor)].append((name, tensor))
     return owners
 
 
-def place(weight: Tensor) -> tuple[int, int]:
-    """Where a weight lies in memory; one that has no memory yet is told by its identity."""
-    pointer = _block(weight)
-    return (pointer, int(weight.storage_offset())) if pointer else (-1, id(weight))
+def owners_of(weight: Tensor, owners: Owners) -> list[str]:
+    """The names of all that shares memory with a weight: its own, and what is tied to it."""
+    there = owners.get(_block(weight) or -id(weight), ())
+    return [name for name, tensor in there if tensor is weight or _overlap(tensor, weight)]
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors in one block of memory have numbers in common."""
+    (begin, end), (first, last) = _extent(one), _extent(other)
+    if end <= first or last <= begin:
+        return False
+    apart = one.element_size() != other.element_size()
+    if apart or any(_is_dense(each) for each in (one, other)):
+        return True
+    low, size = min(begin, first), one.element_size()  # such as columns beside each other
+    taken = torch.zeros((max(end, last) - low) // size, dtype=torch.bool)
+    views = [
+        taken.as_strided(each.shape, each.stride(), (start - low) // size)
+        for each, start in ((one, begin), (other, first))
+    ]
+    views[0].fill_(True)
+    return bool(views[1].any())
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The first byte of a tensor in its block, and the one after its last."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    numbers = 1 + sum((size - 1) * stride for size, stride in steps)
+    start, size = int(tensor.storage_offset()), tensor.element_size()
+    return start * size, (start + (numbers if tensor.numel() else 0)) * size
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    begin, end = _extent(tensor)
+    return end - begin == tensor.numel() * tensor.element_size()
 
 
 def tenants(model: nn.Module) -> Counter[int]:
@@ -74,8 +109,9 @@ def _holders(layer: nn.Module, name: str) -> tuple[int, int]:
 
 def _block(weight: Tensor) -> int:
     """The address of the block of memory that a tensor lies in; 0 if it has none."""
-    # A tensor that is made of others, as torchao's quantized ones, has no memory of its own.
-    elsewhere = weight.is_meta or is_sharded(weight) or is_traceable_wrapper_subclass(weight)
+    # What is made of others, as sparse tensors and torchao's are, has no memory of its own.
+    made = is_traceable_wrapper_subclass(weight) or weight.layout is not torch.strided
+    elsewhere = weight.is_meta or is_sharded(weight) or made
     return 0 if elsewhere else weight.untyped_storage().data_ptr()
 
 

@@ -20,6 +20,8 @@ from rosa.layers.views import MatrixView
 
 HALF = (torch.float16, torch.bfloat16)
 """The precisions in which an exact copy of a changed weight is kept."""
+LARGE = 8.0
+"""How many times its norm may be added to a weight without such a copy; more would round it."""
 SUPPORTED_DTYPES = (*HALF, torch.float32, torch.float64)
 
 
@@ -28,10 +30,11 @@ class BaseWeight:
 
     One change goes in and out of a float32 weight without drift: what was added is taken out again,
     and ((w + o) - o) is reached after the first round and stays (Knuth, The Art of Computer
-    Programming 2, 4.2.2, theorem D). That does not hold for several changes that take turns, nor
-    for the coarse rounding of half precision: there an exact copy of the pretrained weight is kept
-    in main memory while anything stands in the weight, or read from the file that it came from, and
-    the weight in memory is always that plus what is wanted, rounded once.
+    Programming 2, 4.2.2, theorem D). That does not hold for several changes that take turns, for
+    one that is much larger than the weight, nor for the coarse rounding of half precision: there an
+    exact copy of the pretrained weight is kept in main memory while anything stands in the weight,
+    or read from the file that it came from, and the weight in memory is always that plus what is
+    wanted, rounded once.
 
     Args:
         name: the layer's, for messages.
@@ -192,7 +195,7 @@ class BaseWeight:
             now: what then stands there under that name.
         """
         half = self.parameter.dtype in HALF  # whose copy is gone once others train the weight
-        if self.kept is not None or half or name not in self.standing:
+        if self.kept is not None or half or name not in self.standing or self._is_large(now):
             return False
         self._versions.leaving(self.parameter, self.standing)
         with full_precision():
@@ -205,8 +208,14 @@ class BaseWeight:
         """Whether taking out what was added would not give the pretrained weight back for long."""
         weight = self.matrix
         something = any(change.rank for change in wanted.values())
+        if not something or weight.is_meta:
+            return False
         kept = several or weight.dtype in HALF or self.file is not None
-        return something and not weight.is_meta and kept
+        return kept or any(map(self._is_large, wanted.values()))
+
+    def _is_large(self, change: LowRank) -> bool:
+        """Whether the weight with a change in it holds too little of the pretrained one."""
+        return change.size > LARGE * self.norm
 
     # -- what others do to it ------------------------------------------------------------------
 
