@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-READERS = ("peft", "transformers", "tokenizers", "huggingface_hub", "safetensors", "torch")
+READERS = ("peft", "transformers", "tokenizers", "huggingface_hub", "safetensors", "torch", "trl")
 """The libraries that read what a user gave, besides Python's own (`json`)."""
 
 
