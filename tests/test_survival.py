@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from tests.chats import chat_model, write_chats
 from tests.helpers import fails, write_csv
 from tests.helpers import run as run_here
 
@@ -84,6 +85,27 @@ def test_batches_of_like_length_are_the_same_when_resumed_within_an_epoch(folder
     assert crash.run(crash.command(folder, tmp_path / "run", *more), sabotage) == TERMINATED
     assert crash.run(crash.command(folder, tmp_path / "run", *more, "--resume")) == 0
     assert not crash.differences(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("more", [[], ["--packing"]])
+def test_runs_of_chats_survive_too(tmp_path, more):
+    pytest.importorskip("trl")
+    chat_model(tmp_path / "base")
+    write_chats(tmp_path / "reviews.csv", 60).rename(tmp_path / "chats.jsonl")
+
+    def command(out: Path, *how: str) -> list[Any]:
+        data = {tmp_path / "reviews.csv": tmp_path / "chats.jsonl"}
+        return [data.get(a, a) for a in crash.command(tmp_path, out, "--max-length", 24, *how)]
+
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert crash.run(command(whole, *more)) == 0
+    for call in (9, 11):  # before the first checkpoint and after it
+        sabotage = Sabotage(PLACES[0][0], call, AFTER)
+        resume = ["--resume"] if out.exists() else []
+        assert crash.run(command(out, *more, *resume), sabotage) == KILLED
+    assert crash.run(command(out, *more, "--resume")) == 0
+    assert not crash.differences(out, whole)
+    assert told(out) == told(whole)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from peft.utils.error import NoMatchingPeftModuleError
 
-READERS = ("peft", "transformers", "tokenizers", "huggingface_hub", "safetensors", "torch")
+READERS = ("peft", "transformers", "tokenizers", "huggingface_hub", "safetensors", "torch", "trl")
 """The libraries that read what a user gave, besides Python's own (`json`)."""
 
 

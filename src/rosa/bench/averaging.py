@@ -86,13 +86,19 @@ class MeanTrainer(Trainer):
     ) -> Any:
         """The batch's mean loss; in training, times its factor."""
         weight = inputs.pop(_WEIGHT, None)
-        outputs: Any
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         if weight == 0:  # the mean over no items is no number
-            loss = outputs["logits"].sum() * 0.0
-        elif weight is not None:
-            loss = loss * weight
-        return (loss, outputs) if return_outputs else loss
+            return self.no_loss(model, inputs)
+        # Outputs only where they are wanted: TRL's trainer runs the model once more for them.
+        found: Any = super().compute_loss(model, inputs, return_outputs=return_outputs)
+        loss, *outputs = found if return_outputs else (found,)
+        loss = loss if weight is None else loss * weight
+        return (loss, *outputs) if return_outputs else loss
+
+    def no_loss(self, model: Any, inputs: Any) -> Tensor:
+        """Zero, of a batch that counts nothing, through all of the model."""
+        outputs: Any
+        _, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        return outputs["logits"].sum() * 0.0
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; stops a training that has diverged, which the Trainer would hide."""
@@ -162,10 +168,12 @@ class MeanTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> Any:
         """As the Trainer's; keeps the loss of the rows that are this process's own."""
-        found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        rows, loss = self._own_rows(inputs), found[0]
+        rows = self._own_rows(inputs)
         own = _first_rows(inputs, rows)
-        items = self.count(own)
+        if prediction_loss_only:  # one pass in every process: TRL's trainer gathers in each
+            inputs = own if rows else _first_rows(inputs, 1)
+        found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        items, loss = self.count(own), found[0]
         if items:
             if rows < len(inputs["labels"]):
                 loss = super().prediction_step(model, own, True, ignore_keys)[0]
@@ -189,6 +197,8 @@ class MeanTrainer(Trainer):
 
 
 def _first_rows(batch: Batch, rows: int) -> dict[str, Any]:
+    if rows == len(batch["labels"]):  # also one row of several texts, whose ends are no rows
+        return dict(batch)
     return {name: values[:rows] for name, values in batch.items()}
 
 

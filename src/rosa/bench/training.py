@@ -28,7 +28,9 @@ from rosa.bench.record import Record, read_record
 from rosa.bench.saving import save_trained
 from rosa.bench.settings import RunSettings
 from rosa.bench.surviving import Clock
+from rosa.bench.tasks.chat import usual_length
 from rosa.bench.tasks.task import DataSettings, Generation, Task
+from rosa.bench.templates import give_template
 from rosa.bench.tokenizing import digest, tokenize
 from rosa.bench.trainer import build_trainer, collator
 from rosa.errors import UserError, blame
@@ -81,11 +83,7 @@ def train(
         return read_record(settings.output)
 
     task = load_task(settings)
-    tokenizer = runs.load_tokenizer(settings.model)
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise UserError(f"{settings.model} has no tokenizer: save it beside the model")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = load_tokenizer(settings, task)
     set_seed(settings.seed)
     base = load_base(settings, task, tokenizer.pad_token_id)
     reads = longest_input(base.model)
@@ -95,7 +93,7 @@ def train(
 
     def batches() -> Iterable[dict[str, Any]]:
         order = torch.Generator().manual_seed(settings.seed)
-        collate = collator(task, tokenizer)
+        collate = collator(settings, task, tokenizer)
         size = settings.batch_size
         batches_a_step = settings.gradient_accumulation * state.num_processes
         loader = DataLoader(rows["train"], size, shuffle=True, generator=order, collate_fn=collate)
@@ -158,7 +156,25 @@ def load_task(settings: RunSettings) -> Task:
     """The data of a run; raises as `rosa.bench.tasks.load` does."""
     config = runs.load_config(settings.model)
     names = [f.name for f in fields(DataSettings)]
-    return tasks.load(DataSettings(**{n: getattr(settings, n) for n in names}), is_decoder(config))
+    data = DataSettings(**{n: getattr(settings, n) for n in names})
+    task = tasks.load(data, is_decoder(config))
+    if settings.packing and (task.kind != "language" or task.packed):
+        raise UserError(f"--packing is for a decoder's texts: not for the task {task.name}")
+    if settings.chat_template is not None and not task.is_chat:
+        raise UserError("--chat-template is for rows with messages, which these are not")
+    return task
+
+
+def load_tokenizer(settings: RunSettings, task: Task) -> Any:
+    """The tokenizer of a run's model, with the chats' template; ValueError if it is of no use."""
+    tokenizer = runs.load_tokenizer(settings.model)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise UserError(f"{settings.model} has no tokenizer: save it beside the model")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if task.is_chat:
+        give_template(tokenizer, settings.chat_template, settings.loss_on)
+    return tokenizer
 
 
 def evaluate(
@@ -170,7 +186,7 @@ def evaluate(
         folder: a run's folder, an adapter's, or a plain model's.
         data: a task by name, or a validation file.
         model: the base model of an adapter, if not the one that it names.
-        max_length: longest text in tokens; None takes the run's own, or `RunSettings`' default.
+        max_length: longest text in tokens; None takes the run's own, or the usual one.
 
     Raises:
         ValueError, FileNotFoundError: the folder or the data is of no use.
@@ -182,11 +198,14 @@ def evaluate(
     labels = tuple((trained.config.id2label or {}).values())
     task = tasks.load_validation(data, is_decoder(trained.config), labels)
     before = runs.settings_of(folder) or runs.settings_of(folder.parent)  # an adapter's is above
-    length = max_length or before.get("max_length") or RunSettings.max_length
+    how = {
+        "max_length": max_length or before.get("max_length") or usual_length(data.validation),
+        "loss_on": before.get("loss_on", RunSettings.loss_on),
+    }
+    if task.is_chat:
+        give_template(tokenizer, None, how["loss_on"])
     with tempfile.TemporaryDirectory() as scratch:  # the Trainer wants a folder of its own
-        settings = RunSettings(
-            model=str(folder), output=Path(scratch), method="full", max_length=length
-        )
+        settings = RunSettings(model=str(folder), output=Path(scratch), method="full", **how)
         rows = tokenize(settings, task, longest_input(trained), tokenizer)
         trainer, _ = build_trainer(settings, task, rows, trained, tokenizer)
         return _evaluate(settings, trainer, task, rows, tokenizer)
@@ -199,9 +218,8 @@ def evaluate_base(settings: RunSettings) -> dict[str, float]:
         ValueError, FileNotFoundError: the model or the data is of no use.
     """
     settings = check(settings)
-    task, tokenizer = load_task(settings), runs.load_tokenizer(settings.model)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    task = load_task(settings)
+    tokenizer = load_tokenizer(settings, task)
     model = load_base(settings, task, tokenizer.pad_token_id).model
     with tempfile.TemporaryDirectory() as scratch:  # the Trainer wants a folder of its own
         settings = replace(settings, output=Path(scratch))
@@ -293,11 +311,16 @@ def _history(log: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
                 "epoch": row["epoch"],
                 "step": row["step"],
                 "train_loss": sum(losses) / len(losses) if losses else None,
-                **{k: v for k, v in row.items() if k.startswith("eval_") and "_per_" not in k},
+                **{k: v for k, v in row.items() if k.startswith("eval_") and not _is_of_speed(k)},
             }
         )
         begun = row["step"]
     return {"steps": steps, "epochs": epochs}
+
+
+def _is_of_speed(name: str) -> bool:
+    """Whether a metric tells of the process, not of the model: TRL counts a process's tokens."""
+    return "_per_" in name or name == "eval_num_tokens"
 
 
 def _peak_memory_mib() -> float:

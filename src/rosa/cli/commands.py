@@ -86,7 +86,8 @@ Recipe = Annotated[
 # What all cells of a comparison share; any other setting of a run is given with its method's name.
 SHARED = (
     *("model", "output", "train", "validation", "task", "data", "text_column", "label_column"),
-    *("limit_train", "limit_test", "max_length", "group_by_length", "resample_every"),
+    *("chat_template", "loss_on", "packing", "limit_train", "limit_test", "max_length"),
+    *("group_by_length", "resample_every"),
     *("target_modules", "target_parameters", "epochs", "steps", "batch_size", "eval_batch_size"),
     *(
         "gradient_accumulation",
@@ -124,6 +125,11 @@ def train(
     A decoder on JSON lines with a prompt and a completion:
 
         rosa train --model gpt2 --train pairs.jsonl --output runs/pairs
+
+    A chat model on JSON lines of messages with role and content:
+
+        rosa train --model HuggingFaceTB/SmolLM2-135M-Instruct --train chats.jsonl
+        --target-modules all-linear --output runs/chats
     """
     from rosa.bench.report.tables import metrics_table
     from rosa.bench.training import train as run
