@@ -537,6 +537,21 @@ def test_a_training_that_diverges_says_so(basics, tmp_path, capsys, accumulation
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 
+@pytest.mark.parametrize("method", ["rosa", "full"])
+def test_layers_computed_again_learn_the_same(decoder, tmp_path, method):
+    (tmp_path / "t.jsonl").write_text(
+        "".join(json.dumps({"text": review(True)}) + "\n" for _ in "a" * 40)
+    )
+    how = ["train", "--model", decoder, "--train", tmp_path / "t.jsonl", *QUICK, "--method", method]
+    how += ["--rank", 2] if method == "rosa" and "--rank" not in QUICK else []
+    losses = []
+    for more in ([], ["--gradient-checkpointing"]):
+        out = tmp_path / f"run{len(more)}"
+        run(*how, "--output", out, *more)
+        losses.append(json.loads((out / "metrics.json").read_text())["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 @pytest.mark.parametrize("method", ["rosa", "full", "lora"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_text_of_nan_is_placed_and_its_steps_are_skipped_by_choice(

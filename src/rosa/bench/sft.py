@@ -60,7 +60,7 @@ _FUSED = {"fused_lm_head": True}
 def arguments(packing: bool, **given: Any) -> SFTConfig:
     """The Trainer's arguments, for rows that are ready as they are."""
     ready = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
-    return SFTConfig(gradient_checkpointing=False, padding_free=packing, **ready, **given)
+    return SFTConfig(padding_free=packing, **ready, **given)
 
 
 def collator(tokenizer: Any, packing: bool) -> Any:
