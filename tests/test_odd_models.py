@@ -691,7 +691,7 @@ def test_a_model_that_reads_weights_is_not_exported_to_lora_unseen(tmp_path, tra
     assert torch.equal(torch.get_rng_state(), state)
     monkeypatch.setattr(LlamaMLP, "forward", _reads)
     reading = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "adapter"))
-    with pytest.raises(ExportError, match="reads the weight of .*gate_proj"):
+    with pytest.raises(ExportError, match=r"reads the weight of .*gate_proj"):
         export_lora(reading, tmp_path / "reads")
 
 
