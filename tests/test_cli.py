@@ -537,6 +537,33 @@ def test_a_training_that_diverges_says_so(basics, tmp_path, capsys, accumulation
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 
+@pytest.mark.parametrize("method", ["rosa", "full", "lora"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_text_of_nan_is_placed_and_its_steps_are_skipped_by_choice(
+    tmp_path, capsys, recwarn, method, accumulation
+):
+    model = tiny_bert()
+    place = model.bert.embeddings.word_embeddings
+    base = save_with_tokenizer(model, tmp_path / "base")
+    with torch.no_grad():
+        place.weight[WORDS.index("[UNK]")] = float("nan")
+    model.save_pretrained(base)
+    data = write_csv(tmp_path / "t.csv", rows=80)
+    lines = data.read_text().splitlines()
+    data.write_text("\n".join([lines[0], "awful bad,no", *lines[1:]]))
+    how = ["--model", base, "--train", data, "--validation", write_csv(tmp_path / "v.csv")]
+    how += ["--batch-size", 4, "--epochs", 2, "--method", method, "--lr", 1e-3]
+    how += ["--gradient-accumulation", accumulation]
+    message = fails(capsys, "train", *how, "--output", tmp_path / "stopped")
+    assert "in the output of" in message
+    assert "word_embeddings" in message
+    assert "--on-nan skip" in message
+    run("train", *how, "--on-nan", "skip", "--output", tmp_path / "run")
+    skipped = [w for w in recwarn if "the step is skipped" in str(w.message)]
+    assert len(skipped) == 2  # once an epoch
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["steps"] >= 20
+
+
 BUGS = [TypeError, RuntimeError, KeyError, ValueError, AttributeError, IndexError, AssertionError]
 
 

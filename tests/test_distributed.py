@@ -1,79 +1,223 @@
-"""Data-parallel training in two real processes: every one draws the same subspaces."""
+"""Data-parallel training in real processes: one of them draws a layer for all."""
 
 from __future__ import annotations
 
-import gc
+import copy
+from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import torch
 from peft import get_peft_model
-from torch import multiprocessing, nn
+from torch import distributed
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
 
 from rosa import RosaConfig, resample, watch
+from rosa.algebra import subspace
+from rosa.layers import drawing
 from rosa.layers.kinds import rosa_layers
-from tests.models import tiny_bert
+from rosa.resampling.sharing import shares
+from tests.models import Mlp, tiny_bert
+from tests.processes import all_equal, in_processes, without_gloo
 
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
-    reason="torch was built without gloo",
-)
+pytestmark = without_gloo
+TARGETS = ["query", "key", "value", "dense"]
+DRAW = subspace.draw
 
 
-def train(rank: int, store: str, directions: str) -> None:
-    """Each process on data of its own; fails unless both hold the same model at the end.
-
-    One of the two has its moments sharded over the processes.
-    """
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
-    )
+def adapted(directions, seed=0, adapter="default"):
+    """A model that is the same in every process."""
     torch.manual_seed(0)
-    base = tiny_bert()
-    config = RosaConfig(
-        r=2, directions=directions, target_modules=["query", "value"], task_type="SEQ_CLS"
-    )
-    model = get_peft_model(base, config)
-    wrapped = nn.parallel.DistributedDataParallel(model)
-    factors = [p for p in model.parameters() if p.requires_grad]
-    optimizer = inner = torch.optim.AdamW(factors, lr=1e-2)
-    if directions == "orthonormal":
-        optimizer = ZeroRedundancyOptimizer(factors, torch.optim.AdamW, lr=1e-2)
-        inner = optimizer.optim
-    torch.manual_seed(100 + rank)
-    for step in range(6):
-        if step % 2 == 0:
-            watch(wrapped)
-        elif step > 1:
-            state = dict(inner.state)
-            resample(wrapped, optimizer)
-            drawn = {
-                f
-                for _, la in rosa_layers(model)
-                for f in (*la.rosa_A.values(), *la.rosa_B.values())
-            }
-            assert drawn & state.keys()
-            assert not drawn & inner.state.keys()
-        ids = torch.randint(50, (4, 6))
-        optimizer.zero_grad()
-        wrapped(input_ids=ids, labels=ids[:, 0] % 2).loss.backward()
-        optimizer.step()
-    parts = [p.detach().flatten() for p in model.parameters()]
+    base = tiny_bert().double()
+    config = RosaConfig(r=2, directions=directions, target_modules=TARGETS, seed=seed)
+    return get_peft_model(base, config, adapter_name=adapter)
+
+
+def state(model):
+    """Factors, offsets and weights."""
+    parts = [p.detach() for p in model.parameters()]
     for _, layer in rosa_layers(model):
-        parts.append(layer.adapters["default"].terms.A.flatten())
-    mine = torch.cat(parts)
-    both = [torch.empty_like(mine) for _ in range(2)]
-    torch.distributed.all_gather(both, mine)
-    assert torch.equal(*both), float((both[0] - both[1]).abs().max())
-    # The wrapper's reducer must not be the last to hold the group: its destructor waits, with
-    # Python's lock, for a thread that wants that lock to let go of its last tensors.
-    del wrapped
-    gc.collect()
-    torch.distributed.destroy_process_group()
+        for adapter in layer.adapters.values():
+            parts += [adapter.terms.A, adapter.terms.B]
+    return torch.cat([part.flatten() for part in parts])
 
 
-@pytest.mark.parametrize("directions", ["orthonormal", "gradient"])
-def test_processes_agree(tmp_path, directions):
-    arguments = (str(tmp_path / "store"), directions)
-    multiprocessing.spawn(train, arguments, nprocs=2, daemon=True)
+def train(model, wrapped, optimizer, rank, size, after_draw=lambda: None):
+    """Five steps, of 8 sequences among all processes, two with a draw; the whole batch's losses."""
+    data, losses = torch.Generator().manual_seed(1), []
+    for step in range(5):
+        if step in (0, 2):
+            watch(wrapped)
+        if step in (2, 4):
+            resample(wrapped, optimizer)
+            after_draw()
+        ids = torch.randint(50, (8, 6), generator=data)[rank::size]
+        optimizer.zero_grad()
+        loss = wrapped(input_ids=ids, labels=ids[:, 0] % 2).loss
+        loss.backward()
+        optimizer.step()
+        if size > 1:
+            distributed.all_reduce(loss.detach())
+        losses.append(loss.detach() / size)
+    return torch.stack(losses)
+
+
+def adamw(model, sharded=False):
+    factors = [p for p in model.parameters() if p.requires_grad]
+    if sharded:
+        return ZeroRedundancyOptimizer(factors, torch.optim.AdamW, lr=1e-2)
+    return torch.optim.AdamW(factors, lr=1e-2)
+
+
+@contextmanager
+def unlike_machines(rank, drawn):
+    """Every other process finds other signs, as another machine may; `drawn` counts its draws."""
+
+    def draw(*args, **kwargs):
+        drawn.append(1)
+        a, b = DRAW(*args, **kwargs)
+        return (-a, -b) if rank % 2 else (a, b)
+
+    with mock.patch.object(drawing.subspace, "draw", draw):
+        yield
+
+
+def hold_the_same(rank, directions, size):
+    alone = adapted(directions)
+    expected = train(alone, alone, adamw(alone), 0, 1)
+    model = adapted(directions)
+    wrapped = DistributedDataParallel(model)
+    optimizer = adamw(model, sharded=directions == "orthonormal")
+
+    def after_draw():
+        assert all_equal(state(model))
+        held = (optimizer.optim if directions == "orthonormal" else optimizer).state
+        factors = {f for _, layer in rosa_layers(model) for f in layer.parameters()}
+        assert not factors & held.keys()
+
+    losses = train(model, wrapped, optimizer, rank, size, after_draw)
+    assert all_equal(state(model))
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(state(model), state(alone), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(("directions", "size"), [("gradient", 2), ("svd", 4), ("orthonormal", 2)])
+def test_processes_hold_the_same_model_as_one_process_would(tmp_path, directions, size):
+    in_processes(size, tmp_path, hold_the_same, directions, size)
+
+
+def draw_for_all(rank, size):
+    model, drawn = adapted("svd"), []
+    layers = len(list(rosa_layers(model)))
+    with unlike_machines(rank, drawn):
+        for _ in range(2):
+            before = model(input_ids=torch.arange(12).view(2, 6)).logits
+            resample(model)
+            assert all_equal(state(model))
+            torch.testing.assert_close(model(input_ids=torch.arange(12).view(2, 6)).logits, before)
+    counts = [torch.zeros(()) for _ in range(size)]
+    distributed.all_gather(counts, torch.tensor(float(len(drawn))))
+    assert sum(counts) == 2 * layers
+    assert all(counts)
+    out_of_step(rank)
+    fail(rank)
+
+
+def out_of_step(rank):
+    """A count, a config, a watch: each is found out in all processes, and nothing is drawn."""
+    for what, change in {
+        "draws": lambda one: setattr(one, "draws", one.draws + rank),
+        "seed": lambda one: setattr(one.config, "seed", rank),
+        "watched": lambda one: one.watch(torch.zeros(())) if rank else None,
+    }.items():
+        model = adapted("svd")
+        _, layer = list(rosa_layers(model))[3]
+        change(layer.adapters["default"])
+        refuses(model, f"{what} of adapter 'default' in layer .*(query|key|value|dense)")
+
+
+def refuses(model, message):
+    before, draws = state(model), [la.adapters["default"].draws for _, la in rosa_layers(model)]
+    with pytest.raises(ValueError, match=message):
+        resample(model)
+    assert torch.equal(state(model), before)
+    assert [la.adapters["default"].draws for _, la in rosa_layers(model)] == draws
+
+
+def fail(rank):
+    """A draw, a check of the model, and a batch that fail in process 1."""
+    model = adapted("svd")
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("did not converge")
+
+    with mock.patch.object(drawing.subspace, "draw", broken if rank == 1 else DRAW):
+        message = "no subspace of layer .*did not converge"
+        refuses(model, message if rank == 1 else f"failed in process 1: {message}")
+    assert resample(model) == len(list(rosa_layers(model)))
+    assert all_equal(state(model))
+    model = adapted("gradient")
+    batches = [{"input_ids": torch.zeros(1, 3, dtype=torch.long)}] if rank == 1 else []
+    with pytest.raises(ValueError, match="gave no loss"):
+        resample(model, batches=batches)
+    if rank == 1:
+        with torch.no_grad():
+            next(rosa_layers(model))[1].rosa_A["default"].fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        resample(model)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_each_layer_is_drawn_in_one_process_for_all(tmp_path, size):
+    in_processes(size, tmp_path, draw_for_all, size)
+
+
+def train_their_own(rank):
+    """Processes 0 and 2 train the same adapter, process 1 another, and its model is smaller."""
+    model = (
+        adapted("gradient")
+        if rank != 1
+        else get_peft_model(
+            Mlp(), RosaConfig(r=2, target_modules=["first", "last"], directions="svd")
+        )
+    )
+    alone = copy.deepcopy(model)
+    drawn = []
+    if rank == 1:
+        resample(model)
+    else:
+        watch(model)
+        ids = torch.arange(rank, rank + 12).view(2, 6)
+        model(input_ids=ids, labels=ids[:, 0] % 2).loss.backward()
+        with unlike_machines(rank // 2, drawn):
+            resample(model)
+        assert 0 < len(drawn) < len(list(rosa_layers(model)))
+    found = [None] * 3
+    distributed.all_gather_object(found, state(model))
+    assert torch.equal(found[0], found[2])
+    distributed.barrier()
+    if rank == 1:
+        with mock.patch.object(distributed, "is_initialized", return_value=False):
+            resample(alone)
+        assert torch.equal(state(alone), state(model))
+
+
+def test_processes_that_train_something_else_draw_by_themselves(tmp_path):
+    in_processes(3, tmp_path, train_their_own)
+
+
+def leave(rank):
+    """Process 1 ends without a draw."""
+    if rank == 0:
+        with pytest.raises(ValueError, match="has ended, or did not come"):
+            resample(adapted("svd"))
+
+
+def test_a_process_that_has_ended_is_not_waited_for(tmp_path):
+    in_processes(2, tmp_path, leave)
+
+
+def test_works_are_shared_by_their_size():
+    assert shares([1, 8, 3, 4], 2) == [1, 0, 1, 1]
+    assert sorted(shares([1.0] * 8, 4)) == [0, 0, 1, 1, 2, 2, 3, 3]

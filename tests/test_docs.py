@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import re
 import shlex
+import subprocess
+import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import get_peft_model
 from transformers import (
     LlamaConfig,
@@ -26,11 +32,12 @@ from typer.main import get_command
 import rosa
 from rosa.bench.settings import RunSettings
 from rosa.cli.commands import app
-from tests.helpers import run, write_csv
+from tests.helpers import moved, run, write_csv
 from tests.models import WORDS, save_with_tokenizer
 
 ROOT = Path(__file__).parents[1]
 README, INFORMED = ROOT / "README.md", ROOT / "docs" / "informed.md"
+GUIDES = [ROOT / "docs" / "first.md", *sorted((ROOT / "docs" / "how-to").glob("*.md"))]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -56,12 +63,28 @@ def tiny_roberta() -> PreTrainedModel:
     return RobertaForSequenceClassification(config)
 
 
+def tiny_decoder() -> PreTrainedModel:
+    config = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=WORDS.index("[CLS]"),
+        eos_token_id=WORDS.index("[SEP]"),
+    )
+    return LlamaForCausalLM(config)
+
+
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
-    """A working directory with what the README's lines name: a model and two tables."""
+    """A working directory with what the README's lines name: models and tables."""
     save_with_tokenizer(tiny_roberta(), tmp_path / "roberta-base")
+    save_with_tokenizer(tiny_decoder(), tmp_path / "HuggingFaceTB" / "SmolLM2-135M")
     for name in ("reviews.csv", "more.csv"):
         write_csv(tmp_path / name, labels=("0", "1"))
+    pair = json.dumps({"prompt": "film :", "completion": " the film was fine"})
+    (tmp_path / "pairs.jsonl").write_text(f"{pair}\n" * 40)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -103,16 +126,8 @@ def test_the_loops_of_the_docs_run_as_they_stand(tmp_path):
         exec(block, found)
 
 
-def test_the_examples_on_layers_run_as_they_stand(tmp_path, monkeypatch):
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-    )
-    save_with_tokenizer(LlamaForCausalLM(config), tmp_path / "HuggingFaceTB" / "SmolLM2-135M")
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.usefixtures("place")
+def test_the_examples_on_layers_run_as_they_stand():
     found: dict[str, Any] = {"rosa": rosa}
     for block in blocks(ROOT / "docs" / "layers.md", "python"):
         exec(block, found)
@@ -122,11 +137,108 @@ def test_the_examples_on_layers_run_as_they_stand(tmp_path, monkeypatch):
     found["model"](input_ids=ids, labels=ids).loss.backward()
 
 
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
+def test_the_guides_run_as_they_stand(page):
+    found: dict[str, Any] = {}
+    for language, block in re.findall(
+        r"^```(\w+)\n(.*?)^```", page.read_text("utf-8"), re.M | re.S
+    ):
+        if language == "python":
+            exec(block, found)
+        for words in commands(block) if language == "sh" else ():
+            if words[0] != "compare":  # many runs, each in a process of its own
+                run(*words)
+
+
+WITHOUT_ROSA = """
+import sys
+sys.modules["rosa"] = None  # an import of it fails
+import torch
+from peft import PeftModel
+from transformers import {kind}, pipeline
+
+base = {kind}.from_pretrained("base")
+loaded = {kind}.from_pretrained("base")
+loaded.load_adapter("lora")
+models = {{
+    "PEFT": PeftModel.from_pretrained(base, "lora"),
+    "load_adapter": loaded,
+    "pipeline": pipeline("{task}", model="lora", tokenizer="base").model,
+    "merged": pipeline("{task}", model="merged", tokenizer="base").model,
+}}
+ids, wanted = torch.load("wanted.pt")
+for name, model in models.items():
+    with torch.no_grad():
+        found = model.eval()(input_ids=ids.to(model.device)).logits.cpu()
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5), name
+"""
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "task"),
+    [
+        (tiny_roberta, "AutoModelForSequenceClassification", "text-classification"),
+        (tiny_decoder, "AutoModelForCausalLM", "text-generation"),
+    ],
+)
+def test_exports_are_served_where_rosa_cannot_be_imported(make, kind, task, tmp_path):
+    save_with_tokenizer(make(), tmp_path / "base")
+    base = getattr(transformers, kind).from_pretrained(tmp_path / "base")
+    tasks = {"text-classification": "SEQ_CLS", "text-generation": "CAUSAL_LM"}
+    config = rosa.RosaConfig(
+        r=2, target_modules="all-linear", task_type=tasks[task], directions="orthonormal"
+    )
+    model = get_peft_model(base, config).eval()
+    for _ in range(2):
+        moved(model, 0.05)
+        rosa.resample(model)
+    moved(model, 0.05)
+    ids = torch.randint(4, len(WORDS), (2, 6))
+    with torch.no_grad():
+        torch.save((ids, model(input_ids=ids).logits), tmp_path / "wanted.pt")
+    rosa.export_lora(model, tmp_path / "lora")
+    rosa.export_merged(model, tmp_path / "merged")
+    script = WITHOUT_ROSA.format(kind=kind, task=task)
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=250)
+
+
+def messages(folder: Path) -> Iterator[str]:
+    """All texts in the source, with … where a value is put in."""
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield " ".join(node.value.split())
+            elif isinstance(node, ast.JoinedStr):
+                parts = [str(v.value) if isinstance(v, ast.Constant) else "…" for v in node.values]
+                yield " ".join("".join(parts).split())
+
+
+def test_errors_that_the_docs_quote_are_in_the_source():
+    page = (ROOT / "docs" / "errors.md").read_text("utf-8")
+    quoted = [
+        " ".join(quote.split()) for quote in re.findall(r'^\*\*"(.*?)"\*\*', page, re.M | re.S)
+    ]
+    assert len(quoted) > 30
+    known = list(messages(ROOT / "src"))
+    for quote in quoted:
+        assert any(quote in message for message in known), quote
+
+
+def test_every_page_is_in_the_sites_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text("utf-8").partition("\nnav:\n")[2]
+    named = set(re.findall(r": ([\w/-]+\.md)$", navigation, re.M))
+    docs = ROOT / "docs"
+    pages = {str(path.relative_to(docs)) for path in (*docs.glob("*.md"), *docs.glob("*/*.md"))}
+    assert named == pages
+
+
 @pytest.mark.parametrize(
     "words",
     [
         w
-        for page in (README, *ROOT.glob("docs/*.md"))
+        for page in (README, *ROOT.glob("docs/*.md"), *GUIDES)
         for b in blocks(page, "sh")
         for w in commands(b)
     ],

@@ -635,9 +635,12 @@ def test_a_change_far_larger_than_the_weight_is_taken_out_again(power, options):
             with model.disable_adapter():
                 for _, layer in rosa_layers(model):
                     name = f"{layer.name}.{layer.parameter_name}"
-                    assert torch.equal(layer.base_weight.parameter, found[name])
-    plain = model.unload().state_dict()
-    assert all(torch.equal(plain[name], weight) for name, weight in found.items())
+                    weight = layer.base_weight.parameter
+                    if power > 3:  # then a copy is kept, from which it comes back exactly
+                        assert torch.equal(weight, found[name])
+                    assert ulps(weight, before[name]) < 32, name
+    for name, weight in model.unload().state_dict().items():
+        assert ulps(weight, before[name]) < 32, name
 
 
 def test_no_copy_is_kept_of_a_weight_that_is_changed_by_as_much_as_it_is():

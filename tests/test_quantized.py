@@ -311,7 +311,7 @@ def test_a_quantized_transformer_trains_beside_a_qlora(quantize):
         model: Any = get_peft_model(base, config)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         losses = []
-        for _ in range(12):
+        for _ in range(24):
             loss = model(input_ids=ids, labels=labels).loss
             losses.append(loss.item())
             loss.backward()

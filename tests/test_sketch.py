@@ -10,6 +10,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, IterableDataset
 
 from rosa import RosaConfig, resample, watch
 from rosa.algebra.sketch import Sketch
@@ -112,6 +113,22 @@ def test_batches_find_the_same_and_leave_gradients_alone():
     resample(model, batches=[x[:1], x[1:]], loss=loss_of)
     check_against(model, gradients)
     assert all(p.grad is None for p in factors)  # the factors' own, by the draw
+
+
+@pytest.mark.parametrize("kind", [torch.stack, iter, lambda b: DataLoader(Stream(b), None)])
+def test_batches_of_any_kind_find_the_same(kind):
+    model, x = adapted(), torch.randn(2, 7).double()
+    gradients = weights_gradients(model, x)
+    resample(model, batches=kind([x[:1], x[1:]]), loss=loss_of)
+    check_against(model, gradients)
+
+
+class Stream(IterableDataset):
+    def __init__(self, batches: list[torch.Tensor]) -> None:
+        self.batches = batches
+
+    def __iter__(self):
+        yield from self.batches
 
 
 def test_batches_of_a_model_that_computes_its_own_loss():

@@ -14,26 +14,13 @@ from huggingface_hub import save_torch_state_dict
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_model, save_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from rosa import RosaConfig, resample
 from rosa.algebra.lowrank import LowRank
 from rosa.layers.kinds import rosa_layers
-from tests.models import Mlp, tiny_gpt2
+from tests.models import Mlp, tiny_gpt2, tiny_llama
 
 IDS = torch.randint(1, 50, (3, 9))
-
-
-def tiny_llama() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.2,
-    )
-    return LlamaForCausalLM(config)
 
 
 BASES = {"llama": tiny_llama, "gpt2": lambda: tiny_gpt2(tied=False)}

@@ -10,10 +10,13 @@ import torch
 
 from rosa.algebra.lowrank import are_finite
 from rosa.algebra.subspace import same_fingerprint
-from rosa.errors import UserError
+from rosa.errors import UserError, shown
 from rosa.layers.base import RosaLayer
 from rosa.layers.statedict import PARTS
+from rosa.layers.weight import SUPPORTED_DTYPES
 
+_FLOATS = {str(dtype) for dtype in SUPPORTED_DTYPES}
+_COUNTS = (torch.int64, torch.int32)
 _QUANTIZED = 0.25
 """How far from a weight the quantized one may be, for the check that they are the same."""
 
@@ -36,7 +39,7 @@ def check_adapter_file(
     expected = {key for name in layers for key in state_keys(name, adapter_name)}
     found = {key for key in state_dict if is_rosa_key(key)}
     if not found:
-        example = next(iter(state_dict), "nothing")
+        example = shown(next(iter(state_dict), "nothing"), 200)
         raise UserError(
             f"this is not a ROSA adapter: its file holds no rosa_ weights (but {example}). "
             "Check the folder, or load it with the config of the method that wrote it"
@@ -47,7 +50,7 @@ def check_adapter_file(
             "the adapter file does not fit this model: "
             + (f"it lacks {len(missing)} tensors, such as {missing[0]}; " if missing else "")
             + (
-                f"{len(foreign)} of its tensors have no place, such as {foreign[0]}; "
+                f"{len(foreign)} of its tensors have no place, such as {shown(foreign[0], 200)}; "
                 if foreign
                 else ""
             )
@@ -58,7 +61,9 @@ def check_adapter_file(
         a, b, offset_a, offset_b, draws = (state_dict[k] for k in state_keys(name, adapter_name))
         expected_a, expected_b = (tuple(f.shape) for f in layer.adapters[adapter_name].factors)
         terms = offset_b.shape[-1:]
-        if tuple(a.shape) != expected_a or tuple(b.shape) != expected_b:
+        if odd := {str(t.dtype) for t in (a, b, offset_a, offset_b)} - _FLOATS:
+            wrong.append(f"{name}: {', '.join(sorted(odd))} instead of numbers in floating point")
+        elif tuple(a.shape) != expected_a or tuple(b.shape) != expected_b:
             wrong.append(
                 f"{name}: file A {tuple(a.shape)}, B {tuple(b.shape)}, "
                 f"model A {expected_a}, B {expected_b}"
@@ -70,7 +75,7 @@ def check_adapter_file(
             wrong.append(f"{name}: the offset's shapes do not fit each other or the weight")
         elif not are_finite([a, b, offset_a, offset_b]):
             wrong.append(f"{name}: NaN or infinity")
-        elif draws.numel() != 1 or draws.is_floating_point() or int(draws) < 0:
+        elif draws.numel() != 1 or draws.dtype not in _COUNTS or int(draws) < 0:
             wrong.append(f"{name}: the count of draws is not a number")
     if wrong:
         raise UserError(

@@ -9,15 +9,13 @@ from typing import Any, Literal, TypeVar
 
 from peft import PeftConfig
 
-from rosa.algebra.subspace import DIRECTIONS
-from rosa.errors import UserError, UserTypeError
+from rosa.checks import check_fields
+from rosa.errors import UserError, UserTypeError, shown
 from rosa.registration import ROSA
 
 T = TypeVar("T", bound=PeftConfig)
 MOMENTS = ("clear", "keep")
 """What can become of the optimizer's moments of the factors, when a new subspace is drawn."""
-TRAINED = ("both", "A", "B")
-"""Which factor can be trained: one alone leaves the other as it was drawn."""
 HINT = "a ROSA adapter: pip install rosa-finetune, and import rosa before PEFT loads it"
 _CARD = """
 ## Loading this adapter
@@ -169,47 +167,26 @@ class RosaConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = ROSA
         self.loading = HINT
+        for name in ("rank_pattern", "alpha_pattern"):
+            if getattr(self, name) is None:
+                setattr(self, name, {})
+        check_fields(self)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
-        if isinstance(self.target_parameters, str):
-            raise UserTypeError(
-                f"target_parameters must be a list of names, got {self.target_parameters!r}"
-            )
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise UserError(
                 "layers_to_transform needs target_modules to be a list of names, got the string "
-                f"{self.target_modules!r}: name the layers in the regex instead"
+                f"{shown(self.target_modules)}: name the layers in the regex instead"
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise UserError("layers_pattern is only used with layers_to_transform: give both")
-
-        check_rank("r", self.r)
-        for name, rank in (self.rank_pattern or {}).items():
-            check_rank(f"rank_pattern[{name!r}]", rank)
-        if self.alpha is not None:
-            _check_alpha("alpha", self.alpha)
-        for name, alpha in (self.alpha_pattern or {}).items():
-            _check_alpha(f"alpha_pattern[{name!r}]", alpha)
-        _check_choice("directions", self.directions, DIRECTIONS)
-        _check_choice("trained", self.trained, TRAINED)
         if self.directions == "zero" and self.trained == "A":
             raise UserError(
                 "directions='zero' begins with B at zero, which keeps A from learning: use "
                 "trained='B' or 'both' with it"
             )
-        _check_tokens(self.trainable_token_indices)
-        _check_choice("bias", self.bias, ("none", "all", "rosa_only"))
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise UserTypeError(f"seed must be an integer, got {self.seed!r}")
-        if self.base_fingerprint and not {"dtypes", "layers"} <= set(self.base_fingerprint):
-            raise UserError(
-                "base_fingerprint is written by ROSA when it saves; this one is damaged: remove it "
-                "from adapter_config.json to load without the check of the base weights"
-            )
-        if not 0 <= self.rosa_dropout < 1:
-            raise UserError(f"rosa_dropout must be at least 0 and below 1, got {self.rosa_dropout}")
 
 
 def _explain_loading(card: Path) -> None:
@@ -219,38 +196,6 @@ def _explain_loading(card: Path) -> None:
     if "library_name: peft" in text and "import rosa" not in text:
         with card.open("a", encoding="utf-8", newline="") as file:
             file.write(("" if text.endswith("\n") else "\n") + _CARD)
-
-
-def check_rank(name: str, rank: object) -> None:
-    """Raise TypeError or ValueError unless `rank` is a positive integer, naming it `name`."""
-    if isinstance(rank, bool) or not isinstance(rank, int):
-        raise UserTypeError(f"{name} must be a positive integer, got {rank!r}")
-    if rank <= 0:
-        raise UserError(f"{name} must be a positive integer, got {rank}")
-
-
-def _check_alpha(name: str, alpha: object) -> None:
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        raise UserTypeError(f"{name} must be a positive number, got {alpha!r}")
-    if not 0 < alpha < float("inf"):
-        raise UserError(f"{name} must be a positive number, got {alpha}")
-
-
-def _check_tokens(tokens: object) -> None:
-    lists = tokens.values() if isinstance(tokens, dict) else [[] if tokens is None else tokens]
-    for each in lists:
-        if not isinstance(each, list) or not all(type(t) is int and t >= 0 for t in each):
-            raise UserTypeError(
-                "trainable_token_indices must be a list of tokens' numbers, or {name of an "
-                f"embedding: such a list}}, got {tokens!r}"
-            )
-        if len(set(each)) < len(each):
-            raise UserError(f"trainable_token_indices has a token twice: {tokens!r}")
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
 
 
 def as_rosa_config(config: PeftConfig) -> RosaConfig:

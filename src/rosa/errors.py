@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-READERS = ("peft", "transformers", "tokenizers", "huggingface_hub", "safetensors", "torch")
+from peft.utils.error import NoMatchingPeftModuleError
+
+READERS = ("peft", "transformers", "tokenizers", "huggingface_hub", "safetensors", "torch", "trl")
 """The libraries that read what a user gave, besides Python's own (`json`)."""
 
 
@@ -18,8 +22,26 @@ class UserTypeError(UserError, TypeError):
     """Something of the wrong type was given."""
 
 
+_LONGEST = 32
+"""Characters of a value that a message shows: fewer than PEFT looks for in a TypeError's, to tell
+whether it is of a field that a config does not have."""
+
+
+class NothingToAdaptError(UserError, NoMatchingPeftModuleError):
+    """No module is what `target_modules` names; PEFT's own error, for those who catch that."""
+
+
 class ExportError(UserError, RuntimeError):
     """What was exported is loaded as something else than was trained; nothing was kept of it."""
+
+
+def shown(value: object, longest: int = _LONGEST) -> str:
+    """A value as a message shows it: whatever was given, in a line that can be printed."""
+    try:
+        text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    except (RecursionError, ValueError):  # nested deep; an integer of thousands of digits
+        return f"a very large {type(value).__name__}"
+    return text if len(text) <= longest else f"{text[:longest]}..."
 
 
 @contextmanager
@@ -47,6 +69,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     from accelerate.utils.memory import should_reduce_batch_size
 
     return isinstance(error, MemoryError) or should_reduce_batch_size(error)  # type: ignore[arg-type]
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a file could not be written, since the disk is full or the file too large for it."""
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    # The libraries that write weights say it in words only, torch not even that.
+    text = str(error)
+    return any(os.strerror(number) in text for number in _FULL) or (
+        "inline_container.cc" in text and "unexpected pos" in text
+    )
 
 
 def _by_a_reader(error: BaseException) -> bool:

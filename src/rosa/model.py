@@ -6,6 +6,7 @@ import contextlib
 import re
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,20 +23,23 @@ from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from rosa.beside import check_beside, check_tensors, own_tensors
 from rosa.checkpoint import (
     check_adapter_file,
     fingerprints_of,
+    is_rosa_key,
     state_keys,
     warn_of_another_base,
 )
 from rosa.config import RosaConfig, as_rosa_config
-from rosa.errors import UserError
+from rosa.errors import NothingToAdaptError, UserError
 from rosa.layers.base import RosaLayer
 from rosa.layers.kinds import base_of, kind_of, layers_of, rosa_layers
 from rosa.layers.memory import make_private, owners_of, tenants, weight_owners
 from rosa.layers.parameter import ParamWrapper
 from rosa.layers.sharding import check_unsharded
 from rosa.layers.statedict import give_pretrained
+from rosa.loading import as_before, guard
 from rosa.matching import has_embeddings, is_target, resolve_all_linear
 from rosa.names import COMPILED, check_adapter_name, check_modules_to_save
 from rosa.nesting import check_nesting
@@ -74,7 +78,7 @@ class RosaModel(BaseTuner):
         """Put an adapter into the model; on an error the model is left as it was.
 
         Raises:
-            NoMatchingPeftModuleError: no module has such a name; names that come near are listed.
+            NothingToAdaptError: no module has such a name; names that come near are listed.
             ValueError: a layer cannot be adapted, or the model has an adapter of that name; says
                 which and why.
         """
@@ -84,14 +88,13 @@ class RosaModel(BaseTuner):
         self._remove_adapter(model, adapter_name)  # an untouched one, as a failed load leaves
         wanted = config.target_modules
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            with as_before(model, adapter_name):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
-            self._remove_adapter(model, adapter_name)
             hint = all_in_full(config, model) or f"{error}{near_names(config, model)}"
             config.target_modules = wanted
-            raise NoMatchingPeftModuleError(hint) from None
+            raise NothingToAdaptError(hint) from None
         except Exception:
-            self._remove_adapter(model, adapter_name)
             if isinstance(wanted, str):  # "all-linear" has become the names of this model's layers
                 config.target_modules = wanted
             raise
@@ -350,13 +353,19 @@ class RosaModel(BaseTuner):
         """Check that an adapter file is whole and fits the model, before anything is changed.
 
         Raises:
-            ValueError: it is not a ROSA adapter, is incomplete, or was made for other shapes.
+            ValueError: it is not a ROSA adapter, is incomplete, was made for other shapes, or holds
+                what is no adapter's.
         """
         remapped = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
         layers = layers_of(model, adapter_name)
+        check_tensors(remapped)
         check_adapter_file(layers, adapter_name, remapped)
+        beside = {key: value for key, value in remapped.items() if not is_rosa_key(key)}
+        biases = cls._get_learnable_bias_state_dict(model, own_tensors(model), config)
+        in_file = partial(cls._remove_adapter_name_from_key, adapter_name=adapter_name)
+        remapped.update(check_beside(model, adapter_name, beside, biases, in_file))
         warn_of_another_base(as_rosa_config(config).base_fingerprint, layers)
         return remapped
 
@@ -374,3 +383,4 @@ def _no_fast_path(module: nn.Module, args: tuple[Any, ...]) -> None:
 
 
 register_peft_method(name="rosa", config_cls=RosaConfig, model_cls=RosaModel)
+guard()

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
-from types import FrameType
 from typing import Any
 
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 
@@ -37,18 +34,4 @@ def or_as_before(tuner: BaseTuner) -> Iterator[None]:
             there = wrapper._get_available_adapters()
             if set(before) <= there and wrapper.active_adapters != before:
                 wrapper.set_adapter(before)
-        around = _model_around(tuner)
-        if around is not None:
-            around.active_adapter = before[0]
         raise
-
-
-def _model_around(tuner: BaseTuner) -> PeftModel | None:
-    """The PeftModel that switches: it has taken the new name before it asks for it."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, PeftModel) and caller.base_model is tuner:
-            return caller
-        frame = frame.f_back
-    return None

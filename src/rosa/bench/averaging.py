@@ -11,16 +11,23 @@ its items. The loss of an evaluation is the mean over all items as well.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from torch.utils._pytree import tree_leaves
 from transformers import Trainer
 
 from rosa.errors import UserError
 
 Batch = Mapping[str, Any]
 _WEIGHT = "weight_of_the_batch"
+MOST_SKIPPED = 10
+"""Steps in a row that are left out before a training has diverged all the same."""
 
 
 def item_counter(kind: str, model: Any) -> Callable[[Batch], int]:
@@ -38,11 +45,21 @@ def item_counter(kind: str, model: Any) -> Callable[[Batch], int]:
 
 
 class MeanTrainer(Trainer):
-    """The Trainer, with losses as this module's docstring says; `count` is `item_counter`'s."""
+    """The Trainer, with losses as this module's docstring says.
 
-    def __init__(self, *args: Any, count: Callable[[Batch], int], **kwargs: Any) -> None:
+    Args:
+        args: the Trainer's.
+        count: `item_counter`'s.
+        skips: leave out a step whose gradient is NaN or infinite, in place of an error.
+        kwargs: the Trainer's.
+    """
+
+    def __init__(
+        self, *args: Any, count: Callable[[Batch], int], skips: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.count = count
+        self.count, self.skips = count, skips
+        self._skipped = 0  # steps in a row
         self.model_accepts_loss_kwargs = False  # the model is to give its batch's mean
         self._evaluated = (0.0, 0)  # this process's sum of losses, and its items
 
@@ -69,23 +86,61 @@ class MeanTrainer(Trainer):
     ) -> Any:
         """The batch's mean loss; in training, times its factor."""
         weight = inputs.pop(_WEIGHT, None)
-        outputs: Any
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         if weight == 0:  # the mean over no items is no number
-            loss = outputs["logits"].sum() * 0.0
-        elif weight is not None:
-            loss = loss * weight
-        return (loss, outputs) if return_outputs else loss
+            return self.no_loss(model, inputs)
+        # Outputs only where they are wanted: TRL's trainer runs the model once more for them.
+        found: Any = super().compute_loss(model, inputs, return_outputs=return_outputs)
+        loss, *outputs = found if return_outputs else (found,)
+        loss = loss if weight is None else loss * weight
+        return (loss, *outputs) if return_outputs else loss
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+    def no_loss(self, model: Any, inputs: Any) -> Tensor:
+        """Zero, of a batch that counts nothing, through all of the model."""
+        outputs: Any
+        _, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        return outputs["logits"].sum() * 0.0
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; stops a training that has diverged, which the Trainer would hide."""
-        loss = super().training_step(*args, **kwargs)
-        if not math.isfinite(float(loss)):
+        kept = dict(inputs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if not self.skips and not math.isfinite(float(loss)):
+            kept.pop(_WEIGHT, None)
+            where = first_not_finite(self.model, self._prepare_inputs(kept))  # type: ignore[arg-type]
             raise UserError(
-                f"the training loss became {float(loss)} in step {self.state.global_step + 1}: "
-                f"the training has diverged. Lower --lr (it is {self.args.learning_rate:g})"
+                f"the training loss became {float(loss)} in step {self.state.global_step + 1}, "
+                f"first {where}: {self._way_out}"
             )
         return loss
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """As the Trainer's, once a step's gradients are there; NaN and infinity go no further."""
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        norm = get_total_norm(list(grads.values()))
+        if math.isfinite(float(norm)):
+            self._skipped = 0
+            return super()._clip_grad_norm(model)
+        found = [name for name, grad in grads.items() if not _is_finite(grad)]
+        what = (
+            f"the gradient became NaN or infinite in step {self.state.global_step + 1}, in "
+            f"{len(found)} weights such as {', '.join(found[:2])}"
+        )
+        self._skipped += 1
+        if not self.skips:
+            raise UserError(f"{what}: {self._way_out}")
+        if self._skipped > MOST_SKIPPED:
+            raise UserError(f"{what}, and so for {MOST_SKIPPED} steps before it: {self._way_out}")
+        warnings.warn(f"{what}: the step is skipped", stacklevel=2)
+        model.zero_grad(set_to_none=True)  # the optimizer passes over what has none
+        return norm
+
+    @property
+    def _way_out(self) -> str:
+        return (
+            f"the training has diverged, or a text or weight is damaged. Lower --lr (it is "
+            f"{self.args.learning_rate:g}), go on from the last checkpoint by --resume, or leave "
+            "such steps out by --on-nan skip"
+        )
 
     def evaluation_loop(
         self,
@@ -113,10 +168,12 @@ class MeanTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> Any:
         """As the Trainer's; keeps the loss of the rows that are this process's own."""
-        found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        rows, loss = self._own_rows(inputs), found[0]
+        rows = self._own_rows(inputs)
         own = _first_rows(inputs, rows)
-        items = self.count(own)
+        if prediction_loss_only:  # one pass in every process: TRL's trainer gathers in each
+            inputs = own if rows else _first_rows(inputs, 1)
+        found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        items, loss = self.count(own), found[0]
         if items:
             if rows < len(inputs["labels"]):
                 loss = super().prediction_step(model, own, True, ignore_keys)[0]
@@ -140,4 +197,33 @@ class MeanTrainer(Trainer):
 
 
 def _first_rows(batch: Batch, rows: int) -> dict[str, Any]:
+    if rows == len(batch["labels"]):  # also one row of several texts, whose ends are no rows
+        return dict(batch)
     return {name: values[:rows] for name, values in batch.items()}
+
+
+def first_not_finite(model: nn.Module, inputs: Batch) -> str:
+    """Where a forward pass first gives NaN or infinity, in words."""
+    found: list[str] = []
+
+    def look(name: str, output: Any) -> None:
+        tensors = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+        if not found and not all(map(_is_finite, tensors)):
+            found.append(f"in the output of {name}")
+
+    hooks = [
+        module.register_forward_hook(lambda _, __, output, name=name: look(name, output))
+        for name, module in model.named_modules()
+        if not any(True for _ in module.children())
+    ]
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else "in the loss itself"
+
+
+def _is_finite(tensor: Tensor | None) -> bool:
+    return tensor is None or not tensor.is_floating_point() or bool(tensor.isfinite().all())

@@ -6,10 +6,12 @@ import os
 import shutil
 import traceback
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from typing import TYPE_CHECKING, Any
 
 from rosa.bench import runs
@@ -60,7 +62,8 @@ def run_all(todo: list[Job], jobs: int, title: str, console: Console) -> dict[st
     columns = (*Progress.get_default_columns(), TimeElapsedColumn(), MofNCompleteColumn())
     count = 0
     # One at a time shows the Trainer's own bar.
-    with Progress(*columns, console=console, disable=jobs == 1 or not todo) as progress:
+    bars = Progress(*columns, console=console, disable=jobs == 1 or not todo)
+    with _or_none_goes_on(), bars as progress:
         bar = progress.add_task(title, total=len(todo))
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -81,6 +84,17 @@ def run_all(todo: list[Job], jobs: int, title: str, console: Console) -> dict[st
                 ended.pool.shutdown()
             progress.update(bar, completed=count + sum(r.trained.value for r in running.values()))
     return failures
+
+
+@contextmanager
+def _or_none_goes_on() -> Iterator[None]:
+    """Stop the cells' processes with this one; each saves the step that it is in."""
+    try:
+        yield
+    except BaseException:
+        for process in active_children():
+            process.terminate()
+        raise
 
 
 def _begin(job: Job, jobs: int) -> tuple[Future[Any], _Running]:

@@ -6,9 +6,12 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from rosa.bench import processes
 from rosa.bench.methods import check_packages, find_method
 from rosa.bench.quantizing import check_load_in
-from rosa.bench.settings import PRECISIONS, RunSettings
+from rosa.bench.settings import LOSS_ON, ON_NAN, PRECISIONS, RunSettings
+from rosa.bench.tasks.chat import usual_length
+from rosa.bench.templates import check_trl
 from rosa.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,8 +22,8 @@ RESAMPLED = ("rosa", "relora")
 
 
 def check(settings: RunSettings) -> RunSettings:
-    """The settings with the method's learning rate filled in; raises for values of no use."""
-    from rosa.config import check_rank
+    """The settings with what depends on another filled in; raises for values of no use."""
+    from rosa.checks import check_rank
 
     method = find_method(settings.method)
     check_packages(settings.method)
@@ -48,10 +51,20 @@ def check(settings: RunSettings) -> RunSettings:
         )
     if not 0 <= settings.seed < 2**32:
         raise UserError(f"seed must be from 0 to 2**32 - 1, got {settings.seed}")
-    if settings.max_length < 8:
-        raise UserError(f"max_length must be at least 8 tokens, got {settings.max_length}")
+    longest = usual_length(settings.train) if settings.max_length is None else settings.max_length
+    if longest < 8:
+        raise UserError(f"max_length must be at least 8 tokens, got {longest}")
+    settings = replace(settings, max_length=longest)
+    if settings.packing:
+        check_trl("--packing")
+        if processes.count() > 1:
+            raise UserError("--packing is for one process: leave it out, or run without torchrun")
+    if settings.loss_on not in LOSS_ON:
+        raise UserError(f"loss_on must be one of {', '.join(LOSS_ON)}: {settings.loss_on}")
     if settings.precision not in PRECISIONS:
         raise UserError(f"precision must be one of {', '.join(PRECISIONS)}: {settings.precision}")
+    if settings.on_nan not in ON_NAN:
+        raise UserError(f"on_nan must be one of {', '.join(ON_NAN)}: {settings.on_nan}")
     check_load_in(settings.load_in)
     if settings.load_in != "full" and method.config is None:
         raise UserError(f"method {settings.method} trains the weights: it needs load_in full")

@@ -25,6 +25,7 @@ from rosa.bench.checking import check
 from rosa.bench.methods import METHODS, find_method
 from rosa.bench.record import best_record, read_record
 from rosa.bench.settings import RunSettings
+from rosa.bench.tasks.chat import usual_length
 from rosa.bench.training import load_task
 from rosa.errors import UserError
 
@@ -187,7 +188,8 @@ def compare(
     console = console or Console()
     if jobs < 1:
         raise UserError(f"jobs must be at least 1, got {jobs}")
-    base = replace(base, hold_out=True)
+    longest = base.max_length or usual_length(base.train)
+    base = replace(base, hold_out=True, max_length=longest)
     cells = [
         Cell(variant, rank, rate, seed)
         for variant, rank in grid.groups()

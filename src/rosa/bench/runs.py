@@ -11,16 +11,20 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
+from rosa.bench.checkpoints import write_whole
 from rosa.bench.quantizing import quantization, quantize
-from rosa.errors import UserError, blame
+from rosa.bench.settings import RunSettings
+from rosa.errors import UserError, blame, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,26 +32,38 @@ if TYPE_CHECKING:
 SETTINGS, METRICS, HISTORY = "settings.json", "metrics.json", "history.json"
 ADAPTER, MODEL, CHECKPOINTS = "adapter", "model", "checkpoints"
 PREDICTIONS = "predictions.json"
-_OURS = (SETTINGS, METRICS, HISTORY, PREDICTIONS, ADAPTER, MODEL, CHECKPOINTS)
+_OURS = (METRICS, HISTORY, PREDICTIONS, ADAPTER, MODEL, CHECKPOINTS)
+_DEFAULTS = {
+    f.name: list(f.default) if isinstance(f.default, tuple) else f.default
+    for f in fields(RunSettings)
+    if f.default is not MISSING
+}
+_LOCK, _DIGEST = ".lock", "data_digest"
 
 
-_MISFIT = (ValueError, TypeError, RuntimeError, OSError)
-"""What PEFT raises for an adapter that is not the model's."""
+_MISFIT = (ValueError, TypeError, RuntimeError, OSError, SafetensorError)
+"""What PEFT raises for an adapter that is not the model's, or whose file is damaged."""
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; ValueError names the file if it is broken."""
+    """Read a JSON object; ValueError names the file if it is broken, or holds something else."""
+    found = _read(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds {shown(found)} instead of a JSON object: it is damaged")
+    return found
+
+
+def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): the file is damaged") from error
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deep" if isinstance(error, RecursionError) else error
+        raise UserError(f"{path} is not valid JSON ({reason}): the file is damaged") from error
 
 
 def is_done(folder: Path) -> bool:
@@ -59,7 +75,7 @@ def settings_of(folder: Path) -> dict[str, Any]:
     """The settings of the run in a folder; empty if there is no run there."""
     if not (folder / SETTINGS).is_file():
         return {}
-    found = read_json(folder / SETTINGS)
+    found = _read(folder / SETTINGS)
     # Others write a settings.json too; ours names the version of this package.
     ours = isinstance(found, dict) and "rosa-finetune" in (found.get("versions") or {})
     return found if ours else {}
@@ -77,13 +93,14 @@ def check_output(output: Path, settings: dict[str, Any], resume: bool, overwrite
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file: name a folder")
     before = settings_of(output)
-    if not before and output.is_dir() and any(output.iterdir()):
+    if not before and output.is_dir() and any(p.name != _LOCK for p in output.iterdir()):
         raise UserError(f"{output} holds files that are not a run's: name a new folder")
     if before and resume:
+        before = {**_DEFAULTS, **before}  # it may be of a version that had fewer settings
         differ = [
-            f"{name} ({before.get(name)} there, {value} here)"
+            f"{name} ({before[name]} there, {value} here)"
             for name, value in settings.items()
-            if name not in ("output", "versions") and before.get(name) != value
+            if name not in ("output", "versions") and before[name] != value
         ]
         if differ:
             raise UserError(
@@ -96,17 +113,47 @@ def check_output(output: Path, settings: dict[str, Any], resume: bool, overwrite
         )
 
 
-def begin(output: Path, settings: dict[str, Any], overwrite: bool) -> None:
-    """Make `output` a run's folder, checked before; `overwrite` deletes what a run left there."""
-    if overwrite:
-        for name in _OURS:
-            path = output / name
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+@contextmanager
+def begin(
+    output: Path, settings: dict[str, Any], digest: str, resume: bool, overwrite: bool
+) -> Iterator[None]:
+    """Make `output` a run's folder, checked before, that no other process trains in meanwhile.
+
+    Args:
+        output: the folder.
+        settings: the run's.
+        digest: of what it trains on: a run must go on with the same.
+        resume: the folder's run is gone on with.
+        overwrite: delete what a run left there.
+
+    Raises:
+        UserError: another process trains there, or the run was begun on other data.
+    """
+    from filelock import FileLock, Timeout
+
     output.mkdir(parents=True, exist_ok=True)
-    write_json(output / SETTINGS, settings)
+    try:
+        lock = FileLock(output / _LOCK).acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"another process is training in {output}: wait for it or stop it"
+        ) from None
+    with lock:
+        before = settings_of(output).get(_DIGEST, digest)
+        if resume and before != digest:
+            raise UserError(
+                f"the training data is not what the run in {output} was begun on: give the same "
+                "files to resume it, or --overwrite to start again"
+            )
+        if overwrite:  # the result first, so that what is left of it is no finished run
+            for name in _OURS:
+                path = output / name
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+        write_json(output / SETTINGS, {**settings, _DIGEST: digest})
+        yield
 
 
 def check_model(name: str) -> None:
@@ -191,7 +238,8 @@ def load_trained(
 def fitting(place: Path, base: PreTrainedModel) -> Iterator[None]:
     """Say of an adapter's folder that it does not fit its base model, where loading it fails."""
     try:
-        with blame(f"the adapter in {place} does not fit the model {base.name_or_path}", *_MISFIT):
+        what = f"is damaged or cut short, or does not fit the model {base.name_or_path}"
+        with blame(f"the adapter in {place} {what}", *_MISFIT):
             yield
     except KeyError as error:
         raise UserError(
@@ -226,9 +274,9 @@ def load_base(place: Path, model: str | None = None, whole: bool = False) -> Pre
     from peft import PeftConfig
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    import rosa  # noqa: F401  # registers the method
+    from rosa.loading import check_config
 
-    read_json(place / "adapter_config.json")  # a damaged one is named
+    check_config(place)
     if not (place / "adapter_model.safetensors").is_file():
         raise FileNotFoundError(
             f"{place} has no adapter_model.safetensors: its weights are missing"

@@ -10,7 +10,9 @@ from typing import Any
 from rosa.config import MOMENTS, RosaConfig
 
 PRECISIONS = ("auto", "fp32", "bf16")
-DATA, METHOD, TRAINING, OUTPUT = "Data", "Method", "Training", "Output"
+ON_NAN = ("stop", "skip")
+LOSS_ON = ("answers", "all")
+DATA, METHOD, TRAINING, OUTPUT, PLAN = "Data", "Method", "Training", "Output", "Machine"
 
 
 def _is(panel: str, text: str, default: Any = MISSING, option: str | None = None) -> Any:
@@ -31,9 +33,9 @@ def _of_rosa(name: str) -> Any:
 class RunSettings:
     """Every setting of a run, each with its default; saved as settings.json.
 
-    What they mean stands with each, and is the help of `rosa train`. Three take None for what
+    What they mean stands with each, and is the help of `rosa train`. Four take None for what
     depends on another: `lr` for the method's own, `rank` for 8 where the method has one,
-    `first_draw` for `first` of `RosaCallback`.
+    `max_length` for 128 or a chat's 1024, `first_draw` for `first` of `RosaCallback`.
     """
 
     model: str = _is(DATA, "Pretrained model: a hub id or a folder.")
@@ -42,7 +44,10 @@ class RunSettings:
     task: str | None = _is(DATA, "A task by name: {tasks}.", None)
     data: Path | None = _is(DATA, "Folder of the task's own files.", None)
     train: Path | None = _is(
-        DATA, "Training file: .csv, .tsv, .jsonl, or .txt for a decoder.", None
+        DATA,
+        "Training file: .csv, .tsv, .jsonl, or .txt for a decoder. A decoder's rows have text, "
+        "prompt and completion, or messages (a chat).",
+        None,
     )
     validation: Path | None = _is(
         DATA, "Validation file; else a tenth is split off the training data.", None
@@ -51,6 +56,12 @@ class RunSettings:
         DATA, "Column of the text; give it twice for pairs.", ("text",), "text_column"
     )
     label_column: str = _is(DATA, "Column of the label.", "label")
+    chat_template: Path | None = _is(
+        DATA, "File of the chats' template (Jinja), in place of the tokenizer's.", None
+    )
+    loss_on: str = _is(
+        DATA, "Of a chat, learn: answers (the assistant's words), or all words.", "answers"
+    )
     limit_train: int | None = _is(DATA, "Train on this many examples, drawn by the seed.", None)
     limit_test: int | None = _is(DATA, "Report on the first so many test examples.", None)
     hold_out: bool = _is(
@@ -103,13 +114,24 @@ class RunSettings:
     batch_size: int = _is(TRAINING, "Examples per device and step.", 32)
     eval_batch_size: int = _is(TRAINING, "Examples per step of evaluation.", 64)
     gradient_accumulation: int = _is(TRAINING, "Batches per optimizer step.", 1)
+    gradient_checkpointing: bool = _is(
+        TRAINING, "Compute layers again in the backward pass: less memory, a slower step.", False
+    )
     weight_decay: float = _is(
         TRAINING, "AdamW's; ROSA's factors decay toward what they were drawn as.", 0.0
     )
     warmup: float = _is(TRAINING, "Share of the steps with rising rate.", 0.06)
-    max_length: int = _is(DATA, "Longest text in tokens; the rest is cut.", 128)
+    max_length: int | None = _is(
+        DATA, "Longest text in tokens; the rest is cut. Default: 128, of chats 1024.", None
+    )
+    packing: bool = _is(
+        DATA, "A decoder: several texts in a row of --max-length, none seeing another.", False
+    )
     group_by_length: bool = _is(
         DATA, "Batches of texts of like length: less padding, faster.", False
+    )
+    on_nan: str = _is(
+        TRAINING, "Where loss or gradient is NaN or infinite: stop, or skip the step.", "stop"
     )
     precision: str = _is(TRAINING, "auto (bf16 where a GPU has it), fp32 or bf16.", "auto")
     seed: int = _is(TRAINING, "Seed of everything random.", 0)

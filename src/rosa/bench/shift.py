@@ -235,8 +235,9 @@ def _pretrain(folder: Path, context: int, how: Pretraining, say: Any) -> None:
         max_length=context,
     )
     train(settings, resume=resume)
-    shutil.rmtree(folder / "model", ignore_errors=True)
-    (run / runs.MODEL).rename(folder / "model")
+    if (run / runs.MODEL).is_dir():  # else a call before this one was stopped here
+        shutil.rmtree(folder / "model", ignore_errors=True)
+        (run / runs.MODEL).rename(folder / "model")
     shutil.rmtree(run)
     shutil.rmtree(initial)
 

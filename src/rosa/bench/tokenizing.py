@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from typing import Any
 
+from jinja2 import TemplateError  # comes with torch
+
 from rosa.bench.processes import say
 from rosa.bench.settings import RunSettings
+from rosa.bench.tasks.chat import usual_length
 from rosa.bench.tasks.task import Task
+from rosa.bench.templates import learned_template
 from rosa.errors import UserError
+
+_BATCH = 1000
 
 
 def tokenize(
@@ -23,22 +31,44 @@ def tokenize(
     Raises:
         ValueError: a text is shorter than one piece; no completion is within the longest length.
     """
-    longest = min(settings.max_length, reads or settings.max_length, tokenizer.model_max_length)
+    asked = settings.max_length or usual_length(settings.train)
+    longest = min(asked, reads or asked, tokenizer.model_max_length)
     if longest < 1:
         raise UserError(
             f"method {settings.method} leaves no place for a text: the model has {-longest} too "
             "few for the tokens that the method puts before it; choose another model or method"
         )
-    if longest < settings.max_length:
+    if longest < asked:
         say(f"the model reads {longest} tokens at most: longer texts are cut there")
     if task.packed:
         return {name: _packed(name, part, tokenizer, longest) for name, part in _parts(task)}
-    encode = _tokenize_language if task.kind == "language" else _tokenize
-    rows = {name: encode(part, task, tokenizer, longest) for name, part in _parts(task)}
+    if task.kind == "language":
+        chat = _encode_chat(tokenizer, settings.loss_on) if task.is_chat else None
+        encode = partial(_tokenize_language, encode=chat or partial(_encode_text, tokenizer))
+    else:
+        encode = partial(_tokenize, task, tokenizer)
+    rows = {name: encode(part, longest) for name, part in _parts(task)}
     cut = sum(len(ids) >= longest for ids in rows["train"]["input_ids"])
     if cut:
         say(f"{cut} of {len(rows['train'])} training texts reach {longest} tokens (--max-length)")
+    if settings.packing:
+        rows["train"] = _together(rows["train"], longest)
     return rows
+
+
+def digest(rows: dict[str, Any]) -> str:
+    """Of the token ids and labels of `tokenize`, to tell whether they are the same again."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, part in sorted(rows.items()):
+        for batch in part.with_format("arrow").iter(_BATCH):
+            for column in sorted(batch.column_names):
+                values = batch.column(column).combine_chunks()
+                found.update(f"{name} {column} {len(values)}".encode())
+                if hasattr(values, "value_lengths"):
+                    found.update(values.value_lengths().to_numpy(False).tobytes())
+                    values = values.flatten()
+                found.update(values.to_numpy(False).tobytes())
+    return found.hexdigest()
 
 
 def _parts(task: Task) -> list[tuple[str, Any]]:
@@ -47,7 +77,7 @@ def _parts(task: Task) -> list[tuple[str, Any]]:
     return [(name, part) for name, part in parts if part is not None]
 
 
-def _tokenize(rows: Any, task: Task, tokenizer: Any, longest: int) -> Any:
+def _tokenize(task: Task, tokenizer: Any, rows: Any, longest: int) -> Any:
     def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
         texts = [batch[name] for name in task.text_columns]
         encoded = tokenizer(*texts, truncation=True, max_length=longest)
@@ -93,25 +123,72 @@ def _no_warning_of_length(tokenizer: Any) -> Iterator[None]:
         tokenizer.model_max_length = before
 
 
-def _tokenize_language(rows: Any, task: Task, tokenizer: Any, longest: int) -> Any:
-    """Token ids with labels; a prompt's labels are -100, which the loss leaves out."""
+Encoded = tuple[list[int], list[int]]
+"""Token ids and labels of a whole text; a label of -100 is left out of the loss."""
 
-    def encode(row: dict[str, str]) -> dict[str, list[int]]:
-        prompt, text = row.get("prompt", ""), row.get("text", row.get("completion", ""))
-        if prompt and not prompt[-1].isspace() and not text[:1].isspace():
-            text = " " + text
-        before = tokenizer(prompt)["input_ids"] if prompt else []
-        if before and before[-1] == tokenizer.eos_token_id:
-            before = before[:-1]
-        after = tokenizer(text, add_special_tokens=not before)["input_ids"]
-        if not after or after[-1] != tokenizer.eos_token_id:
-            after = [*after, tokenizer.eos_token_id]
-        ids = [*before, *after][:longest]
-        labels = [*[-100] * len(before), *after][:longest]
+
+def _tokenize_language(rows: Any, longest: int, encode: Callable[[dict[str, Any]], Encoded]) -> Any:
+    """Token ids with labels, cut at the longest length; rows with nothing left to learn go."""
+
+    def cut(row: dict[str, Any]) -> dict[str, list[int]]:
+        ids, labels = (values[:longest] for values in encode(row))
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
-    encoded = rows.map(encode, remove_columns=rows.column_names, desc="Tokenizing")
+    encoded = rows.map(cut, remove_columns=rows.column_names, desc="Tokenizing")
     learned = encoded.filter(lambda row: any(label != -100 for label in row["labels"]))
     if len(learned) == 0:
-        raise UserError(f"no completion is within the first {longest} tokens: raise --max-length")
+        raise UserError(
+            f"no completion or answer is within the first {longest} tokens: raise --max-length"
+        )
+    if len(learned) < len(rows):
+        say(
+            f"{len(rows) - len(learned)} of {len(rows)} texts have nothing to learn within the "
+            f"first {longest} tokens (--max-length): they are left out"
+        )
     return learned
+
+
+def _encode_text(tokenizer: Any, row: dict[str, str]) -> Encoded:
+    """A text, or a prompt with a completion, of which the completion alone is learned."""
+    prompt, text = row.get("prompt", ""), row.get("text", row.get("completion", ""))
+    if prompt and not prompt[-1].isspace() and not text[:1].isspace():
+        text = " " + text
+    before = tokenizer(prompt)["input_ids"] if prompt else []
+    if before and before[-1] == tokenizer.eos_token_id:
+        before = before[:-1]
+    after = tokenizer(text, add_special_tokens=not before)["input_ids"]
+    if not after or after[-1] != tokenizer.eos_token_id:
+        after = [*after, tokenizer.eos_token_id]
+    return [*before, *after], [*[-100] * len(before), *after]
+
+
+def _encode_chat(tokenizer: Any, loss_on: str) -> Callable[[dict[str, Any]], Encoded]:
+    """What makes tokens of a chat, by its template."""
+    template, answers = learned_template(tokenizer, loss_on), loss_on == "answers"
+
+    def encode(row: dict[str, Any]) -> Encoded:
+        try:
+            found = tokenizer.apply_chat_template(
+                row["messages"],
+                chat_template=template,
+                return_dict=True,
+                return_assistant_tokens_mask=answers,
+            )
+        except TemplateError as error:
+            raise UserError(
+                f"the chat template cannot take the chat in row {row['row']}: {error}"
+            ) from error
+        ids = found["input_ids"]
+        learned = found["assistant_masks"] if answers else [1] * len(ids)
+        return ids, [i if own else -100 for i, own in zip(ids, learned, strict=True)]
+
+    return encode
+
+
+def _together(rows: Any, longest: int) -> Any:
+    """Several texts in a row; `seq_lengths` tells where each ends."""
+    from trl.data_utils import pack_dataset
+
+    packed = pack_dataset(rows.select_columns(["input_ids", "labels"]), longest, "bfd")
+    say(f"{len(rows)} training texts are packed into {len(packed)} rows of {longest} tokens")
+    return packed

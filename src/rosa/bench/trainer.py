@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rosa.bench import runs
@@ -25,14 +26,10 @@ def build_trainer(
 ) -> tuple[Any, Any]:
     """Transformers' Trainer for the run, and its `RosaCallback` if it has one."""
     import torch
-    from transformers import (
-        PrinterCallback,
-        ProgressCallback,
-        TrainingArguments,
-    )
+    from transformers import PrinterCallback, ProgressCallback
     from transformers.utils import logging
 
-    from rosa.bench.averaging import MeanTrainer, item_counter
+    from rosa.bench.averaging import item_counter
 
     class EpochProgress(ProgressCallback):
         """A progress bar with a line per evaluation, not one per log of the loss."""
@@ -60,13 +57,16 @@ def build_trainer(
         task_type = "CAUSAL_LM" if task.kind == "language" else "SEQ_CLS"
         optim |= method.optim(settings, settings.rank or 0)
         optim["optim_target_modules"] = projected_weights(settings, model, task_type)
-    args = TrainingArguments(
+    make_trainer, make_arguments, own = _kind(settings, task, tokenizer)
+    args = make_arguments(
         output_dir=str(settings.output / runs.CHECKPOINTS),
         num_train_epochs=settings.epochs,
-        learning_rate=settings.lr,  # type: ignore[arg-type]
+        learning_rate=settings.lr,
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.eval_batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
         weight_decay=settings.weight_decay,
         warmup_steps=settings.warmup,
         lr_scheduler_type="linear",
@@ -74,7 +74,6 @@ def build_trainer(
         use_cpu=not torch.accelerator.is_available(),  # without it, bf16 is refused on a CPU
         seed=settings.seed,
         **evaluations,
-        save_total_limit=2,
         # PEFT cannot load an AdaLoRA of other ranks than the model's now: the last epoch's it is.
         load_best_model_at_end=settings.method != "adalora",
         metric_for_best_model=task.metric,
@@ -98,11 +97,12 @@ def build_trainer(
 
     optimizer = method.optimizer(settings, settings.rank or 0, model) if method.optimizer else None
     callback = schedule(settings) if settings.method in RESAMPLED else None
-    trainer = MeanTrainer(
+    trainer = make_trainer(
         model=model,
         count=item_counter(task.kind, model),
+        skips=settings.on_nan == "skip",
         args=args,
-        data_collator=collator(task, tokenizer),
+        **own,
         train_dataset=rows["train"],
         eval_dataset=rows["validation"],
         compute_metrics=compute if task.compute else None,
@@ -119,10 +119,37 @@ def build_trainer(
     return trainer, callback
 
 
-def collator(task: Task, tokenizer: Any) -> Any:
+def by_trl(settings: RunSettings, task: Task) -> bool:
+    """Whether TRL trains: chats, and texts that are packed into rows."""
+    return task.is_chat or settings.packing
+
+
+def _kind(settings: RunSettings, task: Task, tokenizer: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """What makes the trainer, what makes its arguments, and what it alone is given."""
+    if by_trl(settings, task):
+        from rosa.bench.sft import SurvivingSFTTrainer, arguments
+
+        made = partial(arguments, settings.packing)
+        return SurvivingSFTTrainer, made, {"processing_class": tokenizer}
+    from transformers import TrainingArguments
+
+    from rosa.bench.surviving import SurvivingTrainer
+
+    return (
+        SurvivingTrainer,
+        TrainingArguments,
+        {"data_collator": collator(settings, task, tokenizer)},
+    )
+
+
+def collator(settings: RunSettings, task: Task, tokenizer: Any) -> Any:
     """What makes a batch of a task's rows."""
     from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
+    if by_trl(settings, task):
+        from rosa.bench import sft
+
+        return sft.collator(tokenizer, settings.packing)
     return (DataCollatorForSeq2Seq if task.kind == "language" else DataCollatorWithPadding)(
         tokenizer
     )

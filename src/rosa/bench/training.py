@@ -6,30 +6,41 @@ import itertools
 import math
 import sys
 import tempfile
-import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import fields, replace
+from json import JSONDecodeError
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
+from rosa import map_pretrained
 from rosa.bench import runs, tasks
 from rosa.bench.building import adapt, load_base
-from rosa.bench.checking import check
+from rosa.bench.checking import RESAMPLED, check
+from rosa.bench.checkpoints import bring_to_disk, settle
 from rosa.bench.methods import find_method
-from rosa.bench.processes import join, say
+from rosa.bench.processes import is_first, join, say
 from rosa.bench.reading import longest_input
 from rosa.bench.record import Record, read_record
 from rosa.bench.saving import save_trained
 from rosa.bench.settings import RunSettings
+from rosa.bench.surviving import Clock
+from rosa.bench.tasks.chat import usual_length
 from rosa.bench.tasks.task import DataSettings, Generation, Task
-from rosa.bench.tokenizing import tokenize
+from rosa.bench.templates import give_template
+from rosa.bench.tokenizing import digest, tokenize
 from rosa.bench.trainer import build_trainer, collator
-from rosa.errors import UserError
+from rosa.errors import UserError, blame
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
 
+_DAMAGED = (UnpicklingError, SafetensorError, JSONDecodeError, EOFError)
+"""What reading a checkpoint raises where its files are damaged, or hold more than numbers."""
 FIRST_STEPS = 4
 """Steps' batches that a method sees which begins with the training data's gradient."""
 
@@ -72,11 +83,7 @@ def train(
         return read_record(settings.output)
 
     task = load_task(settings)
-    tokenizer = runs.load_tokenizer(settings.model)
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise UserError(f"{settings.model} has no tokenizer: save it beside the model")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = load_tokenizer(settings, task)
     set_seed(settings.seed)
     base = load_base(settings, task, tokenizer.pad_token_id)
     reads = longest_input(base.model)
@@ -86,56 +93,61 @@ def train(
 
     def batches() -> Iterable[dict[str, Any]]:
         order = torch.Generator().manual_seed(settings.seed)
-        collate = collator(task, tokenizer)
+        collate = collator(settings, task, tokenizer)
         size = settings.batch_size
         batches_a_step = settings.gradient_accumulation * state.num_processes
         loader = DataLoader(rows["train"], size, shuffle=True, generator=order, collate_fn=collate)
         return itertools.islice(loader, FIRST_STEPS * batches_a_step)
 
     model, recorder = adapt(settings, base, batches)
-    if state.is_main_process:
-        runs.begin(settings.output, settings.to_json(), overwrite)  # nothing was written before
-    state.wait_for_everyone()
-    trainer, callback = build_trainer(settings, task, rows, model, tokenizer)
-    for further in (*callbacks, *([recorder] if recorder else [])):
-        trainer.add_callback(further)
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=_last_checkpoint(settings.output) if resume else None)
-    seconds = time.perf_counter() - started
-    metrics = _evaluate(settings, trainer, task, rows, tokenizer)
-    history: dict[str, Any] = _history(trainer.state.log_history)
-    if callback is not None:
-        history["drawn_at"] = callback.drawn_at
-    if recorder is not None:
-        history["changes"] = {"epochs": recorder.epochs, "spectra": recorder.spectra}
-    record = Record(
-        variant=variant or settings.method,
-        method=settings.method,
-        rank=settings.rank,
-        lr=settings.lr,  # type: ignore[arg-type]  # `check` has chosen one
-        seed=settings.seed,
-        metric=task.metric,
-        reported=task.reported,
-        scores=metrics,
-        train_loss=history["epochs"][-1]["train_loss"],
-        epochs=trainer.state.epoch,
-        steps=trainer.state.global_step,
-        train_seconds=seconds,
-        resamples=len(callback.drawn_at) if callback else 0,
-        resample_seconds=callback.seconds if callback else 0.0,
-        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        peak_memory_mib=_peak_memory_mib(),
-        train_examples=len(task.train),
-        validation_examples=len(task.validation),
-        test_examples=_reported_examples(task, rows),
-        adapter_bytes=0,
-    )
-    if state.is_main_process:
-        place = save_trained(settings, task, trainer.model, tokenizer, metrics)
-        size = sum(p.stat().st_size for p in place.glob("*.safetensors"))
-        record = replace(record, adapter_bytes=size)
-        runs.write_json(settings.output / runs.HISTORY, history)
-        record.write(settings.output)
+    if settings.method in RESAMPLED:
+        with suppress(UserError):  # then they are copied, or exact to a rounding
+            map_pretrained(model)
+    how = settings.output, settings.to_json(), digest(rows), resume, overwrite
+    with runs.begin(*how) if state.is_main_process else nullcontext():  # nothing was written before
+        state.wait_for_everyone()
+        trainer, callback = build_trainer(settings, task, rows, model, tokenizer)
+        clock = Clock()
+        for further in (*callbacks, *([recorder] if recorder else []), clock):
+            trainer.add_callback(further)
+        checkpoint = _last_checkpoint(settings.output) if resume else None
+        with blame(f"{checkpoint} cannot be resumed: delete it to go on before it", *_DAMAGED):
+            trainer.train(resume_from_checkpoint=checkpoint)
+        metrics = _evaluate(settings, trainer, task, rows, tokenizer)
+        history: dict[str, Any] = _history(trainer.state.log_history)
+        if callback is not None:
+            history["drawn_at"] = callback.drawn_at
+        if recorder is not None:
+            history["changes"] = {"epochs": recorder.epochs, "spectra": recorder.spectra}
+        record = Record(
+            variant=variant or settings.method,
+            method=settings.method,
+            rank=settings.rank,
+            lr=settings.lr,  # type: ignore[arg-type]  # `check` has chosen one
+            seed=settings.seed,
+            metric=task.metric,
+            reported=task.reported,
+            scores=metrics,
+            train_loss=history["epochs"][-1]["train_loss"],
+            epochs=trainer.state.epoch,
+            steps=trainer.state.global_step,
+            train_seconds=clock.seconds,
+            resamples=len(callback.drawn_at) if callback else 0,
+            resample_seconds=callback.seconds if callback else 0.0,
+            trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            peak_memory_mib=_peak_memory_mib(),
+            train_examples=len(task.train),
+            validation_examples=len(task.validation),
+            test_examples=_reported_examples(task, rows),
+            adapter_bytes=0,
+        )
+        if state.is_main_process:
+            place = save_trained(settings, task, trainer.model, tokenizer, metrics)
+            bring_to_disk(place)
+            size = sum(p.stat().st_size for p in place.glob("*.safetensors"))
+            record = replace(record, adapter_bytes=size)
+            runs.write_json(settings.output / runs.HISTORY, history)
+            record.write(settings.output)
     (record,) = broadcast_object_list([record])
     return record
 
@@ -144,7 +156,25 @@ def load_task(settings: RunSettings) -> Task:
     """The data of a run; raises as `rosa.bench.tasks.load` does."""
     config = runs.load_config(settings.model)
     names = [f.name for f in fields(DataSettings)]
-    return tasks.load(DataSettings(**{n: getattr(settings, n) for n in names}), is_decoder(config))
+    data = DataSettings(**{n: getattr(settings, n) for n in names})
+    task = tasks.load(data, is_decoder(config))
+    if settings.packing and (task.kind != "language" or task.packed):
+        raise UserError(f"--packing is for a decoder's texts: not for the task {task.name}")
+    if settings.chat_template is not None and not task.is_chat:
+        raise UserError("--chat-template is for rows with messages, which these are not")
+    return task
+
+
+def load_tokenizer(settings: RunSettings, task: Task) -> Any:
+    """The tokenizer of a run's model, with the chats' template; ValueError if it is of no use."""
+    tokenizer = runs.load_tokenizer(settings.model)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise UserError(f"{settings.model} has no tokenizer: save it beside the model")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if task.is_chat:
+        give_template(tokenizer, settings.chat_template, settings.loss_on)
+    return tokenizer
 
 
 def evaluate(
@@ -156,7 +186,7 @@ def evaluate(
         folder: a run's folder, an adapter's, or a plain model's.
         data: a task by name, or a validation file.
         model: the base model of an adapter, if not the one that it names.
-        max_length: longest text in tokens; None takes the run's own, or `RunSettings`' default.
+        max_length: longest text in tokens; None takes the run's own, or the usual one.
 
     Raises:
         ValueError, FileNotFoundError: the folder or the data is of no use.
@@ -168,11 +198,14 @@ def evaluate(
     labels = tuple((trained.config.id2label or {}).values())
     task = tasks.load_validation(data, is_decoder(trained.config), labels)
     before = runs.settings_of(folder) or runs.settings_of(folder.parent)  # an adapter's is above
-    length = max_length or before.get("max_length") or RunSettings.max_length
+    how = {
+        "max_length": max_length or before.get("max_length") or usual_length(data.validation),
+        "loss_on": before.get("loss_on", RunSettings.loss_on),
+    }
+    if task.is_chat:
+        give_template(tokenizer, None, how["loss_on"])
     with tempfile.TemporaryDirectory() as scratch:  # the Trainer wants a folder of its own
-        settings = RunSettings(
-            model=str(folder), output=Path(scratch), method="full", max_length=length
-        )
+        settings = RunSettings(model=str(folder), output=Path(scratch), method="full", **how)
         rows = tokenize(settings, task, longest_input(trained), tokenizer)
         trainer, _ = build_trainer(settings, task, rows, trained, tokenizer)
         return _evaluate(settings, trainer, task, rows, tokenizer)
@@ -185,9 +218,8 @@ def evaluate_base(settings: RunSettings) -> dict[str, float]:
         ValueError, FileNotFoundError: the model or the data is of no use.
     """
     settings = check(settings)
-    task, tokenizer = load_task(settings), runs.load_tokenizer(settings.model)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    task = load_task(settings)
+    tokenizer = load_tokenizer(settings, task)
     model = load_base(settings, task, tokenizer.pad_token_id).model
     with tempfile.TemporaryDirectory() as scratch:  # the Trainer wants a folder of its own
         settings = replace(settings, output=Path(scratch))
@@ -203,10 +235,12 @@ def is_decoder(config: Any) -> bool:
 
 
 def _last_checkpoint(output: Path) -> str | None:
-    """The newest whole checkpoint: the Trainer writes its state last, so half a one lacks it."""
-    whole = (output / runs.CHECKPOINTS).glob("checkpoint-*/trainer_state.json")
-    steps = {int(state.parent.name.rpartition("-")[2]): state.parent for state in whole}
-    return str(steps[max(steps)]) if steps else None
+    """The newest whole checkpoint of a run, for all its processes."""
+    from accelerate.utils import broadcast_object_list
+
+    newest = [settle(output / runs.CHECKPOINTS) if is_first() else None]
+    (found,) = broadcast_object_list(newest)
+    return None if found is None else str(found)
 
 
 def _evaluate(
@@ -277,11 +311,16 @@ def _history(log: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
                 "epoch": row["epoch"],
                 "step": row["step"],
                 "train_loss": sum(losses) / len(losses) if losses else None,
-                **{k: v for k, v in row.items() if k.startswith("eval_") and "_per_" not in k},
+                **{k: v for k, v in row.items() if k.startswith("eval_") and not _is_of_speed(k)},
             }
         )
         begun = row["step"]
     return {"steps": steps, "epochs": epochs}
+
+
+def _is_of_speed(name: str) -> bool:
+    """Whether a metric tells of the process, not of the model: TRL counts a process's tokens."""
+    return "_per_" in name or name == "eval_num_tokens"
 
 
 def _peak_memory_mib() -> float:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rosa.bench import processes
 from rosa.bench.methods import METHODS
 from rosa.bench.options import OPTIONS, option, settings_of, takes
-from rosa.bench.settings import DATA, METHOD, OUTPUT, TRAINING
+from rosa.bench.settings import DATA, METHOD, OUTPUT, PLAN, TRAINING
 from rosa.errors import UserError
 
 app = typer.Typer(
@@ -86,9 +86,17 @@ Recipe = Annotated[
 # What all cells of a comparison share; any other setting of a run is given with its method's name.
 SHARED = (
     *("model", "output", "train", "validation", "task", "data", "text_column", "label_column"),
-    *("limit_train", "limit_test", "max_length", "group_by_length", "resample_every"),
+    *("chat_template", "loss_on", "packing", "limit_train", "limit_test", "max_length"),
+    *("group_by_length", "resample_every"),
     *("target_modules", "target_parameters", "epochs", "steps", "batch_size", "eval_batch_size"),
-    *("gradient_accumulation", "weight_decay", "warmup", "precision", "report_to"),
+    *(
+        "gradient_accumulation",
+        "gradient_checkpointing",
+        "weight_decay",
+        "warmup",
+        "precision",
+        "report_to",
+    ),
 )
 
 
@@ -117,6 +125,11 @@ def train(
     A decoder on JSON lines with a prompt and a completion:
 
         rosa train --model gpt2 --train pairs.jsonl --output runs/pairs
+
+    A chat model on JSON lines of messages with role and content:
+
+        rosa train --model HuggingFaceTB/SmolLM2-135M-Instruct --train chats.jsonl
+        --target-modules all-linear --output runs/chats
     """
     from rosa.bench.report.tables import metrics_table
     from rosa.bench.training import train as run
@@ -422,6 +435,45 @@ def evaluate(
     given["text_columns"] = tuple(given.pop("text_column"))
     settings = DataSettings(validation=validation, **given)
     Console().print(metrics_table(str(folder), run(folder, settings, model, max_length)))
+
+
+@app.command()
+@takes(
+    *("model", "method", "rank", "trained", "directions", "resample_every", "target_modules"),
+    *("load_in", "batch_size", "gradient_accumulation", "gradient_checkpointing", "max_length"),
+)
+def plan(
+    gpus: Annotated[int, option(PLAN, "Data-parallel processes, an accelerator each.")] = 1,
+    memory: Annotated[str, option(PLAN, "Of each accelerator.")] = "24GB",
+    tflops: Annotated[
+        float | None,
+        option(
+            PLAN,
+            "10^12 operations a second that an accelerator does in training, about half of what "
+            "its maker says; default: measured on this machine.",
+        ),
+    ] = None,
+    steps: Annotated[int, option(TRAINING, "Optimizer steps.")] = 1000,
+    precision: Annotated[str, option(TRAINING, "bf16 or fp32.")] = "bf16",
+    **given: Any,
+) -> None:
+    """Tell what a training will take, from the model's config: memory by kind, draws, time.
+
+    Nothing is loaded or trained: a folder with a config.json is enough. What a step keeps and the
+    operations it does are counted on a model without memory.
+
+        rosa plan --model meta-llama/Llama-3.1-8B --rank 16 --target-modules all-linear --batch-size
+        4 --max-length 2048 --memory 80GB --tflops 400
+    """
+    from rosa.bench.planning import parse_memory
+    from rosa.bench.planning import plan as make
+    from rosa.bench.report.tables import metrics_table
+
+    size = parse_memory(memory)
+    settings = settings_of({**given, "output": Path("plan"), "precision": precision})
+    found = make(settings, steps, gpus, tflops)
+    title = f"{settings.model}, each of {gpus} process{'es' if gpus > 1 else ''}"
+    Console().print(metrics_table(title, found.rows(size)))
 
 
 @app.command()

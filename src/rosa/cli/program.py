@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from rosa.bench import processes
 from rosa.cli.commands import app
-from rosa.errors import UserError, is_out_of_memory
+from rosa.errors import UserError, is_disk_full, is_out_of_memory
 
 GRACE = 10
 """Seconds that another process than the first waits before it tells its error: if the first has
@@ -35,13 +36,16 @@ def main() -> None:
         sys.argv.remove("--debug")
     if not processes.is_first():
         _be_silent()
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
     except SystemExit as stop:
-        if not _is_interrupt(stop):
+        interrupt = _interrupt_of(stop)
+        if interrupt is None:
             raise
-        _complain("stopped; with --resume, `rosa train` goes on from its last checkpoint")
-        sys.exit(130)
+        saved = "stopped; with --resume, `rosa train` goes on from its last checkpoint"
+        _complain(str(interrupt) or saved)
+        sys.exit(getattr(interrupt, "code", 130))
     except Exception as error:
         if not processes.is_first():
             time.sleep(GRACE)
@@ -66,6 +70,12 @@ def _mistake(error: Exception) -> str | None:
             "much, for the same steps) or --max-length; to merge, give --low-memory "
             f"({_first_line(error)})"
         )
+    if is_disk_full(error):
+        return (
+            "the disk is full, or has no place for a file as large "
+            f"({_first_line(error)}): make room. What was whole before still is, and --resume "
+            "goes on from a training's last checkpoint"
+        )
     if isinstance(error, ImportError):
         if (error.name or "").partition(".")[0] == "rosa":
             return None
@@ -79,12 +89,17 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _is_interrupt(stop: SystemExit) -> bool:
-    """Whether typer stopped the program because the user did."""
+def _interrupt_of(stop: SystemExit) -> KeyboardInterrupt | None:
+    """The interrupt for which typer stopped the program, if it was one."""
     cause: BaseException | None = stop
     while cause is not None and not isinstance(cause, KeyboardInterrupt):
         cause = cause.__cause__ or cause.__context__
-    return cause is not None
+    return cause
+
+
+def _terminate(*_: object) -> None:
+    """Of SIGTERM: what is being written is cleaned up, as at Ctrl-C."""
+    sys.exit(143)
 
 
 def _be_silent() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rosa.algebra.lowrank import LowRank, are_finite, transposed
-from rosa.config import check_rank
+from rosa.checks import check_rank
 from rosa.errors import UserError
 from rosa.layers.base import RosaLayer
 from rosa.layers.weight import SUPPORTED_DTYPES

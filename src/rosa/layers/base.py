@@ -20,7 +20,7 @@ from rosa.config import RosaConfig
 from rosa.errors import UserError
 from rosa.layers import statedict
 from rosa.layers.adapter import Adapter
-from rosa.layers.drawing import draw
+from rosa.layers.drawing import Factors, draw, take
 from rosa.layers.effective import effective_weight
 from rosa.layers.front import Front
 from rosa.layers.kind import Kind
@@ -321,7 +321,8 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
         adapter.place(base.parameter, cast=True)
         on_meta = adapter.is_on_meta or base.parameter.is_meta
         if not on_meta and not config.inference_mode:
-            adapter.terms = draw(adapter, self.pretrained_weight(), base.norm).to("cpu")
+            drawn = draw(adapter, self.pretrained_weight(), base.norm)
+            adapter.terms = take(adapter, drawn).to("cpu")
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
@@ -341,8 +342,15 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
         self.adapters[adapter].watch(like)
 
     @torch.no_grad()
-    def resample(self, adapter: str) -> None:
-        """Merge the adapter's product into its offset and draw a new subspace.
+    def draw(self, adapter: str) -> Factors:
+        """New factors, of the weight with what the adapter has learned; nothing is changed."""
+        self.settle()
+        one = self.adapters[adapter]
+        return draw(one, self.base_weight.present(), self.base_weight.norm, one.learned())
+
+    @torch.no_grad()
+    def resample(self, adapter: str, drawn: Factors) -> None:
+        """Merge the adapter's product into its offset and go on with a new subspace.
 
         What the layer computes stays the same to rounding, and the factors stay the same
         Parameter objects. Use `rosa.resample`, which also clears the optimizer's state.
@@ -351,8 +359,7 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
         base, one = self.base_weight, self.adapters[adapter]
         with one.or_as_before():
             learned = one.learned()
-            start = draw(one, base.present(), base.norm, learned)
-            change = (learned + start).joined()
+            change = (learned + take(one, drawn)).joined()
             one.terms = one.next_terms(change.to("cpu"), *base.bounds())
             # In one pass over the weight: cheaper than the old offset out and the new one in.
             if not base.add(adapter, change, one.terms):

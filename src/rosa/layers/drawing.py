@@ -1,4 +1,8 @@
-"""How an adapter's factors are drawn: by its config, from the weight, and by the gradient."""
+"""How an adapter's factors are drawn: by its config, from the weight, and by the gradient.
+
+To draw and to take what was drawn are two steps: in a training of several processes one draws for
+all.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +14,15 @@ from rosa.algebra.lowrank import LowRank
 from rosa.errors import UserError
 from rosa.layers.adapter import Adapter
 
+Factors = tuple[Tensor, Tensor]
+"""A ([n,] r, in) and B ([n,] out, r)."""
 SIDES = {"both": None, "A": "left", "B": "right"}
 """Whose directions are drawn: those that the factor that stays holds."""
 
 
 @torch.no_grad()
-def draw(adapter: Adapter, weight: Tensor, norm: float, change: LowRank | None = None) -> LowRank:
-    """Draw an adapter's factors; returns what takes their product out of the weight.
-
-    What the adapter's sketch saw is used up. No factor is changed if the draw fails.
+def draw(adapter: Adapter, weight: Tensor, norm: float, change: LowRank | None = None) -> Factors:
+    """Draw new factors for an adapter, as it will store them; the adapter stays as it is.
 
     Args:
         adapter: its config and the count of its draws decide.
@@ -29,7 +33,7 @@ def draw(adapter: Adapter, weight: Tensor, norm: float, change: LowRank | None =
     Raises:
         ValueError: the weight could not be decomposed.
     """
-    config, sketch, adapter.sketch = adapter.config, adapter.sketch, None
+    config, sketch = adapter.config, adapter.sketch
     try:
         drawn = subspace.draw(
             weight,
@@ -50,11 +54,22 @@ def draw(adapter: Adapter, weight: Tensor, norm: float, change: LowRank | None =
             f"no subspace of layer {adapter.layer} could be drawn ({error}): check its weight for "
             "NaN and infinity, or use directions='orthonormal'"
         ) from error
+    (a, b), (of_a, of_b) = drawn, adapter.factors
+    return a.to(of_a), b.to(of_b)
+
+
+@torch.no_grad()
+def take(adapter: Adapter, drawn: Factors) -> LowRank:
+    """Let an adapter go on with new factors; returns what takes their product out of the weight.
+
+    What the adapter's sketch saw is used up.
+    """
     for factor, values in zip(adapter.factors, drawn, strict=True):
         factor.copy_(values)
     adapter.draws += 1
+    adapter.sketch = None
     # From the factors as they are now stored: their rounding cancels too.
     start = adapter.learned()
-    if config.directions == "zero":
+    if adapter.config.directions == "zero":
         return start[:0]
     return LowRank(-start.B, start.A)

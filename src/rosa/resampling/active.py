@@ -12,6 +12,7 @@ from rosa.algebra.lowrank import are_finite
 from rosa.errors import UserError
 from rosa.layers.adapter import Adapter
 from rosa.layers.base import RosaLayer
+from rosa.layers.drawing import Factors
 from rosa.layers.files import WeightFile
 from rosa.layers.kinds import rosa_layers
 from rosa.layers.sharding import check_unsharded, is_sharded
@@ -46,9 +47,13 @@ class Active:
         """Begin to look where the gradient lies."""
         self.layer.watch(self.adapter.name)
 
-    def resample(self) -> None:
-        """Merge and draw, and drop the factors' gradients."""
-        self.layer.resample(self.adapter.name)
+    def draw(self) -> Factors:
+        """New factors for it; it stays as it is."""
+        return self.layer.draw(self.adapter.name)
+
+    def resample(self, drawn: Factors) -> None:
+        """Merge, go on with new factors, and drop the factors' gradients."""
+        self.layer.resample(self.adapter.name, drawn)
         for factor in self.factors:
             factor.grad = None
 

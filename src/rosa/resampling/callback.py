@@ -98,6 +98,11 @@ class RosaCallback(TrainerCallback, ExportableState):
         self._counted = 0  # steps whose items are counted
         self._seen: dict[str, Tensor] = {}  # before a resumed run's checkpoint
 
+    @staticmethod
+    def auto_period(numbers: int, items: float) -> int:
+        """Optimizer steps between two draws with "auto", by trained numbers and items a step."""
+        return max(math.ceil(ITEMS_A_NUMBER * numbers / items), SHORTEST_ROUND)
+
     def state(self) -> dict[str, Any]:
         """What the Trainer's checkpoints hold of it."""
         return {
@@ -105,6 +110,7 @@ class RosaCallback(TrainerCallback, ExportableState):
             "attributes": {
                 "period": self.period,
                 "drawn_at": list(self.drawn_at),
+                "seconds": self.seconds,
                 "trained": self._trained(),
                 "has_seen": self._sees(),
             },
@@ -127,6 +133,7 @@ class RosaCallback(TrainerCallback, ExportableState):
                 f"{trained}: give RosaConfig the checkpoint's trained=, or begin anew"
             )
         self.drawn_at = [step for step in before.get("drawn_at", []) if step < state.global_step]
+        self.seconds = before.get("seconds", 0.0)
         self._seen = read_seen(_checkpoint(args, state)) if before.get("has_seen") else {}
         if before.get("has_seen") and not self._seen:
             warnings.warn(
@@ -253,8 +260,7 @@ class RosaCallback(TrainerCallback, ExportableState):
             examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
             factors = [f for adapter in self._adapters for f in adapter.factors]
             numbers = sum(f.numel() for f in factors if f.requires_grad)
-            wanted = math.ceil(ITEMS_A_NUMBER * numbers / (counted or examples))
-            self.period = max(wanted, SHORTEST_ROUND)
+            self.period = self.auto_period(numbers, counted or examples)
             self._plan(state.max_steps)
 
 

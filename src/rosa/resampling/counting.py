@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rosa.resampling.processes import are_several
+
 IGNORED = -100
 """The label that a loss leaves out, in torch and transformers."""
 
@@ -47,7 +49,7 @@ class ItemCounter:
         """How many there were, in all data-parallel processes; counts no more."""
         self._hook.remove()
         total = torch.tensor(self.counted())
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if are_several():
             total = _summed(total)
         return int(total)
 

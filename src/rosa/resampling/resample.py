@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from rosa.resampling.active import Active, active_adapters, check_finite, factors_of
 from rosa.resampling.moments import check_moments, clear
 from rosa.resampling.optimizers import State, averages, forget_curvature, states_of
-from rosa.resampling.watching import agree, look, warn_of_blind
+from rosa.resampling.processes import everyone
+from rosa.resampling.sharing import drawn, team_of
+from rosa.resampling.watching import look, warn_of_blind
 
 
 def resample(
@@ -29,6 +32,10 @@ def resample(
     too, unless `moments` says otherwise. Everything else that the optimizer holds, its
     parameter groups and the learning-rate schedule are left alone. Call it between an optimizer
     step and the next forward pass. The extra memory is one layer's at a time.
+
+    In a training of several processes all of them call it, at the same step: each layer is drawn in
+    one of them for all, which takes memory for the new factors beside the old ones. What fails in
+    one process fails in all.
 
     Args:
         model: a model with ROSA layers, wrapped or not.
@@ -51,21 +58,27 @@ def resample(
     Raises:
         ValueError: the model has no ROSA, or is merged or disabled; a factor is NaN; the optimizer
             does not hold the factors, or keeps copies of them, or holds what cannot be kept; the
-            weights are sharded or offloaded; a batch gives no loss. Nothing has been changed then.
+            weights are sharded or offloaded; a batch gives no loss; the processes are not in step.
+            Nothing has been changed then.
     """
-    found = active_adapters(model, optimizer)
-    states = states_to_keep(moments, optimizer, found)
-    check_finite(found)
-    informed = [active for active in found if active.is_informed]
-    if batches and informed:
-        look(model, informed, batches, loss)
-    agree(informed)
-    warn_of_blind(informed)
-    for active in found:
-        active.resample()
-        if moments == "clear":
-            for state in states:
-                clear(state, active.factors)
+    with everyone().failing_together():
+        found = active_adapters(model, optimizer)
+        states = states_to_keep(moments, optimizer, found)
+        check_finite(found)
+        informed = [active for active in found if active.is_informed]
+        shown = iter(batches if informed else ())
+        if (first := next(shown, None)) is not None:
+            look(model, informed, chain([first], shown), loss)
+    with team_of(found) as team:
+        team.add_up(a.adapter.sketch.total for a in informed if a.adapter.sketch is not None)
+        warn_of_blind(informed)
+        new = drawn(found, team)
+        with team.failing_together():
+            for active, factors in new:
+                active.resample(factors)
+                if moments == "clear":
+                    for state in states:
+                        clear(state, active.factors)
     if moments == "clear":
         forget_curvature(optimizer)
     torch.clear_autocast_cache()  # else an autocast around the call would go on with old factors

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rosa.layers.adapter import Adapter
+from rosa.resampling.processes import are_several
 
 FILE = "rosa_seen.safetensors"
 _COUNTED = "counted"
@@ -28,7 +29,7 @@ def write_seen(folder: Path, adapters: list[Adapter], counted: tuple[int, float]
     found = {_key(a): a.sketch.total.clone() for a in adapters if a.sketch is not None}
     if counted is not None:
         found[_COUNTED] = torch.tensor(counted, dtype=torch.float64)
-    if _are_several():
+    if are_several():
         for key, total in found.items():
             torch.distributed.all_reduce(total[1:] if key == _COUNTED else total)
     if found and _is_first() and folder.is_dir():
@@ -60,11 +61,7 @@ def recall_count(seen: dict[str, Tensor]) -> tuple[int, float]:
 
 
 def _is_first() -> bool:
-    return not _are_several() or torch.distributed.get_rank() == 0
-
-
-def _are_several() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not are_several() or torch.distributed.get_rank() == 0
 
 
 def _key(adapter: Adapter) -> str:

@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parallel import DistributedDataParallel
 
 from rosa.errors import UserError
 from rosa.layers.adapter import Adapter
@@ -47,6 +48,8 @@ def look(
     Raises:
         ValueError: a batch gives no loss.
     """
+    if isinstance(model, DistributedDataParallel):
+        model = model.module  # whose gradients are not wanted: nor that processes exchange them
     for active in found:
         active.watch()
     gradients = [(p, p.grad) for p in model.parameters() if p.requires_grad]
@@ -87,15 +90,6 @@ def _own_loss(model: nn.Module, batch: Any) -> Tensor:
             "loss=function(model, batch) to say how its loss is computed"
         )
     return getattr(model(**batch), "loss", None)  # type: ignore[return-value]  # is checked
-
-
-def agree(found: list[Active]) -> None:
-    """Sum what data-parallel processes have seen, so that all draw the same."""
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if there and torch.distributed.get_world_size() > 1:
-        for active in found:
-            if active.adapter.sketch is not None:
-                torch.distributed.all_reduce(active.adapter.sketch.total)
 
 
 def warn_of_blind(found: list[Active]) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
-_JSON_LINES = (".json", ".jsonl")
+JSON_LINES = (".json", ".jsonl")
 
 
 def read_table(path: Path, columns: tuple[str, ...]) -> Dataset:
@@ -33,9 +33,27 @@ def read_table(path: Path, columns: tuple[str, ...]) -> Dataset:
     """
     from datasets import Dataset
 
+    table = read_columns(path)
+    for column in columns:
+        if column not in table:
+            chats = " (chats are for a decoder)" if "messages" in table else ""
+            raise UserError(
+                f"{path} has no column {column!r}; there are: {', '.join(table)}{chats}. Name "
+                "yours with --text-column and --label-column"
+            )
+        for number, value in enumerate(table[column], start=1):
+            if value is None or not str(value).strip():
+                raise UserError(f"{path}: row {number} has nothing in column {column!r}")
+            if isinstance(value, (list, dict)):
+                raise UserError(f"{path}: row {number} has no plain text in column {column!r}")
+    return Dataset.from_dict({name: [str(v) for v in table[name]] for name in table})
+
+
+def read_columns(path: Path) -> dict[str, list[Any]]:
+    """A file's columns, their values as they are; raises as `read_table` does."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there (or not a file): check the path")
-    kind, kinds = path.suffix.lower(), (*_SEPARATORS, *_JSON_LINES, ".txt")
+    kind, kinds = path.suffix.lower(), (*_SEPARATORS, *JSON_LINES, ".txt")
     if kind not in kinds:
         raise UserError(f"{path}: unknown kind of file; use {', '.join(kinds)}")
     try:
@@ -46,24 +64,13 @@ def read_table(path: Path, columns: tuple[str, ...]) -> Dataset:
         raise UserError(f"{path} is empty")
     if kind == ".txt":
         table: dict[str, list[Any]] = {"text": _documents(content)}
-    elif kind in _JSON_LINES:
+    elif kind in JSON_LINES:
         table = _objects(path, content)
     else:
         table = _cells(path, content, _SEPARATORS[kind])
     if not any(table.values()):
         raise UserError(f"{path} has no rows")
-    for column in columns:
-        if column not in table:
-            raise UserError(
-                f"{path} has no column {column!r}; there are: {', '.join(table)}. Name yours with "
-                "--text-column and --label-column"
-            )
-        for number, value in enumerate(table[column], start=1):
-            if value is None or not str(value).strip():
-                raise UserError(f"{path}: row {number} has nothing in column {column!r}")
-            if isinstance(value, (list, dict)):
-                raise UserError(f"{path}: row {number} has no plain text in column {column!r}")
-    return Dataset.from_dict({name: [str(v) for v in table[name]] for name in table})
+    return table
 
 
 def _documents(content: str) -> list[str]:

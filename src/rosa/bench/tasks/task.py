@@ -38,8 +38,8 @@ class Task:
     Attributes:
         name: as on the command line.
         kind: `classification` has `text_columns` and `label` (int), `regression` the same with a
-            number; `language` has one text column, or `prompt` and `completion`, of which only the
-            completion is learned.
+            number; `language` has one text column, `prompt` and `completion`, of which only the
+            completion is learned, or `messages`, the chats.
         train, validation: the data; a `test` split is reported if there is one.
         more: further sets that are reported, by name.
         generation: what to write and score after training, for a decoder.
@@ -63,6 +63,11 @@ class Task:
     more: Mapping[str, Dataset] = field(default_factory=dict)
     generation: Generation | None = None
     packed: bool = False
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether its rows are chats."""
+        return self.text_columns == ("messages",)
 
     @property
     def reported(self) -> str:

@@ -1,0 +1,74 @@
+"""Chats: rows whose `messages` have a role and a content each, in a file of JSON lines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rosa.bench.tasks.files import JSON_LINES, read_columns
+from rosa.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+COLUMN = "messages"
+ROLES = ("system", "user", "assistant", "tool")
+USUAL_LENGTH, LENGTH_OF_A_CHAT = 128, 1024
+"""Tokens of the longest text where nothing else is said, and of the longest chat."""
+
+
+def holds_chats(path: Path) -> bool:
+    """Whether a file's first row is a chat; False for a file that cannot be read as one."""
+    if path.suffix.lower() not in JSON_LINES or not path.is_file():
+        return False
+    try:
+        content = path.read_text(encoding="utf-8-sig").lstrip()
+        first = content if content.startswith("[") else content.partition("\n")[0]
+        found = json.loads(first)
+    except ValueError:
+        return False
+    row = found[0] if isinstance(found, list) and found else found
+    return isinstance(row, dict) and COLUMN in row
+
+
+def usual_length(path: Path | None) -> int:
+    """Tokens of the longest text of a file, if the user says nothing of it."""
+    return LENGTH_OF_A_CHAT if path is not None and holds_chats(path) else USUAL_LENGTH
+
+
+def read_chats(path: Path) -> Dataset:
+    """A file's chats as `messages`, and the `row` of the file that each is in, from 1.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is of no use, or a row is no chat to learn from.
+    """
+    from datasets import Dataset
+
+    chats = read_columns(path).get(COLUMN)
+    if chats is None:
+        raise UserError(f"{path} has no column {COLUMN!r}, as the other file of chats has")
+    rows = range(1, len(chats) + 1)
+    plain = [_messages(f"{path}: row {n}", chat) for n, chat in zip(rows, chats, strict=True)]
+    return Dataset.from_dict({COLUMN: plain, "row": list(rows)})
+
+
+def _messages(row: str, chat: Any) -> list[dict[str, str]]:
+    """A chat's messages, of role and content alone; UserError if it is none to learn from."""
+    if not isinstance(chat, list) or not chat:
+        raise UserError(f"{row} has no messages: a chat is a list of them, with role and content")
+    for number, message in enumerate(chat, start=1):
+        given = message if isinstance(message, dict) else {}
+        if given.get("role") not in ROLES:
+            raise UserError(
+                f"{row}: the role of message {number} is {given.get('role')!r}; there are: "
+                f"{', '.join(ROLES)}"
+            )
+        if not isinstance(given.get("content"), str) or not given["content"].strip():
+            raise UserError(
+                f"{row}: the content of message {number} ({given['role']}) is no text: chats of "
+                "images or calls of tools are not trained here"
+            )
+    if not any(message["role"] == "assistant" for message in chat):
+        raise UserError(f"{row} has no message of the assistant: there is nothing to learn")
+    return [{name: message[name] for name in ("role", "content")} for message in chat]

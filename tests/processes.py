@@ -1,0 +1,49 @@
+"""Real processes of one group, on this machine."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed, multiprocessing
+
+without_gloo = pytest.mark.skipif(
+    not distributed.is_available() or not distributed.is_gloo_available(),
+    reason="torch was built without gloo",
+)
+
+
+def in_processes(count: int, folder: Path, work: Callable[..., None], *args: Any) -> None:
+    """Call ``work(rank, *args)`` in each of some processes; fails if it fails in one."""
+    # Forked from one process that has imported all this once, and has done nothing else.
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.models"])
+    multiprocessing.start_processes(
+        _begin,
+        (count, str(folder / "store"), work, args),
+        nprocs=count,
+        daemon=True,
+        start_method="forkserver",
+    )
+
+
+def _begin(rank: int, count: int, store: str, work: Callable[..., None], args: Any) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=count
+    )
+    work(rank, *args)
+    # A wrapper's reducer must not be the last to hold the group: its destructor waits, with
+    # Python's lock, for a thread that wants that lock to let go of its last tensors.
+    gc.collect()
+    distributed.destroy_process_group()
+
+
+def all_equal(mine: torch.Tensor) -> bool:
+    """Whether a tensor is the same in all processes, to the last bit."""
+    found = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(found, mine)
+    return all(torch.equal(found[0], other) for other in found)
