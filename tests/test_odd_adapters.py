@@ -347,3 +347,25 @@ def _fails_for(layer: Any, method: Any) -> Any:
         method(self, names, *args, **kwargs)
 
     return set_adapter
+
+
+@pytest.mark.parametrize("name", ["inside", "attention", "gate-and-last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_state_dict_in_two_parts_with_a_use_between_is_the_whole_one(base, name, dtype):
+    base, x = base.to(dtype), torch.randn(2, 3, 6, dtype=dtype)
+    model = attached(base, name)
+    train(model)
+    expected, state = model(x), copy.deepcopy(model.state_dict())
+    weights = {k for k in state if ".rosa_" not in k}
+    fresh = attached(base, name)
+    for part in (state.keys() - weights, weights):
+        fresh.load_state_dict({k: state[k] for k in part}, strict=False)
+        torch.testing.assert_close(fresh(x), expected)
+    with fresh.disable_adapter():
+        torch.testing.assert_close(fresh(x), base(x))
+    other = Model().to(dtype).eval()  # weights of another model are taken for what they are
+    plain = other.state_dict()
+    known = {k.replace("base_model.model.", "").replace(".base_layer", ""): k for k in weights}
+    fresh.load_state_dict({known[k]: v for k, v in plain.items()}, strict=False)
+    with fresh.disable_adapter():
+        torch.testing.assert_close(fresh(x), other(x))

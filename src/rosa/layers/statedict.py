@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
+from rosa.algebra.lowrank import LowRank
 from rosa.errors import UserError
 from rosa.layers import offset
 from rosa.layers.adapter import Adapter
@@ -68,6 +69,7 @@ class Arrived:
     parts: dict[str, set[str]] = field(default_factory=dict)  # by adapter
     perhaps: dict[str, set[str]] = field(default_factory=dict)  # were there, maybe as they were
     marks: dict[str, Mark] = field(default_factory=dict)
+    before: tuple[float, float] | None = None  # the fingerprint of what a weight took the place of
 
     def lacks(self, adapter: str) -> bool:
         """Whether a part of an adapter has come and another one has not."""
@@ -148,6 +150,8 @@ def before_load(layer: Stateful, state_dict: dict[str, Any], prefix: str, *_: An
         mark = state_dict.get(f"{prefix}rosa_offset.{name}.in_weight")
         if mark is not None:
             arrived.marks[name] = Mark(int(mark))
+    if brings_weight and not arrived.weight:
+        arrived.before = base.fingerprint()
     arrived.weight |= brings_weight
     if arrived.weight or arrived.parts or arrived.marks:
         layer.bare(overwritten=brings_weight)
@@ -212,4 +216,18 @@ def take_all(layer: Stateful, arrived: Arrived, leaving: str | None = None) -> N
         if mark := arrived.marks.get(name, Mark.NOTHING):
             standing[name] = adapter.terms if mark is Mark.OFFSET else adapter.change()
             adapter.merged = mark is Mark.WHOLE
+    if not arrived.marks:
+        standing |= _unmarked(layer, arrived.before)
     layer.base_weight.standing = standing
+
+
+def _unmarked(layer: Stateful, before: tuple[float, float] | None) -> dict[str, LowRank]:
+    """The offset in a weight that has come without a mark, as the second half of a state dict.
+
+    Known where it is the pretrained weight that was there before, with an offset in it.
+    """
+    base = layer.base_weight
+    if before is None or base.parameter.is_meta or base.holds({}, before):
+        return {}
+    changes = [{name: a.terms} for name, a in layer.adapters.items() if a.terms.rank]
+    return next((each for each in changes if base.holds(each, before)), {})

@@ -295,8 +295,13 @@ class BaseWeight:
             return torch.equal(weight, expected)
         if self._fingerprint is None:
             return bool(standing)  # nobody knows: what was believed
+        return self.holds(standing, self._fingerprint)
+
+    @torch.no_grad()
+    def holds(self, standing: Mapping[str, LowRank], fingerprint: tuple[float, float]) -> bool:
+        """Whether the weight in memory is that of a fingerprint with this in it."""
         rest = self._without(standing)
-        return subspace.same_fingerprint(subspace.fingerprint(rest), self._fingerprint, 1e-5, 0.0)
+        return subspace.same_fingerprint(subspace.fingerprint(rest), fingerprint, 1e-5, 0.0)
 
     # -- the pretrained weight -----------------------------------------------------------------
 
