@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ def in_processes(count: int, folder: Path, work: Callable[..., None], *args: Any
 
 def _begin(rank: int, count: int, store: str, work: Callable[..., None], args: Any) -> None:
     torch.set_num_threads(1)
+    ranks, sizes = ("RANK", "LOCAL_RANK"), ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    os.environ |= dict.fromkeys(ranks, str(rank)) | dict.fromkeys(sizes, str(count))
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", "0"  # is not used
     distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=count
     )

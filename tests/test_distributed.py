@@ -12,8 +12,9 @@ from peft import get_peft_model
 from torch import distributed
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainingArguments
 
-from rosa import RosaConfig, resample, watch
+from rosa import RosaCallback, RosaConfig, resample, watch
 from rosa.algebra import subspace
 from rosa.layers import drawing
 from rosa.layers.kinds import rosa_layers
@@ -205,6 +206,40 @@ def train_their_own(rank):
 
 def test_processes_that_train_something_else_draw_by_themselves(tmp_path):
     in_processes(3, tmp_path, train_their_own)
+
+
+def run_trainer(rank, size, folder, resume_from):
+    """Twelve steps of 8 sequences; watched from the first, drawn at 5 and 9, saved after 3."""
+    model = adapted("gradient")
+    data = torch.Generator().manual_seed(1)
+    ids = torch.randint(50, (48, 6), generator=data)
+    rows = [{"input_ids": row, "labels": row[0] % 2} for row in ids]
+    args = TrainingArguments(
+        str(folder), per_device_train_batch_size=8 // size, max_steps=12, learning_rate=1e-2,
+        average_tokens_across_devices=False, save_steps=3, logging_steps=1, seed=3, use_cpu=True,
+        report_to=[], disable_tqdm=True,
+    )  # fmt: skip
+    callback = RosaCallback(every=4, first=5)
+    trainer = Trainer(model, args, train_dataset=rows, callbacks=[callback])
+    trainer.train(resume_from_checkpoint=resume_from)
+    assert callback.drawn_at == [5, 9]
+    assert all_equal(state(model))
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    if rank == 0:
+        torch.save((losses, state(model)), folder / "found.pt")
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_run_of_two_processes_is_gone_on_with_in_another_number(tmp_path, size):
+    for name, count, source in (("two", 2, None), ("more", size, "two/checkpoint-3")):
+        (tmp_path / name).mkdir()
+        source = source and str(tmp_path / source)
+        in_processes(count, tmp_path / name, run_trainer, count, tmp_path / name, source)
+    (expected, whole), (losses, found) = (
+        torch.load(tmp_path / n / "found.pt") for n in ("two", "more")
+    )
+    assert losses == pytest.approx(expected, rel=1e-4)
+    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-6)
 
 
 def leave(rank):
