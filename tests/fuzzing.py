@@ -418,7 +418,10 @@ def wrong(kind: Kind, way: Any, folder: Path) -> tuple[str, str]:
         return "loaded", "it took much memory"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return "loaded", "" if loaded is None else _another(kind, loaded, folder, way)
+        try:
+            return "loaded", "" if loaded is None else _another(kind, loaded, folder, way)
+        except RuntimeError as error:
+            return "loaded", f"what was loaded cannot be used: {error}"
 
 
 def _unclear(name: str, message: str, error: BaseException, by_command: bool) -> str:

@@ -235,6 +235,14 @@ def test_a_head_of_another_precision_is_in_the_models(bert, dtype, low_memory):
     torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, rtol=near, atol=near)
 
 
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_a_factor_of_another_precision_than_the_other_is_no_matter(bert, low_memory):
+    base, model, folder = bert
+    rewrite(folder, **{FACTOR: torch.Tensor.double})
+    loaded = PeftModel.from_pretrained(base, str(folder), low_cpu_mem_usage=low_memory)
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits)
+
+
 def pickled(folder: Path) -> None:
     torch.save(load_file(folder / FILE), folder / "adapter_model.bin")
     (folder / FILE).unlink()

@@ -85,10 +85,12 @@ class Adapter:
             device: another device.
             cast: to the weight's precision; else they keep theirs, or take a finer one.
         """
-        for factor in self.factors:
+        a, b = self.factors
+        finer = torch.promote_types(a.dtype, b.dtype)  # a file may have one in more bits
+        for factor in (a, b):
             if factor.is_meta or weight.is_meta:
                 continue
-            dtype = torch.promote_types(factor.dtype, weight.dtype)
+            dtype = torch.promote_types(finer, weight.dtype)
             if cast and weight.dtype.is_floating_point:
                 dtype = weight.dtype
             factor.data = factor.data.to(weight.device if device is None else device, dtype)
