@@ -121,8 +121,8 @@ def train(
 
     A chat model on JSON lines of messages with role and content:
 
-        rosa train --model HuggingFaceTB/SmolLM2-135M-Instruct --train chats.jsonl
-        --target-modules all-linear --output runs/chats
+        rosa train --model Qwen/Qwen2.5-0.5B-Instruct --train chats.jsonl --target-modules
+        all-linear --output runs/chats
     """
     from rosa.bench.report.tables import metrics_table
     from rosa.bench.training import train as run
