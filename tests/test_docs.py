@@ -32,6 +32,7 @@ from typer.main import get_command
 import rosa
 from rosa.bench.settings import RunSettings
 from rosa.cli.commands import app
+from tests.chats import chat_model, write_chats
 from tests.helpers import moved, run, write_csv
 from tests.models import WORDS, save_with_tokenizer
 
@@ -81,6 +82,9 @@ def place(tmp_path, monkeypatch) -> Path:
     """A working directory with what the README's lines name: models and tables."""
     save_with_tokenizer(tiny_roberta(), tmp_path / "roberta-base")
     save_with_tokenizer(tiny_decoder(), tmp_path / "HuggingFaceTB" / "SmolLM2-135M")
+    chat_model(tmp_path / "Qwen" / "Qwen2.5-0.5B-Instruct")
+    write_chats(tmp_path / "chats.jsonl")
+    monkeypatch.setattr("builtins.input", lambda _: "")  # a chat that is over
     for name in ("reviews.csv", "more.csv"):
         write_csv(tmp_path / name, labels=("0", "1"))
     pair = json.dumps({"prompt": "film :", "completion": " the film was fine"})
@@ -141,6 +145,8 @@ def test_the_examples_on_layers_run_as_they_stand():
 @pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
 def test_the_guides_run_as_they_stand(page):
     found: dict[str, Any] = {}
+    if "chats.jsonl" in page.read_text("utf-8"):
+        pytest.importorskip("trl")
     for language, block in re.findall(
         r"^```(\w+)\n(.*?)^```", page.read_text("utf-8"), re.M | re.S
     ):

@@ -133,7 +133,8 @@ def plan(settings: RunSettings, steps: int, gpus: int = 1, tflops: float | None 
         numbers = sum(p.numel() for p in trained.values())
         kept, operations = _step(model, settings)
     operations *= settings.gradient_accumulation
-    tokens = settings.batch_size * settings.gradient_accumulation * gpus * settings.max_length
+    texts = settings.batch_size * settings.gradient_accumulation * gpus
+    tokens = texts * _length(settings)
     draws = _draws(settings, steps, numbers, tokens) if settings.method == "rosa" else 0
     offset = sum(
         min(per_draw * (draws + 1) * settings.rank, min(shape)) * sum(shape)  # type: ignore[operator]
@@ -239,7 +240,7 @@ def _step(model: Any, settings: RunSettings) -> tuple[int, int]:
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
-    ids = torch.zeros(settings.batch_size, settings.max_length, dtype=torch.long)
+    ids = torch.zeros(settings.batch_size, _length(settings), dtype=torch.long)
     labels = ids if is_decoder(model.config) else ids[:, 0]
     with (
         FlopCounterMode(display=False) as counter,
@@ -249,6 +250,10 @@ def _step(model: Any, settings: RunSettings) -> tuple[int, int]:
         kept, loss = kept_bytes(model, lambda: model(input_ids=ids, labels=labels).loss)
         loss.backward()
     return kept, counter.get_total_flops()
+
+
+def _length(settings: RunSettings) -> int:
+    return settings.max_length or 0  # `check` has chosen one
 
 
 def kept_bytes(model: nn.Module, compute: Callable[[], Any]) -> tuple[int, Any]:

@@ -128,8 +128,8 @@ def train(
 
     A chat model on JSON lines of messages with role and content:
 
-        rosa train --model HuggingFaceTB/SmolLM2-135M-Instruct --train chats.jsonl
-        --target-modules all-linear --output runs/chats
+        rosa train --model Qwen/Qwen2.5-0.5B-Instruct --train chats.jsonl --target-modules
+        all-linear --output runs/chats
     """
     from rosa.bench.report.tables import metrics_table
     from rosa.bench.training import train as run
@@ -474,6 +474,66 @@ def plan(
     found = make(settings, steps, gpus, tflops)
     title = f"{settings.model}, each of {gpus} process{'es' if gpus > 1 else ''}"
     Console().print(metrics_table(title, found.rows(size)))
+
+
+@app.command()
+def generate(
+    folder: Annotated[Path, typer.Argument(help="A run's folder, an adapter's, or a model's.")],
+    prompt: Annotated[str | None, typer.Option(help="A text to go on with, as it stands.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(help="Prompts: .txt, a line each; .jsonl, prompt or messages a row."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="The most tokens to write.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(help="0: always the likeliest word; higher: more by chance.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="By chance: of the likeliest words with this share of it.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the chance.")] = 0,
+    model: Annotated[
+        str | None, typer.Option(help="The base model, if not the one that the adapter names.")
+    ] = None,
+) -> None:
+    """Let a trained decoder write: after a prompt, after each of a file's, or in a chat.
+
+    Without a prompt it is a chat at the terminal, until an empty line or Ctrl-D:
+
+        rosa generate runs/chats
+
+    A text to go on with; a file of prompts, whose texts are printed as JSON lines:
+
+        rosa generate runs/pairs --prompt "film:"
+
+        rosa generate runs/chats --file questions.jsonl > answers.jsonl
+    """
+    import json
+
+    from rosa.bench import writing
+
+    if prompt is not None and file is not None:
+        raise UserError("give --prompt or --file, not both")
+    sampling = writing.Sampling(max_new_tokens, temperature, top_p, seed)
+    prompts = None if file is None else writing.prompts_of(file)
+    writer = writing.Writer(folder, model, sampling)
+    if prompts is not None:
+        for each in prompts:
+            row = {"prompt": each, "text": writer.write(each)}
+            print(json.dumps(row, ensure_ascii=False), flush=True)
+    elif prompt is not None:
+        writer.write(prompt, writer.streamer())
+    else:
+        for _ in writing.answers(writer, iter(_said, ""), writer.streamer()):
+            pass
+
+
+def _said() -> str:
+    """The next line at the terminal; nothing if there is none."""
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
 
 
 @app.command()

@@ -50,11 +50,33 @@ def read_chats(path: Path) -> Dataset:
         raise UserError(f"{path} has no column {COLUMN!r}, as the other file of chats has")
     rows = range(1, len(chats) + 1)
     plain = [_messages(f"{path}: row {n}", chat) for n, chat in zip(rows, chats, strict=True)]
+    for row, chat in zip(rows, plain, strict=True):
+        if not any(message["role"] == "assistant" for message in chat):
+            raise UserError(
+                f"{path}: row {row} has no message of the assistant: there is nothing to learn"
+            )
     return Dataset.from_dict({COLUMN: plain, "row": list(rows)})
 
 
+def read_prompts(path: Path) -> list[list[dict[str, str]]]:
+    """A file's chats up to the last word of the assistant, which is asked for anew.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is of no use, or a row is no chat to answer.
+    """
+    chats = []
+    for row, chat in enumerate(read_columns(path)[COLUMN], start=1):
+        messages = _messages(f"{path}: row {row}", chat)
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        if not messages:
+            raise UserError(f"{path}: row {row} has nothing to answer: the assistant alone speaks")
+        chats.append(messages)
+    return chats
+
+
 def _messages(row: str, chat: Any) -> list[dict[str, str]]:
-    """A chat's messages, of role and content alone; UserError if it is none to learn from."""
+    """A chat's messages, of role and content alone; UserError if it is none."""
     if not isinstance(chat, list) or not chat:
         raise UserError(f"{row} has no messages: a chat is a list of them, with role and content")
     for number, message in enumerate(chat, start=1):
@@ -69,6 +91,4 @@ def _messages(row: str, chat: Any) -> list[dict[str, str]]:
                 f"{row}: the content of message {number} ({given['role']}) is no text: chats of "
                 "images or calls of tools are not trained here"
             )
-    if not any(message["role"] == "assistant" for message in chat):
-        raise UserError(f"{row} has no message of the assistant: there is nothing to learn")
     return [{name: message[name] for name in ("role", "content")} for message in chat]
