@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft import TaskType
 
 from rosa.algebra.subspace import DIRECTIONS
 from rosa.errors import UserError, UserTypeError, shown
@@ -60,7 +61,6 @@ _WHICH = (
     lambda value: isinstance(value, str) or _is_names(value),
 )
 _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "task_type": _NAME,
     "peft_version": _NAME,
     "base_model_name_or_path": _NAME,
     "revision": _NAME,
@@ -78,6 +78,12 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "alpha_pattern": ("a dictionary of alphas by names", lambda value: isinstance(value, dict)),
 }
 """Fields that may be None, and what else they are."""
+
+
+def check_task(task_type: object) -> None:
+    """Raise UserError unless PEFT knows a task by this name; None is no task."""
+    if task_type is not None:
+        _check_choice("task_type", task_type, tuple(task.value for task in TaskType))
 
 
 def check_fields(config: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from peft import PeftConfig
 
-from rosa.checks import check_fields
+from rosa.checks import check_fields, check_task
 from rosa.errors import UserError, UserTypeError, shown
 from rosa.registration import ROSA
 
@@ -164,6 +164,7 @@ class RosaConfig(PeftConfig):
                 return
 
     def __post_init__(self) -> None:
+        check_task(self.task_type)  # PEFT's own check shows all that was given
         super().__post_init__()
         self.peft_type = ROSA
         self.loading = HINT

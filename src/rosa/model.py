@@ -57,6 +57,9 @@ from rosa.targets import (
 )
 from rosa.weighted import check_weighted, put_sum, weighted_config
 
+_LONGEST = 1000
+"""Characters of a message of PEFT's, which shows all of a regex."""
+
 
 class RosaModel(BaseTuner):
     """A model with ROSA in its linear layers: `peft.get_peft_model(model, RosaConfig(...))`.
@@ -91,7 +94,8 @@ class RosaModel(BaseTuner):
             with as_before(model, adapter_name):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
-            hint = all_in_full(config, model) or f"{error}{near_names(config, model)}"
+            said = str(error)[:_LONGEST]
+            hint = all_in_full(config, model) or f"{said}{near_names(config, model)}"
             config.target_modules = wanted
             raise NothingToAdaptError(hint) from None
         except Exception:
