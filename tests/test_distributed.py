@@ -27,12 +27,11 @@ TARGETS = ["query", "key", "value", "dense"]
 DRAW = subspace.draw
 
 
-def adapted(directions, seed=0, adapter="default"):
+def adapted(directions, dtype=torch.float64):
     """A model that is the same in every process."""
     torch.manual_seed(0)
-    base = tiny_bert().double()
-    config = RosaConfig(r=2, directions=directions, target_modules=TARGETS, seed=seed)
-    return get_peft_model(base, config, adapter_name=adapter)
+    config = RosaConfig(r=2, directions=directions, target_modules=TARGETS)
+    return get_peft_model(tiny_bert().to(dtype), config)
 
 
 def state(model):
@@ -121,6 +120,11 @@ def draw_for_all(rank, size):
     distributed.all_gather(counts, torch.tensor(float(len(drawn))))
     assert sum(counts) == 2 * layers
     assert all(counts)
+    for dtype in (torch.bfloat16, torch.float16):
+        model = adapted("orthonormal", dtype)
+        with unlike_machines(rank, drawn):
+            resample(model)
+        assert all_equal(state(model).float())
     out_of_step(rank)
     fail(rank)
 

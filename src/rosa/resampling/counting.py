@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rosa.resampling.processes import are_several
+from rosa.resampling.processes import everyone
 
 IGNORED = -100
 """The label that a loss leaves out, in torch and transformers."""
@@ -49,14 +49,5 @@ class ItemCounter:
         """How many there were, in all data-parallel processes; counts no more."""
         self._hook.remove()
         total = torch.tensor(self.counted())
-        if are_several():
-            total = _summed(total)
+        everyone().add_up([total])
         return int(total)
-
-
-def _summed(total: Tensor) -> Tensor:
-    from accelerate import PartialState
-
-    total = total.to(PartialState().device)
-    torch.distributed.all_reduce(total)
-    return total.cpu()

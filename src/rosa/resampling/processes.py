@@ -114,11 +114,18 @@ def _in_buckets(tensors: Iterable[Tensor], send: Callable[[Tensor], Any]) -> Non
         alike[tensor.dtype, tensor.device].append(tensor)
     for kind in alike.values():
         for bucket in _buckets(kind):
-            flat = torch.cat([tensor.flatten() for tensor in bucket])
+            flat = _sendable(torch.cat([tensor.flatten() for tensor in bucket]))
             send(flat)
             pieces = flat.split([tensor.numel() for tensor in bucket])
             for tensor, piece in zip(bucket, pieces, strict=True):
                 tensor.copy_(piece.view_as(tensor))
+
+
+def _sendable(tensor: Tensor) -> Tensor:
+    """A tensor where a group can send it from: most know the memory of accelerators only."""
+    accelerator = torch.accelerator.current_accelerator()
+    elsewhere = accelerator is not None and torch.distributed.get_backend() != "gloo"
+    return tensor.to(accelerator) if elsewhere and tensor.device.type == "cpu" else tensor
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rosa.layers.adapter import Adapter
-from rosa.resampling.processes import are_several
+from rosa.resampling.processes import everyone
 
 FILE = "rosa_seen.safetensors"
 _COUNTED = "counted"
@@ -29,10 +29,8 @@ def write_seen(folder: Path, adapters: list[Adapter], counted: tuple[int, float]
     found = {_key(a): a.sketch.total.clone() for a in adapters if a.sketch is not None}
     if counted is not None:
         found[_COUNTED] = torch.tensor(counted, dtype=torch.float64)
-    if are_several():
-        for key, total in found.items():
-            torch.distributed.all_reduce(total[1:] if key == _COUNTED else total)
-    if found and _is_first() and folder.is_dir():
+    everyone().add_up(total[1:] if key == _COUNTED else total for key, total in found.items())
+    if found and everyone().place == 0 and folder.is_dir():
         partial = folder / f"{FILE}.partial"
         save_file({key: total.cpu() for key, total in found.items()}, partial)
         os.replace(partial, folder / FILE)
@@ -49,7 +47,7 @@ def recall(seen: dict[str, Tensor], adapters: list[Adapter]) -> bool:
     if not sketches or not sketches.keys() <= seen.keys():
         return False
     for key, sketch in sketches.items():
-        if _is_first():  # what all have seen is summed before a draw
+        if everyone().place == 0:  # what all have seen is summed before a draw
             sketch.total.copy_(seen[key])
     return True
 
@@ -57,11 +55,7 @@ def recall(seen: dict[str, Tensor], adapters: list[Adapter]) -> bool:
 def recall_count(seen: dict[str, Tensor]) -> tuple[int, float]:
     """How many steps were counted, and the items in them."""
     steps, items = seen.get(_COUNTED, torch.zeros(2)).tolist()
-    return int(steps), items if _is_first() else 0.0
-
-
-def _is_first() -> bool:
-    return not are_several() or torch.distributed.get_rank() == 0
+    return int(steps), items if everyone().place == 0 else 0.0
 
 
 def _key(adapter: Adapter) -> str:
