@@ -18,7 +18,7 @@ from rosa.errors import ExportError
 from rosa.export.lazily import mapped_lazily
 from rosa.export.merged import write_plain
 from rosa.layers.kinds import rosa_layers
-from rosa.matching import is_trained_in_full
+from rosa.targeting.matching import is_trained_in_full
 from tests.architectures import ARCHITECTURES, Architecture, loss_of, outputs_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' and PEFT's own, of many kinds

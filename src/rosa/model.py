@@ -23,28 +23,28 @@ from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from rosa.beside import check_beside, check_tensors, own_tensors
-from rosa.checkpoint import (
+from rosa.config import RosaConfig, as_rosa_config
+from rosa.errors import NothingToAdaptError, UserError
+from rosa.files.beside import check_beside, check_tensors, own_tensors
+from rosa.files.checkpoint import (
     check_adapter_file,
     fingerprints_of,
     is_rosa_key,
     state_keys,
     warn_of_another_base,
 )
-from rosa.config import RosaConfig, as_rosa_config
-from rosa.errors import NothingToAdaptError, UserError
+from rosa.files.loading import as_before, guard
 from rosa.layers.base import RosaLayer
 from rosa.layers.kinds import base_of, kind_of, layers_of, rosa_layers
 from rosa.layers.memory import make_private, owners_of, tenants, weight_owners
 from rosa.layers.parameter import ParamWrapper
 from rosa.layers.sharding import check_unsharded
 from rosa.layers.statedict import give_pretrained
-from rosa.loading import as_before, guard
-from rosa.matching import has_embeddings, is_target, resolve_all_linear
-from rosa.names import COMPILED, check_adapter_name, check_modules_to_save
-from rosa.nesting import check_nesting
 from rosa.switching import or_as_before
-from rosa.targets import (
+from rosa.targeting.matching import has_embeddings, is_target, resolve_all_linear
+from rosa.targeting.names import COMPILED, check_adapter_name, check_modules_to_save
+from rosa.targeting.nesting import check_nesting
+from rosa.targeting.targets import (
     all_in_full,
     check_adaptable,
     check_full_training,

@@ -137,7 +137,7 @@ def _target_shapes(model: nn.Module, shared: dict[str, Any]) -> dict[str, tuple[
     from transformers.pytorch_utils import Conv1D
 
     from rosa import RosaConfig
-    from rosa.matching import is_target, resolve_all_linear
+    from rosa.targeting.matching import is_target, resolve_all_linear
 
     config = RosaConfig(**shared)
     resolve_all_linear(config, model)

@@ -18,10 +18,10 @@ from peft.utils import AuxiliaryTrainingWrapper, TrainableTokensWrapper, load_pe
 from torch import Tensor, nn
 
 from rosa.algebra import subspace
-from rosa.checkpoint import warn_of_another_base
 from rosa.config import as_rosa_config
 from rosa.errors import UserError
 from rosa.export.checking import load_on_meta
+from rosa.files.checkpoint import warn_of_another_base
 from rosa.layers.base import RosaLayer
 from rosa.layers.kinds import layers_of, rosa_layers
 from rosa.layers.weight import with_change

@@ -23,13 +23,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rosa.algebra.lowrank import LowRank, transposed
-from rosa.checkpoint import is_rosa_key
 from rosa.config import RosaConfig
 from rosa.errors import ExportError
 from rosa.export.checking import is_rounding, same, without_weights
 from rosa.export.ranks import ALL, Budget, changes_within
 from rosa.export.running import see_one_run
 from rosa.export.staging import rosa_adapter, staged
+from rosa.files.checkpoint import is_rosa_key
 from rosa.layers.kinds import layers_of
 from rosa.layers.parameter import ParamWrapper
 

@@ -30,9 +30,9 @@ from peft.utils import (
 )
 from torch import nn
 
-from rosa.beside import check_tensors, check_whole_modules, leaving_missized
 from rosa.config import RosaConfig
 from rosa.errors import UserError, shown
+from rosa.files.beside import check_tensors, check_whole_modules, leaving_missized
 from rosa.layers.kinds import rosa_layers
 from rosa.registration import ROSA
 

@@ -30,7 +30,7 @@ from rosa.layers.parameter import ParamWrapper
 from rosa.layers.sharding import is_sharded
 from rosa.layers.views import MatrixView
 from rosa.layers.weight import SUPPORTED_DTYPES
-from rosa.matching import is_target, is_trained_in_full
+from rosa.targeting.matching import is_target, is_trained_in_full
 
 
 def check_full_training(config: RosaConfig, model: nn.Module) -> None:

@@ -17,7 +17,7 @@ from rosa.errors import UserError
 from rosa.layers.base import RosaLayer
 from rosa.layers.kinds import base_of, kind_of
 from rosa.layers.parameter import ParamWrapper
-from rosa.matching import is_target, is_trained_in_full
+from rosa.targeting.matching import is_target, is_trained_in_full
 
 
 def check_nesting(config: RosaConfig, model: nn.Module) -> None:

@@ -21,7 +21,7 @@ from rosa.config import RosaConfig, as_rosa_config
 from rosa.layers.kinds import base_of, kind_of, rosa_layers
 from rosa.layers.linear import RosaLinear
 from rosa.layers.parameter import ParamWrapper
-from rosa.names import COMPILED
+from rosa.targeting.names import COMPILED
 
 # The heads that PEFT's classes for a task train in full; some add them to the config only once the
 # layers have been replaced.

@@ -1,0 +1,1 @@
+"""Adapters' files: what they hold, and how they are loaded, all of one or nothing."""
