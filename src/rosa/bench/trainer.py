@@ -38,13 +38,9 @@ def build_trainer(
             if logs and "eval_loss" in logs:
                 super().on_log(args, state, control, logs=logs, **kwargs)
 
-    batches = -(-len(rows["train"]) // (settings.batch_size * join().num_processes))
-    steps_per_epoch = -(-batches // settings.gradient_accumulation)
-    steps = math.ceil(settings.epochs * steps_per_epoch)
+    period, steps = steps_of(settings, len(rows["train"]))
     evaluations: dict[str, Any] = {"eval_strategy": "epoch", "save_strategy": "epoch"}
-    period = steps_per_epoch
     if settings.steps is not None:
-        steps = settings.steps
         period = -(-steps // EVALUATIONS)
         evaluations = {
             "max_steps": steps,
@@ -117,6 +113,13 @@ def build_trainer(
         trainer.add_callback(EpochProgress())
     trainer.pop_callback(PrinterCallback)  # what is there without a bar prints every loss
     return trainer, callback
+
+
+def steps_of(settings: RunSettings, rows: int) -> tuple[int, int]:
+    """Optimizer steps of an epoch of so many rows, and of the run."""
+    batches = -(-rows // (settings.batch_size * join().num_processes))
+    epoch = -(-batches // settings.gradient_accumulation)
+    return epoch, settings.steps or math.ceil(settings.epochs * epoch)
 
 
 def by_trl(settings: RunSettings, task: Task) -> bool:

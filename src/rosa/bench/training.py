@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from json import JSONDecodeError
 from pathlib import Path
 from pickle import UnpicklingError
@@ -68,10 +68,7 @@ def train(
         ValueError, TypeError, FileNotFoundError: a setting, a file or the output folder is of no
             use; said before any work is done.
     """
-    import torch
     from accelerate.utils import broadcast_object_list
-    from torch.utils.data import DataLoader
-    from transformers import set_seed
 
     settings = check(settings)
     runs.check_model(settings.model)
@@ -82,27 +79,9 @@ def train(
         say(f"the run in {settings.output} is finished: nothing to resume")
         return read_record(settings.output)
 
-    task = load_task(settings)
-    tokenizer = load_tokenizer(settings, task)
-    set_seed(settings.seed)
-    base = load_base(settings, task, tokenizer.pad_token_id)
-    reads = longest_input(base.model)
-    if reads is not None:
-        reads -= find_method(settings.method).virtual_tokens
-    rows = tokenize(settings, task, reads, tokenizer)
-
-    def batches() -> Iterable[dict[str, Any]]:
-        order = torch.Generator().manual_seed(settings.seed)
-        collate = collator(settings, task, tokenizer)
-        size = settings.batch_size
-        batches_a_step = settings.gradient_accumulation * state.num_processes
-        loader = DataLoader(rows["train"], size, shuffle=True, generator=order, collate_fn=collate)
-        return itertools.islice(loader, FIRST_STEPS * batches_a_step)
-
-    model, recorder = adapt(settings, base, batches)
-    if settings.method in RESAMPLED:
-        with suppress(UserError):  # then they are copied, or exact to a rounding
-            map_pretrained(model)
+    ready = prepare(settings)
+    task, tokenizer, rows = ready.task, ready.tokenizer, ready.rows
+    model, recorder = ready.model, ready.recorder
     how = settings.output, settings.to_json(), digest(rows), resume, overwrite
     with runs.begin(*how) if state.is_main_process else nullcontext():  # nothing was written before
         state.wait_for_everyone()
@@ -150,6 +129,54 @@ def train(
             record.write(settings.output)
     (record,) = broadcast_object_list([record])
     return record
+
+
+@dataclass(frozen=True)
+class Ready:
+    """All that a training needs, before anything is written.
+
+    Attributes:
+        task, tokenizer: of the run.
+        rows: the task's splits as token ids.
+        model: as the method trains it.
+        recorder: of the change of its weights; None if none is asked for.
+    """
+
+    task: Task
+    tokenizer: Any
+    rows: dict[str, Any]
+    model: Any
+    recorder: Any
+
+
+def prepare(settings: RunSettings) -> Ready:
+    """What a run trains and on what; raises as `train` does."""
+    import torch
+    from torch.utils.data import DataLoader
+    from transformers import set_seed
+
+    task = load_task(settings)
+    tokenizer = load_tokenizer(settings, task)
+    set_seed(settings.seed)
+    base = load_base(settings, task, tokenizer.pad_token_id)
+    reads = longest_input(base.model)
+    if reads is not None:
+        reads -= find_method(settings.method).virtual_tokens
+    rows = tokenize(settings, task, reads, tokenizer)
+
+    def batches() -> Iterable[dict[str, Any]]:
+        order = torch.Generator().manual_seed(settings.seed)
+        collate = collator(settings, task, tokenizer)
+        size = settings.batch_size
+        batches_a_step = settings.gradient_accumulation * join().num_processes
+        loader = DataLoader(rows["train"], size, shuffle=True, generator=order, collate_fn=collate)
+        return itertools.islice(loader, FIRST_STEPS * batches_a_step)
+
+    model, recorder = adapt(settings, base, batches)
+    if settings.method in RESAMPLED:
+        with suppress(UserError):  # then they are copied, or exact to a rounding
+            map_pretrained(model)
+    return Ready(task, tokenizer, rows, model, recorder)
 
 
 def load_task(settings: RunSettings) -> Task:

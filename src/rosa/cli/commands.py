@@ -110,6 +110,10 @@ def train(
     overwrite: Annotated[
         bool, option(OUTPUT, "Replace the run in the output folder.", "--overwrite")
     ] = False,
+    dry_run: Annotated[
+        bool,
+        option(OUTPUT, "Train nothing: show the layers, memory, steps and draws.", "--dry-run"),
+    ] = False,
     **given: Any,
 ) -> None:
     """Fine-tune a model on text classification (encoder) or on text (decoder).
@@ -131,9 +135,17 @@ def train(
         rosa train --model Qwen/Qwen2.5-0.5B-Instruct --train chats.jsonl --target-modules
         all-linear --output runs/chats
     """
-    from rosa.bench.report.tables import metrics_table
+    from rosa.bench.report.tables import comparison_table, metrics_table
     from rosa.bench.training import train as run
 
+    if dry_run:
+        from rosa.bench.rehearsal import COLUMNS, rehearse
+
+        rows, about = rehearse(settings_of(given), resume, overwrite)
+        Console().print(comparison_table("what would be trained", COLUMNS, rows))
+        Console().print(metrics_table("the run", about))
+        print("activations come on top of this memory; nothing was trained or written")
+        return
     record = run(settings_of(given), resume=resume, overwrite=overwrite)
     Console().print(metrics_table(str(given["output"]), record.to_json()))
 

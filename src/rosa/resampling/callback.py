@@ -190,17 +190,22 @@ class RosaCallback(TrainerCallback, ExportableState):
             self._counter = None
 
     def _period_in_steps(self, args: TrainingArguments, dataloader: Any) -> int | None:
-        if isinstance(self.every, int):
-            return self.every
-        if self.every == "never":
-            return None
+        if isinstance(self.every, int) or self.every == "never":
+            return self._period_of_epochs(1)
         batches = _length(dataloader)
         if batches is None:
             raise UserError(
                 "the training data has no length, so an epoch has no number of steps: "
                 "use RosaCallback(every='auto') or every=<optimizer steps>"
             )
-        epoch = max(-(-batches // args.gradient_accumulation_steps), 1)
+        return self._period_of_epochs(max(-(-batches // args.gradient_accumulation_steps), 1))
+
+    def _period_of_epochs(self, epoch: int) -> int | None:
+        """The period in steps, of which an epoch has so many."""
+        if self.every == "never":
+            return None
+        if isinstance(self.every, int):
+            return self.every
         return max(round((1.0 if self.every == "epoch" else float(self.every)) * epoch), 1)
 
     def _plan(self, steps: int) -> None:
@@ -258,10 +263,31 @@ class RosaCallback(TrainerCallback, ExportableState):
         if self._counted == COUNTED and self._counter is not None:
             counted, self._counter = self._counter.stop() / COUNTED, None
             examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-            factors = [f for adapter in self._adapters for f in adapter.factors]
-            numbers = sum(f.numel() for f in factors if f.requires_grad)
-            self.period = self.auto_period(numbers, counted or examples)
+            self.period = self._period_by_items(counted or examples)
             self._plan(state.max_steps)
+
+    def _period_by_items(self, items: float) -> int:
+        """Steps of so many items each until "auto" draws again."""
+        factors = [f for adapter in self._adapters for f in adapter.factors]
+        numbers = sum(f.numel() for f in factors if f.requires_grad)
+        return self.auto_period(numbers, items)
+
+    def forecast(self, model: Any, steps: int, steps_of_an_epoch: int, items: float) -> list[int]:
+        """The steps of a training that would begin with a draw; for a callback of its own.
+
+        Args:
+            model: with ROSA adapters.
+            steps: of the training.
+            steps_of_an_epoch: of them.
+            items: that a step shows, as "auto" counts them.
+        """
+        self._adapters = [active.adapter for active in active_adapters(model, None)]
+        if self.every == "auto":
+            self.period = self._period_by_items(items)
+        else:
+            self.period = self._period_of_epochs(steps_of_an_epoch)
+        self._plan(steps)
+        return [step for step in range(1, steps) if self._steps_to_draw(step) == 0]
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
