@@ -60,9 +60,9 @@ def check_whole_modules(model: nn.Module, adapter_name: str, state_dict: dict[st
     if missing:
         raise UserError(
             f"the adapter file lacks {len(missing)} tensors of modules that were trained in full, "
-            f"or of tokens, such as {missing[0]}: it is incomplete, or modules_to_save, task_type "
-            "or trainable_token_indices in adapter_config.json is not the one that it was saved "
-            "with"
+            f"or of tokens, such as {missing[0]}: it is incomplete, is of another adapter, or "
+            "modules_to_save, task_type or trainable_token_indices in adapter_config.json is not "
+            "the one that it was saved with"
         )
 
 
