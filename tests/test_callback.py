@@ -121,6 +121,8 @@ def test_examples_are_counted_where_there_are_no_labels(batch):
     model = Model()
     counter = ItemCounter(model)
     model(**batch)
+    with torch.no_grad():  # the reference of a preference's loss
+        model(**batch)
     model.eval()(**batch)
     assert counter.stop() == (3 if batch else 1)
     model.train()(**batch)

@@ -27,7 +27,7 @@ class ItemCounter:
         self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not model.training:
+        if not model.training or not torch.is_grad_enabled():  # as a reference model's passes
             return
         labels = kwargs.get("labels")
         if isinstance(labels, Tensor):
