@@ -10,9 +10,10 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import peft
 import peft.peft_model
@@ -52,8 +53,9 @@ def as_before(model: nn.Module, adapter_name: str) -> Iterator[None]:
         yield
         return
     configured = hasattr(model, "peft_config")
-    held = {m: (dict(m._modules), dict(m._parameters)) for m in model.modules()}
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    # Parameters weakly: whoever holds one shares it, and the adapter would be given a copy.
+    held = {m: (dict(m._modules), _weakly(m._parameters)) for m in model.modules()}
+    trained = [(ref(parameter), parameter.requires_grad) for parameter in model.parameters()]
     wrappers = [
         (module, set(module._adapters), module._active_adapter)
         for module in held
@@ -72,14 +74,27 @@ def as_before(model: nn.Module, adapter_name: str) -> Iterator[None]:
                 wrapper.token_adapter.delete_adapter(adapter_name)
             wrapper._adapters, wrapper._active_adapter = adapters, active  # type: ignore[assignment]
         for module, (modules, parameters) in held.items():
-            module.__dict__.update(_modules=modules, _parameters=parameters)
-        for parameter, was_trained in trained:
-            parameter.requires_grad_(was_trained)
+            now = module._parameters
+            there = {n: _found(known, now.get(n)) for n, known in parameters.items()}
+            module.__dict__.update(_modules=modules, _parameters=there)
+        for parameter, was_trained in ((known(), state) for known, state in trained):
+            if parameter is not None:
+                parameter.requires_grad_(was_trained)
         configs: Any = getattr(model, "peft_config", None) or {}
         configs.pop(adapter_name, None)
         if not configured and "peft_config" in vars(model):
             del model.peft_config
         raise
+
+
+def _weakly(parameters: Mapping[str, Any]) -> dict[str, ref[Any] | None]:
+    return {name: None if each is None else ref(each) for name, each in parameters.items()}
+
+
+def _found(known: ref[Any] | None, now: Any) -> Any:
+    """The parameter that was there; the one that is, if that is no more."""
+    before = None if known is None else known()
+    return now if known is not None and before is None else before
 
 
 def check_config(folder: Path) -> None:
