@@ -427,7 +427,7 @@ def wrong(kind: Kind, way: Any, folder: Path) -> tuple[str, str]:
 def _unclear(name: str, message: str, error: BaseException, by_command: bool) -> str:
     if name not in (CLEAR if by_command else CLEAR + OF_READERS):
         return f"{name}: {message[:300]}"
-    if len(message) < 10 or len(message) > 2000:
+    if len(message) < 10 or (len(message) > 2000 and isinstance(error, UserError)):
         return f"a message of {len(message)} characters: {message[:100]}"
     if isinstance(error, UserError) and any(word in message for word in DEPTHS):
         return f"of the depths: {message[:300]}"

@@ -14,6 +14,10 @@ READERS = ("peft", "transformers", "tokenizers", "huggingface_hub", "safetensors
 """The libraries that read what a user gave, besides Python's own (`json`)."""
 
 
+_LONGEST_REASON = 1000
+"""Characters of a library's message that are passed on: some have all that was given in them."""
+
+
 class UserError(ValueError):
     """Something that was given cannot be used; the message says what is allowed and what to do."""
 
@@ -60,7 +64,7 @@ def blame(what: str, *kinds: type[Exception]) -> Iterator[None]:
         ours = isinstance(error, UserError) or not _by_a_reader(error)
         if ours or is_out_of_memory(error) or not isinstance(error, kinds or Exception):
             raise
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:_LONGEST_REASON]
         raise UserError(f"{what}: {type(error).__name__}: {reason}") from error
 
 

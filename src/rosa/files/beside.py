@@ -49,14 +49,7 @@ def check_whole_modules(model: nn.Module, adapter_name: str, state_dict: dict[st
         adapter_name: its name.
         state_dict: with the names of a file.
     """
-    wanted = {key for key, _ in _whole_modules(model, adapter_name)}
-    looked_for = {key for key, _ in _whole_modules(model, adapter_name, of_others=True)}
-    if foreign := sorted(looked_for - wanted - state_dict.keys()):
-        raise UserError(
-            f"the model has another adapter with trained tokens, and PEFT looks for {foreign[0]} "
-            "in this one's file too, which has none: load it into a model of its own"
-        )
-    missing = sorted(wanted - state_dict.keys())
+    missing = [key for key, _ in _whole_modules(model, adapter_name) if key not in state_dict]
     if missing:
         raise UserError(
             f"the adapter file lacks {len(missing)} tensors of modules that were trained in full, "
@@ -144,17 +137,10 @@ def _misfit(value: Tensor, like: Tensor, finite: bool) -> str | None:
     return None
 
 
-def _whole_modules(
-    model: nn.Module, adapter_name: str, of_others: bool = False
-) -> Iterator[tuple[str, str]]:
-    """The names of all that an adapter trains beside factors and biases: in a file, in a model.
-
-    With `of_others` also what PEFT looks for since another adapter has it.
-    """
+def _whole_modules(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, str]]:
+    """The names of all that an adapter trains beside factors and biases: in a file, in a model."""
     for name, module in model.named_modules():
-        if not isinstance(module, AuxiliaryTrainingWrapper):
-            continue
-        if of_others or adapter_name in module._adapters:
+        if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
             for key, place in module.adapter_state_dict_load_map(adapter_name).items():
                 yield f"{_named(name)}.{key}", f"{_named(name)}.{place}"
 
