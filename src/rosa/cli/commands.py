@@ -400,18 +400,16 @@ def export(
     import torch
 
     from rosa.bench.exporting import export_folder
-    from rosa.bench.processes import cleaning_up
     from rosa.bench.report.tables import metrics_table
     from rosa.export.ranks import Budget
 
     precision: Any = getattr(torch, dtype or "", dtype)  # what is none is refused there
     budget = Budget(rank, energy, uniform_rank, precision)
-    with cleaning_up():
-        difference, errors = export_folder(
-            *(folder, to, output, model, budget),
-            low_memory=low_memory,
-            max_shard_size=max_shard_size,
-        )
+    difference, errors = export_folder(
+        *(folder, to, output, model, budget),
+        low_memory=low_memory,
+        max_shard_size=max_shard_size,
+    )
     if not budget.is_all:
         worst = dict(sorted(errors.items(), key=lambda each: -each[1])[:10])
         title = f"relative error of the change, the largest of {len(errors)} layers"

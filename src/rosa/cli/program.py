@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 import traceback
@@ -36,9 +35,9 @@ def main() -> None:
         sys.argv.remove("--debug")
     if not processes.is_first():
         _be_silent()
-    signal.signal(signal.SIGTERM, _terminate)
     try:
-        app()
+        with processes.cleaning_up():
+            app()
     except SystemExit as stop:
         interrupt = _interrupt_of(stop)
         if interrupt is None:
@@ -95,11 +94,6 @@ def _interrupt_of(stop: SystemExit) -> KeyboardInterrupt | None:
     while cause is not None and not isinstance(cause, KeyboardInterrupt):
         cause = cause.__cause__ or cause.__context__
     return cause
-
-
-def _terminate(*_: object) -> None:
-    """Of SIGTERM: what is being written is cleaned up, as at Ctrl-C."""
-    sys.exit(143)
 
 
 def _be_silent() -> None:
