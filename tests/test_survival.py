@@ -185,7 +185,7 @@ def test_a_comparison_that_is_stopped_stops_its_cells_and_goes_on(folder, tmp_pa
     out, log = tmp_path / "out", tmp_path / "log"
     files = ["--model", folder / "base", "--train", folder / "reviews.csv", "--output", out]
     how = ["compare", *files, "--methods", "rosa,lora", "--lrs", "1e-2", "--jobs", 2]
-    how += ["--steps", 400, "--batch-size", 8]
+    how += ["--steps", 300, "--batch-size", 8, "--seeds", 0]
     process = crash.start(how, None, None, log)
     deadline = time.monotonic() + 300
     while not list(out.glob("*/checkpoints/*/whole.json")) and time.monotonic() < deadline:

@@ -63,7 +63,7 @@ def run_all(todo: list[Job], jobs: int, title: str, console: Console) -> dict[st
     count = 0
     # One at a time shows the Trainer's own bar.
     bars = Progress(*columns, console=console, disable=jobs == 1 or not todo)
-    with _or_none_goes_on(), bars as progress:
+    with _or_none_goes_on(running), bars as progress:
         bar = progress.add_task(title, total=len(todo))
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -87,13 +87,15 @@ def run_all(todo: list[Job], jobs: int, title: str, console: Console) -> dict[st
 
 
 @contextmanager
-def _or_none_goes_on() -> Iterator[None]:
-    """Stop the cells' processes with this one; each saves the step that it is in."""
+def _or_none_goes_on(running: dict[Future[Any], _Running]) -> Iterator[None]:
+    """Stop the cells' processes with this one, and wait until each has saved the step it is in."""
     try:
         yield
     except BaseException:
         for process in active_children():
             process.terminate()
+        for each in running.values():
+            each.pool.shutdown(cancel_futures=True)
         raise
 
 
