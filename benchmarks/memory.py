@@ -18,6 +18,7 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from peft.optimizers import create_lorafa_optimizer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -39,6 +40,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 import rosa
+from rosa.bench.planning import kept_bytes
 
 MIB, GIB = 2**20, 2**30
 DTYPE = torch.bfloat16
@@ -150,21 +152,6 @@ class Count:
         return max(int((SHARE * memory - fixed) // self.kept), 0)
 
 
-def kept_bytes(model: nn.Module, inputs: dict[str, Tensor]) -> int:
-    """Bytes that autograd keeps for the backward pass, each storage once, without parameters."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    found: dict[int, torch.UntypedStorage] = {}  # held, so that no address is given out again
-
-    def pack(tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            found[storage.data_ptr()] = storage
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda _: None):
-        model(**inputs)
-    return sum(storage.nbytes() for storage in found.values())
-
-
 def measure(model: nn.Module, method: str, rank: int, checkpointing: bool) -> list[int]:
     """Bytes of the weights, numbers that are trained, and bytes that are kept of one example."""
     model.requires_grad_(False)
@@ -178,7 +165,7 @@ def measure(model: nn.Module, method: str, rank: int, checkpointing: bool) -> li
     inputs = {"input_ids": ids, "labels": torch.zeros(1, dtype=torch.long) if encoder else ids}
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    kept = kept_bytes(adapted, inputs)
+    kept, _ = kept_bytes(adapted, partial(adapted, **inputs))
     if adapted is not model:
         adapted.unload()
     return [weights, trained, kept]
@@ -255,7 +242,7 @@ def of_decoder(folder: str, batch: int, tokens: int) -> list[list[str]]:
         adapted = METHODS[method](model, rank)
         model.enable_input_require_grads()
         ids = torch.randint(5, model.config.vocab_size, (batch, tokens))
-        kept = kept_bytes(adapted, {"input_ids": ids, "labels": ids})
+        kept, _ = kept_bytes(adapted, partial(adapted, input_ids=ids, labels=ids))
         named = list(adapted.named_parameters())
         factors = sum(p.nbytes for name, p in named if "rosa_" in name or "lora_" in name)
         trained = sum(p.nbytes for _, p in named if p.requires_grad)

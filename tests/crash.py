@@ -150,9 +150,10 @@ def _owner(place: str) -> tuple[Any, str]:
     raise ImportError(place)
 
 
-def command(folder: Path, output: Path, *more: Any) -> list[Any]:
+def command(folder: Path, output: Path, *more: Any, rank: int | None = 2) -> list[Any]:
     """`rosa train` of the small run, whose model and data `prepare` has put into `folder`."""
-    how = ["--steps", 30, "--batch-size", 8, "--rank", 2, "--lr", 0.01, "--weight-decay", 0.1]
+    how = ["--steps", 30, "--batch-size", 8, "--lr", 0.01, "--weight-decay", 0.1]
+    how += [] if rank is None else ["--rank", rank]
     files = ["--model", folder / "base", "--train", folder / "reviews.csv"]
     return ["train", *files, *how, "--output", output, *more]
 

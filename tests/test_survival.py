@@ -108,16 +108,18 @@ def test_runs_of_chats_survive_too(tmp_path, more):
     assert told(out) == told(whole)
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_runs_of_other_methods_survive_too(folder, tmp_path, method):
-    more = ["--method", method, *([] if method == "lora" else ["--lr", 1e-3])]
-    how = [a for a in crash.command(folder, "", *more) if a not in ("--rank", 2)]
-    how = how if method == "full" else crash.command(folder, "", *more)
-    whole, out = ([tmp_path / n if a == "" else a for a in how] for n in ("whole", "run"))
+@pytest.mark.parametrize(
+    ("method", "rank", "lr", "kept"),
+    [("full", None, 1e-3, "model/model"), ("lora", 2, 1e-2, "adapter/adapter_model")],
+)
+def test_runs_of_other_methods_survive_too(folder, tmp_path, method, rank, lr, kept):
+    how = ["--method", method, "--lr", lr]
+    whole, out = (
+        crash.command(folder, tmp_path / name, *how, rank=rank) for name in ("whole", "run")
+    )
     assert crash.run(whole) == 0
     assert crash.run(out, Sabotage(PLACES[0][0], 17, AFTER)) == KILLED
     assert crash.run([*out, "--resume"]) == 0
-    kept = "adapter/adapter_model" if method == "lora" else "model/model"
     one, two = (tmp_path / n / f"{kept}.safetensors" for n in ("whole", "run"))
     assert one.read_bytes() == two.read_bytes()
 

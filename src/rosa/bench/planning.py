@@ -216,19 +216,17 @@ def _fake(model: nn.Module) -> Iterator[None]:
 
     def like(tensor: Any) -> Any:
         if id(tensor) not in made:
-            made[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype)
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+            is_parameter = isinstance(tensor, torch.nn.Parameter)
+            made[id(tensor)] = (
+                torch.nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+            )
         return made[id(tensor)]
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        parameters: dict[int, nn.Parameter] = {}
         for module in model.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    new = torch.nn.Parameter(like(parameter), parameter.requires_grad)
-                    module._parameters[name] = parameters.setdefault(id(parameter), new)
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = like(buffer)
+            for held in (module._parameters, module._buffers):
+                held.update({n: like(t) for n, t in held.items() if t is not None})
         yield
 
 
@@ -293,19 +291,24 @@ def _draws(settings: RunSettings, steps: int, numbers: int, tokens: int) -> int:
     return max(math.ceil(steps / every), 1)
 
 
+def _device() -> Any:
+    """The accelerator of this machine, or its CPU."""
+    import torch
+
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+
+
 def measured_rate(half: bool) -> float:
     """Operations a second of a product of matrices, on this machine's accelerator or CPU."""
     import torch
 
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     dtype = torch.bfloat16 if half else torch.float32
-    x = torch.randn(MEASURED_SIDE, MEASURED_SIDE, device=device, dtype=dtype)
+    x = torch.randn(MEASURED_SIDE, MEASURED_SIDE, device=_device(), dtype=dtype)
     return 2 * MEASURED_SIDE**3 / _median_seconds(lambda: x @ x)
 
 
 def _seconds_a_draw(settings: RunSettings, shapes: list[tuple[int, int]]) -> float:
     """Seconds of a draw of all weights, from one that is drawn here."""
-    import torch
     from peft import get_peft_model
     from torch import nn
 
@@ -316,8 +319,7 @@ def _seconds_a_draw(settings: RunSettings, shapes: list[tuple[int, int]]) -> flo
     config = RosaConfig(
         r=settings.rank or 1, directions=directions, trained=settings.trained, target_modules=["0"]
     )
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    model = get_peft_model(nn.Sequential(nn.Linear(side, side, bias=False)).to(device), config)
+    model = get_peft_model(nn.Sequential(nn.Linear(side, side, bias=False)).to(_device()), config)
     seconds = _median_seconds(lambda: resample(model))
 
     def cost(out_features: int, in_features: int) -> int:

@@ -7,7 +7,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, fields, replace
 from json import JSONDecodeError
 from pathlib import Path
@@ -82,8 +82,11 @@ def train(
     ready = prepare(settings)
     task, tokenizer, rows = ready.task, ready.tokenizer, ready.rows
     model, recorder = ready.model, ready.recorder
-    how = settings.output, settings.to_json(), digest(rows), resume, overwrite
-    with runs.begin(*how) if state.is_main_process else nullcontext():  # nothing was written before
+    begun: AbstractContextManager[None] = nullcontext()
+    if state.is_main_process:  # nothing was written before
+        how = settings.output, settings.to_json(), digest(rows), resume, overwrite
+        begun = runs.begin(*how)
+    with begun:
         state.wait_for_everyone()
         trainer, callback = build_trainer(settings, task, rows, model, tokenizer)
         clock = Clock()

@@ -23,9 +23,12 @@ def holds_chats(path: Path) -> bool:
     if path.suffix.lower() not in JSON_LINES or not path.is_file():
         return False
     try:
-        content = path.read_text(encoding="utf-8-sig").lstrip()
-        first = content if content.startswith("[") else content.partition("\n")[0]
-        found = json.loads(first)
+        with path.open(encoding="utf-8-sig") as file:
+            first = file.readline()
+            while first.isspace():
+                first = file.readline()
+            is_list = first.lstrip().startswith("[")
+            found = json.loads(first + file.read() if is_list else first)
     except ValueError:
         return False
     row = found[0] if isinstance(found, list) and found else found
