@@ -62,6 +62,10 @@ def low_cpu(base: nn.Module, folder: Path) -> None:
     PeftModel.from_pretrained(base, str(folder), low_cpu_mem_usage=True)
 
 
+def trainable(base: nn.Module, folder: Path) -> None:
+    PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+
+
 def load_adapter(base: nn.Module, folder: Path) -> None:
     config = RosaConfig.from_pretrained(str(folder))
     copy.deepcopy(get_peft_model(copy.deepcopy(base), config)).load_adapter(str(folder), "second")
@@ -77,7 +81,7 @@ def low_memory_export(base: nn.Module, folder: Path) -> None:
     mapped_lazily(base, folder)
 
 
-WAYS = [from_pretrained, low_cpu, load_adapter, state_dict, low_memory_export]
+WAYS = [from_pretrained, low_cpu, trainable, load_adapter, state_dict, low_memory_export]
 EMBEDDING = "base_model.model.bert.embeddings.LayerNorm.weight"
 FACTOR = "base_model.model.bert.encoder.layer.0.attention.self.query.rosa_A"
 DRAWS = FACTOR.replace("rosa_A", "rosa_offset.draws")
@@ -120,13 +124,14 @@ def test_what_does_not_belong_is_refused_whichever_way_it_is_loaded(bert, way, d
     assert torch.equal(base(IDS).logits, expected)
 
 
-@pytest.mark.parametrize("way", [from_pretrained, low_cpu])
+@pytest.mark.parametrize("way", [from_pretrained, low_cpu, trainable])
 @pytest.mark.parametrize("damage", ["base weight", "no head", "cut", "empty", "factor"])
 def test_a_failed_load_leaves_the_base_model_as_it_was(bert, way, damage):
     base, model, folder = bert
     good = {"weights": (folder / FILE).read_bytes()}
     modules, names = dict(base.named_modules()), set(vars(base))
     trained = [p.requires_grad for p in base.parameters()]
+    values = {name: value.clone() for name, value in base.state_dict().items()}
     if damage in ("cut", "empty"):
         (folder / FILE).write_bytes(good["weights"][:-50] if damage == "cut" else b"")
     else:
@@ -137,6 +142,7 @@ def test_a_failed_load_leaves_the_base_model_as_it_was(bert, way, damage):
     assert dict(base.named_modules()) == modules
     assert set(vars(base)) == names
     assert [p.requires_grad for p in base.parameters()] == trained
+    assert all(torch.equal(value, values[name]) for name, value in base.state_dict().items())
     (folder / FILE).write_bytes(good["weights"])
     loaded = PeftModel.from_pretrained(base, str(folder))
     torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits)

@@ -34,6 +34,7 @@ from torch import nn
 from rosa.config import RosaConfig
 from rosa.errors import UserError, shown
 from rosa.files.beside import check_tensors, check_whole_modules, leaving_missized
+from rosa.layers.drawing import from_file
 from rosa.layers.kinds import rosa_layers
 from rosa.registration import ROSA
 
@@ -168,7 +169,7 @@ def _guarded_pretrained(load: Any) -> Any:
             check_config(_folder(model_id, kwargs))
         elif isinstance(config, RosaConfig):
             check_weights(model_id, kwargs)
-        with as_before(model, adapter_name):
+        with as_before(model, adapter_name), from_file():
             try:
                 return load(cls, model, model_id, adapter_name, is_trainable, config, **kwargs)
             except AttributeError as error:
@@ -197,7 +198,7 @@ def _guarded_adapter(load: Any) -> Any:
         if self.peft_type != ROSA:
             return load(self, model_id, adapter_name, *args, **kwargs)
         check_weights(model_id, kwargs)
-        with as_before(self, adapter_name):
+        with as_before(self, adapter_name), from_file():
             return load(self, model_id, adapter_name, *args, **kwargs)
 
     return load_adapter

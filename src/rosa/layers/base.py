@@ -20,7 +20,7 @@ from rosa.config import RosaConfig
 from rosa.errors import UserError
 from rosa.layers import statedict
 from rosa.layers.adapter import Adapter
-from rosa.layers.drawing import Factors, draw, take
+from rosa.layers.drawing import Factors, draw, take, waits_for_file
 from rosa.layers.effective import effective_weight
 from rosa.layers.front import Front
 from rosa.layers.kind import Kind
@@ -308,8 +308,8 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
     ) -> None:
         """Add an adapter to this layer and draw its first subspace.
 
-        Not drawn are factors on the meta device and those of an adapter made for inference
-        (``inference_mode``): both wait for a file. Until then they leave the model as it is.
+        Not drawn are factors on the meta device and those of an adapter that is loaded, or made for
+        inference (``inference_mode``): they wait for a file, and leave the model as it is.
         """
         dropout, base = config.rosa_dropout, self.base_weight
         self.rosa_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
@@ -320,7 +320,7 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
         self.frozen_peft_weight_names = frozen  # of the instance: PEFT's own is the class's
         adapter.place(base.parameter, cast=True)
         on_meta = adapter.is_on_meta or base.parameter.is_meta
-        if not on_meta and not config.inference_mode:
+        if not on_meta and not waits_for_file(config):
             drawn = draw(adapter, self.pretrained_weight(), base.norm)
             adapter.terms = take(adapter, drawn).to("cpu")
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)

@@ -6,11 +6,16 @@ all.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 
 from rosa.algebra import subspace
 from rosa.algebra.lowrank import LowRank
+from rosa.config import RosaConfig
 from rosa.errors import UserError
 from rosa.layers.adapter import Adapter
 
@@ -18,6 +23,22 @@ Factors = tuple[Tensor, Tensor]
 """A ([n,] r, in) and B ([n,] out, r)."""
 SIDES = {"both": None, "A": "left", "B": "right"}
 """Whose directions are drawn: those that the factor that stays holds."""
+_FROM_FILE: ContextVar[bool] = ContextVar("_FROM_FILE", default=False)
+
+
+@contextlib.contextmanager
+def from_file() -> Iterator[None]:
+    """While an adapter is made that a file will fill: nothing is drawn for it."""
+    token = _FROM_FILE.set(True)
+    try:
+        yield
+    finally:
+        _FROM_FILE.reset(token)
+
+
+def waits_for_file(config: RosaConfig) -> bool:
+    """Whether a new adapter is to be left undrawn: its file brings its factors."""
+    return config.inference_mode or _FROM_FILE.get()
 
 
 @torch.no_grad()
