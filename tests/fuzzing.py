@@ -445,7 +445,7 @@ def _another(kind: Kind, loaded: PeftModel, folder: Path, way: Any) -> str:
     held = get_peft_model_state_dict(loaded, adapter_name=adapter)
     # Embeddings are in a file where they were resized or adapted, and PEFT gives them so.
     beside = loaded.state_dict()
-    embeddings = [name for name in there if "embed" in name or "wte" in name]
+    embeddings = [n for n in there if any(part in n for part in ("embed", "wte", "lm_head"))]
     held |= {name: beside[name] for name in embeddings if name in beside}
     if missing := there.keys() - held.keys():
         return f"nobody took {sorted(missing)[:3]}"

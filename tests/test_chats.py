@@ -138,12 +138,13 @@ def test_a_head_that_trl_cannot_compute_is_refused(tmp_path, capsys):
     how = ["train", "--train", path, "--output", tmp_path / "run", "--model"]
     said = fails(capsys, *how, untied, "--target-modules", "lm_head")
     assert "TRL cannot train GPT2LMHeadModel" in said
+    assert not (tmp_path / "run").exists()
     config = RobertaConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=24, max_position_embeddings=40, is_decoder=True, initializer_range=0.5,
     )  # fmt: skip
     roberta = chat_model(tmp_path / "roberta", model=RobertaForCausalLM(config))
-    said = fails(capsys, *how, roberta, "--overwrite")
+    said = fails(capsys, *how, roberta)
     assert "TRL computes another loss than RobertaForCausalLM" in said
 
 

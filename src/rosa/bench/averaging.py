@@ -36,6 +36,8 @@ def item_counter(kind: str, model: Any) -> Callable[[Batch], int]:
     A decoder predicts each token from those before it, so none predicts a row's first, unless
     PEFT puts tokens of its own before it.
     """
+    if kind == "preference":
+        return lambda batch: len(batch["input_ids"]) // 2
     if kind != "language":
         return lambda batch: len(batch["labels"])
     config = getattr(model, "active_peft_config", None)
@@ -47,12 +49,17 @@ def item_counter(kind: str, model: Any) -> Callable[[Batch], int]:
 class MeanTrainer(Trainer):
     """The Trainer, with losses as this module's docstring says.
 
+    Attributes:
+        not_of_the_model: what of a batch the model's forward pass is not given.
+
     Args:
         args: the Trainer's.
         count: `item_counter`'s.
         skips: leave out a step whose gradient is NaN or infinite, in place of an error.
         kwargs: the Trainer's.
     """
+
+    not_of_the_model: tuple[str, ...] = (_WEIGHT,)
 
     def __init__(
         self, *args: Any, count: Callable[[Batch], int], skips: bool = False, **kwargs: Any
@@ -67,14 +74,17 @@ class MeanTrainer(Trainer):
         """A step's batches, each with the factor that makes their mean one over the items."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         rows = [self._own_rows(batch) for batch in batches[-1:]]
-        own = [*batches[:-1], *(_first_rows(b, n) for b, n in zip(batches[-1:], rows, strict=True))]
+        last = zip(batches[-1:], rows, strict=True)
+        own = [*batches[:-1], *(self.first_rows(batch, n) for batch, n in last)]
         items = [self.count(batch) for batch in own]
         total = sum(gather_object([sum(items)]))
         # The Trainer divides by the number of batches, and processes average their gradients.
         factor = len(batches) * self.accelerator.num_processes / max(total, 1)
         # A process that has no rows left takes part in the step all the same, with one that
         # counts nothing.
-        kept = [b if n else _first_rows(a, 1) for a, b, n in zip(batches, own, items, strict=True)]
+        kept = [
+            b if n else self.first_rows(a, 1) for a, b, n in zip(batches, own, items, strict=True)
+        ]
         return [{**b, _WEIGHT: n * factor} for b, n in zip(kept, items, strict=True)], None
 
     def compute_loss(
@@ -105,8 +115,8 @@ class MeanTrainer(Trainer):
         kept = dict(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not self.skips and not math.isfinite(float(loss)):
-            kept.pop(_WEIGHT, None)
-            where = first_not_finite(self.model, self._prepare_inputs(kept))  # type: ignore[arg-type]
+            given = {n: v for n, v in kept.items() if n not in self.not_of_the_model}
+            where = first_not_finite(self.model, self._prepare_inputs(given))  # type: ignore[arg-type]
             raise UserError(
                 f"the training loss became {float(loss)} in step {self.state.global_step + 1}, "
                 f"first {where}: {self._way_out}"
@@ -169,13 +179,13 @@ class MeanTrainer(Trainer):
     ) -> Any:
         """As the Trainer's; keeps the loss of the rows that are this process's own."""
         rows = self._own_rows(inputs)
-        own = _first_rows(inputs, rows)
+        own = self.first_rows(inputs, rows)
         if prediction_loss_only:  # one pass in every process: TRL's trainer gathers in each
-            inputs = own if rows else _first_rows(inputs, 1)
+            inputs = own if rows else self.first_rows(inputs, 1)
         found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         items, loss = self.count(own), found[0]
         if items:
-            if rows < len(inputs["labels"]):
+            if rows < self.rows_of(inputs):
                 loss = super().prediction_step(model, own, True, ignore_keys)[0]
             mean = float(loss)  # type: ignore[arg-type]  # there are labels, so there is a loss
             if not math.isfinite(mean):
@@ -189,17 +199,21 @@ class MeanTrainer(Trainer):
 
     def _own_rows(self, batch: Batch) -> int:
         """How many rows of a batch count: accelerate fills the last ones up by repeating rows."""
-        rows, state = len(batch["labels"]), self.accelerator.gradient_state
+        rows, state = self.rows_of(batch), self.accelerator.gradient_state
         processes = self.accelerator.num_processes
         if processes == 1 or not state.end_of_dataloader or state.remainder < 1:
             return rows
         return min(max(state.remainder - self.accelerator.process_index * rows, 0), rows)
 
+    def rows_of(self, batch: Batch) -> int:
+        """How many rows of the data a batch has."""
+        return len(batch["labels"])
 
-def _first_rows(batch: Batch, rows: int) -> dict[str, Any]:
-    if rows == len(batch["labels"]):  # also one row of several texts, whose ends are no rows
-        return dict(batch)
-    return {name: values[:rows] for name, values in batch.items()}
+    def first_rows(self, batch: Batch, rows: int) -> dict[str, Any]:
+        """A batch's first so many rows."""
+        if rows == self.rows_of(batch):  # also one row of several texts, whose ends are no rows
+            return dict(batch)
+        return {name: values[:rows] for name, values in batch.items()}
 
 
 def first_not_finite(model: nn.Module, inputs: Batch) -> str:

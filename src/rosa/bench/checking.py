@@ -33,7 +33,7 @@ def check(settings: RunSettings) -> RunSettings:
     elif settings.rank is not None:
         raise UserError(f"method {settings.method} has no rank: leave --rank out")
     settings = replace(settings, lr=method.lr if settings.lr is None else settings.lr)
-    for name in ("lr", "epochs", "batch_size", "eval_batch_size", "gradient_accumulation"):
+    for name in ("lr", "beta", "epochs", "batch_size", "eval_batch_size", "gradient_accumulation"):
         value = getattr(settings, name)
         if not 0 < value < math.inf:
             raise UserError(f"{name} must be positive, got {value}")
@@ -55,6 +55,14 @@ def check(settings: RunSettings) -> RunSettings:
     if longest < 8:
         raise UserError(f"max_length must be at least 8 tokens, got {longest}")
     settings = replace(settings, max_length=longest)
+    if settings.preference:
+        check_trl("--preference")
+        if settings.task is not None:
+            raise UserError("--preference is for a --train file of prompt, chosen and rejected")
+        if settings.packing or settings.group_by_length:
+            raise UserError("--packing and --group-by-length are not for preferences")
+        if settings.method == "lora_ga":
+            raise UserError("lora_ga begins with the gradient of a text's loss: not of preferences")
     if settings.packing:
         check_trl("--packing")
         if processes.count() > 1:

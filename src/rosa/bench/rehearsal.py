@@ -13,6 +13,8 @@ from rosa.bench import runs
 from rosa.bench.checking import RESAMPLED, check, schedule
 from rosa.bench.processes import join
 from rosa.bench.settings import RunSettings
+from rosa.bench.tasks.task import Task
+from rosa.bench.tokenizing import ANSWER_IDS, lengths
 from rosa.bench.trainer import steps_of
 from rosa.bench.training import prepare
 
@@ -41,7 +43,7 @@ def rehearse(settings: RunSettings, resume: bool, overwrite: bool) -> tuple[list
         "method": settings.method,
         "rank": "" if settings.rank is None else settings.rank,
         "training rows": len(rows),
-        "longest row, tokens": max(map(len, rows["input_ids"])),
+        "longest row, tokens": max(lengths(rows)),
         "steps": f"{steps} ({epoch} an epoch, of {examples} rows)",
         "trained numbers": f"{learned:,} of {total:,} ({learned / total:.2%})",
         "weights, MiB": f"{weights / 2**20:.1f}",
@@ -49,7 +51,7 @@ def rehearse(settings: RunSettings, resume: bool, overwrite: bool) -> tuple[list
         "AdamW's moments, MiB": f"{2 * gradients / 2**20:.1f}",
     }
     if settings.method in RESAMPLED:
-        items = _items(rows, ready.task.kind) * min(examples, len(rows))
+        items = _items(rows, ready.task) * min(examples, len(rows))
         draws = schedule(settings).forecast(model, steps, epoch, items)
         shown = ", ".join(map(str, draws[:SHOWN_DRAWS]))
         more = "" if len(draws) <= SHOWN_DRAWS else f", ... ({len(draws)} in all)"
@@ -57,10 +59,12 @@ def rehearse(settings: RunSettings, resume: bool, overwrite: bool) -> tuple[list
     return _layers(model), about
 
 
-def _items(rows: Any, kind: str) -> float:
+def _items(rows: Any, task: Task) -> float:
     """What a row is counted as: an example, or its tokens with a label."""
-    if kind != "language":
+    if task.kind != "language":
         return 1.0
+    if task.is_preference:
+        return sum(len(ids) for name in ANSWER_IDS for ids in rows[name]) / len(rows)
     return sum(sum(label != -100 for label in labels) for labels in rows["labels"]) / len(rows)
 
 

@@ -114,6 +114,19 @@ def check_output(output: Path, settings: dict[str, Any], resume: bool, overwrite
 
 
 @contextmanager
+def unless_it_fails(output: Path) -> Iterator[None]:
+    """Let a run's folder be made, without anything in it; if this fails, it goes again."""
+    made = [folder for folder in (output / CHECKPOINTS, output) if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+@contextmanager
 def begin(
     output: Path, settings: dict[str, Any], digest: str, resume: bool, overwrite: bool
 ) -> Iterator[None]:

@@ -62,6 +62,12 @@ class RunSettings:
     loss_on: str = _is(
         DATA, "Of a chat, learn: answers (the assistant's words), or all words.", "answers"
     )
+    preference: bool = _is(
+        DATA,
+        "Learn which answer is preferred, by DPO: rows of prompt, chosen and rejected, each a "
+        "text or messages.",
+        False,
+    )
     limit_train: int | None = _is(DATA, "Train on this many examples, drawn by the seed.", None)
     limit_test: int | None = _is(DATA, "Report on the first so many test examples.", None)
     hold_out: bool = _is(
@@ -107,6 +113,7 @@ class RunSettings:
     lr: float | None = _is(
         TRAINING, "Peak learning rate; default: the method's own (rosa 1e-3). Tune it.", None
     )
+    beta: float = _is(TRAINING, "Of preferences: how close the model is held to what it was.", 0.1)
     epochs: float = _is(TRAINING, "Passes over the training data.", 3.0)
     steps: int | None = _is(
         TRAINING, "Optimizer steps, in place of epochs; five evaluations.", None

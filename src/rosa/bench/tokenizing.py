@@ -18,6 +18,7 @@ from rosa.bench.tasks.task import Task
 from rosa.bench.templates import learned_template
 from rosa.errors import UserError
 
+ANSWER_IDS = ("chosen_ids", "rejected_ids")
 _BATCH = 1000
 
 
@@ -42,18 +43,29 @@ def tokenize(
         say(f"the model reads {longest} tokens at most: longer texts are cut there")
     if task.packed:
         return {name: _packed(name, part, tokenizer, longest) for name, part in _parts(task)}
-    if task.kind == "language":
+    if task.is_preference:
+        encode = partial(_tokenize_preferences, tokenizer)
+    elif task.kind == "language":
         chat = _encode_chat(tokenizer, settings.loss_on) if task.is_chat else None
         encode = partial(_tokenize_language, encode=chat or partial(_encode_text, tokenizer))
     else:
         encode = partial(_tokenize, task, tokenizer)
     rows = {name: encode(part, longest) for name, part in _parts(task)}
-    cut = sum(len(ids) >= longest for ids in rows["train"]["input_ids"])
+    cut = sum(length >= longest for length in lengths(rows["train"]))
     if cut:
         say(f"{cut} of {len(rows['train'])} training texts reach {longest} tokens (--max-length)")
     if settings.packing:
         rows["train"] = _together(rows["train"], longest)
     return rows
+
+
+def lengths(rows: Any) -> list[int]:
+    """Tokens of each row; of a preference, with the longer answer."""
+    if "input_ids" in rows.column_names:
+        return list(map(len, rows["input_ids"]))
+    answers = (map(len, rows[name]) for name in ANSWER_IDS)
+    prompts = map(len, rows["prompt_ids"])
+    return [n + max(both) for n, *both in zip(prompts, *answers, strict=True)]
 
 
 def digest(rows: dict[str, Any]) -> str:
@@ -183,6 +195,63 @@ def _encode_chat(tokenizer: Any, loss_on: str) -> Callable[[dict[str, Any]], Enc
         return ids, [i if own else -100 for i, own in zip(ids, learned, strict=True)]
 
     return encode
+
+
+def _tokenize_preferences(tokenizer: Any, rows: Any, longest: int) -> Any:
+    """Ids of prompts and of both answers, cut at the longest length; rows without a choice go."""
+    encode = _pair_of_chats if isinstance(rows[0]["prompt"], list) else _pair_of_texts
+
+    def cut(row: dict[str, Any]) -> dict[str, list[int]]:
+        (prompt, chosen), (other, rejected) = (
+            encode(tokenizer, row, row[name]) for name in ("chosen", "rejected")
+        )
+        # Where an answer's first letters and the prompt's last make one token, it is the answer's.
+        same = min(len(prompt), len(other))
+        chosen, rejected = prompt[same:] + chosen, other[same:] + rejected
+        rest = max(longest - same, 0)
+        return {
+            "prompt_ids": prompt[:same],
+            "chosen_ids": chosen[:rest],
+            "rejected_ids": rejected[:rest],
+        }
+
+    encoded = rows.map(cut, remove_columns=rows.column_names, desc="Tokenizing")
+    learned = encoded.filter(lambda row: row["chosen_ids"] != row["rejected_ids"])
+    if len(learned) == 0:
+        raise UserError(
+            f"no two answers differ within the first {longest} tokens: raise --max-length"
+        )
+    if len(learned) < len(rows):
+        say(
+            f"{len(rows) - len(learned)} of {len(rows)} preferences do not differ within the first "
+            f"{longest} tokens (--max-length): they are left out"
+        )
+    return learned
+
+
+def _pair_of_texts(tokenizer: Any, row: dict[str, Any], answer: str) -> Encoded:
+    """A prompt's ids, and those of an answer."""
+    ids, labels = _encode_text(tokenizer, {"prompt": row["prompt"], "completion": answer})
+    start = sum(label == -100 for label in labels)
+    return ids[:start], ids[start:]
+
+
+def _pair_of_chats(tokenizer: Any, row: dict[str, Any], answer: list[dict[str, str]]) -> Encoded:
+    """A prompt's ids, and those of an answer, by the chats' template."""
+    try:
+        asked = tokenizer.apply_chat_template(
+            row["prompt"], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        whole = tokenizer.apply_chat_template(row["prompt"] + answer, return_dict=True)["input_ids"]
+    except TemplateError as error:
+        raise UserError(
+            f"the chat template cannot take the chat in row {row['row']}: {error}"
+        ) from error
+    start = next(
+        (i for i, (a, b) in enumerate(zip(asked, whole, strict=False)) if a != b),
+        min(len(asked), len(whole)),
+    )
+    return whole[:start], whole[start:]
 
 
 def _together(rows: Any, longest: int) -> Any:

@@ -95,7 +95,7 @@ def build_trainer(
     callback = schedule(settings) if settings.method in RESAMPLED else None
     trainer = make_trainer(
         model=model,
-        count=item_counter(task.kind, model),
+        count=item_counter("preference" if task.is_preference else task.kind, model),
         skips=settings.on_nan == "skip",
         args=args,
         **own,
@@ -123,17 +123,19 @@ def steps_of(settings: RunSettings, rows: int) -> tuple[int, int]:
 
 
 def by_trl(settings: RunSettings, task: Task) -> bool:
-    """Whether TRL trains: chats, and texts that are packed into rows."""
-    return task.is_chat or settings.packing
+    """Whether TRL trains: chats, preferences, and texts that are packed into rows."""
+    return task.is_chat or task.is_preference or settings.packing
 
 
 def _kind(settings: RunSettings, task: Task, tokenizer: Any) -> tuple[Any, Any, dict[str, Any]]:
     """What makes the trainer, what makes its arguments, and what it alone is given."""
     if by_trl(settings, task):
-        from rosa.bench.sft import SurvivingSFTTrainer, arguments
+        from rosa.bench import trl_trainers as trl
 
-        made = partial(arguments, settings.packing)
-        return SurvivingSFTTrainer, made, {"processing_class": tokenizer}
+        own = {"processing_class": tokenizer}
+        if task.is_preference:
+            return trl.SurvivingDPOTrainer, partial(trl.dpo_arguments, settings.beta), own
+        return trl.SurvivingSFTTrainer, partial(trl.sft_arguments, settings.packing), own
     from transformers import TrainingArguments
 
     from rosa.bench.surviving import SurvivingTrainer
@@ -150,9 +152,9 @@ def collator(settings: RunSettings, task: Task, tokenizer: Any) -> Any:
     from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
     if by_trl(settings, task):
-        from rosa.bench import sft
+        from rosa.bench.trl_trainers import sft_collator
 
-        return sft.collator(tokenizer, settings.packing)
+        return sft_collator(tokenizer, settings.packing)
     return (DataCollatorForSeq2Seq if task.kind == "language" else DataCollatorWithPadding)(
         tokenizer
     )

@@ -82,13 +82,14 @@ def train(
     ready = prepare(settings)
     task, tokenizer, rows = ready.task, ready.tokenizer, ready.rows
     model, recorder = ready.model, ready.recorder
+    with runs.unless_it_fails(settings.output):
+        trainer, callback = build_trainer(settings, task, rows, model, tokenizer)
     begun: AbstractContextManager[None] = nullcontext()
     if state.is_main_process:  # nothing was written before
         how = settings.output, settings.to_json(), digest(rows), resume, overwrite
         begun = runs.begin(*how)
     with begun:
         state.wait_for_everyone()
-        trainer, callback = build_trainer(settings, task, rows, model, tokenizer)
         clock = Clock()
         for further in (*callbacks, *([recorder] if recorder else []), clock):
             trainer.add_callback(further)
@@ -190,7 +191,7 @@ def load_task(settings: RunSettings) -> Task:
     task = tasks.load(data, is_decoder(config))
     if settings.packing and (task.kind != "language" or task.packed):
         raise UserError(f"--packing is for a decoder's texts: not for the task {task.name}")
-    if settings.chat_template is not None and not task.is_chat:
+    if settings.chat_template is not None and not task.has_messages:
         raise UserError("--chat-template is for rows with messages, which these are not")
     return task
 
@@ -202,8 +203,9 @@ def load_tokenizer(settings: RunSettings, task: Task) -> Any:
         raise UserError(f"{settings.model} has no tokenizer: save it beside the model")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if task.is_chat:
-        give_template(tokenizer, settings.chat_template, settings.loss_on)
+    if task.has_messages:
+        loss_on = settings.loss_on if task.is_chat else "all"
+        give_template(tokenizer, settings.chat_template, loss_on)
     return tokenizer
 
 
@@ -284,7 +286,10 @@ def _evaluate(
     further = [part for part in rows if part not in ("train", "validation")]
     if task.compute is None:
         metrics["loss"] = found["eval_loss"]
-        metrics["perplexity"] = math.exp(min(found["eval_loss"], 700))
+        if task.is_preference:
+            metrics["accuracy"] = found["eval_accuracy"]
+        else:
+            metrics["perplexity"] = math.exp(min(found["eval_loss"], 700))
         for part in further:
             tested = trainer.evaluate(rows[part], metric_key_prefix=part)
             metrics[f"{part}_loss"] = tested[f"{part}_loss"]

@@ -86,8 +86,16 @@ Recipe = Annotated[
 # What all cells of a comparison share; any other setting of a run is given with its method's name.
 SHARED = (
     *("model", "output", "train", "validation", "task", "data", "text_column", "label_column"),
-    *("chat_template", "loss_on", "packing", "limit_train", "limit_test", "max_length"),
-    *("group_by_length", "resample_every"),
+    *(
+        "chat_template",
+        "loss_on",
+        "preference",
+        "packing",
+        "limit_train",
+        "limit_test",
+        "max_length",
+    ),
+    *("group_by_length", "resample_every", "beta"),
     *("target_modules", "target_parameters", "epochs", "steps", "batch_size", "eval_batch_size"),
     *(
         "gradient_accumulation",

@@ -37,6 +37,8 @@ def load(settings: DataSettings, decoder: bool) -> Task:
         raise UserError("--data is the folder of a task's files: name the task with --task")
     elif settings.train is None:
         raise UserError("no data: give --train <file>, or a --task by name")
+    elif settings.preference and not decoder:
+        raise UserError("--preference is for a model that writes text: it needs a decoder")
     elif decoder:
         from rosa.bench.tasks.language import load_language
 

@@ -20,8 +20,13 @@ USUAL_LENGTH, LENGTH_OF_A_CHAT = 128, 1024
 
 def holds_chats(path: Path) -> bool:
     """Whether a file's first row is a chat; False for a file that cannot be read as one."""
+    return COLUMN in _first_row(path)
+
+
+def _first_row(path: Path) -> dict[str, Any]:
+    """A file's first row; an empty one of a file that cannot be read, or is no JSON lines."""
     if path.suffix.lower() not in JSON_LINES or not path.is_file():
-        return False
+        return {}
     try:
         with path.open(encoding="utf-8-sig") as file:
             first = file.readline()
@@ -30,14 +35,15 @@ def holds_chats(path: Path) -> bool:
             is_list = first.lstrip().startswith("[")
             found = json.loads(first + file.read() if is_list else first)
     except ValueError:
-        return False
+        return {}
     row = found[0] if isinstance(found, list) and found else found
-    return isinstance(row, dict) and COLUMN in row
+    return row if isinstance(row, dict) else {}
 
 
 def usual_length(path: Path | None) -> int:
     """Tokens of the longest text of a file, if the user says nothing of it."""
-    return LENGTH_OF_A_CHAT if path is not None and holds_chats(path) else USUAL_LENGTH
+    first = {} if path is None else _first_row(path)
+    return LENGTH_OF_A_CHAT if COLUMN in first or "chosen" in first else USUAL_LENGTH
 
 
 def read_chats(path: Path) -> Dataset:
@@ -52,7 +58,7 @@ def read_chats(path: Path) -> Dataset:
     if chats is None:
         raise UserError(f"{path} has no column {COLUMN!r}, as the other file of chats has")
     rows = range(1, len(chats) + 1)
-    plain = [_messages(f"{path}: row {n}", chat) for n, chat in zip(rows, chats, strict=True)]
+    plain = [plain_messages(f"{path}: row {n}", chat) for n, chat in zip(rows, chats, strict=True)]
     for row, chat in zip(rows, plain, strict=True):
         if not any(message["role"] == "assistant" for message in chat):
             raise UserError(
@@ -69,7 +75,7 @@ def read_prompts(path: Path) -> list[list[dict[str, str]]]:
     """
     chats = []
     for row, chat in enumerate(read_columns(path)[COLUMN], start=1):
-        messages = _messages(f"{path}: row {row}", chat)
+        messages = plain_messages(f"{path}: row {row}", chat)
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
         if not messages:
@@ -78,7 +84,7 @@ def read_prompts(path: Path) -> list[list[dict[str, str]]]:
     return chats
 
 
-def _messages(row: str, chat: Any) -> list[dict[str, str]]:
+def plain_messages(row: str, chat: Any) -> list[dict[str, str]]:
     """A chat's messages, of role and content alone; UserError if it is none."""
     if not isinstance(chat, list) or not chat:
         raise UserError(f"{row} has no messages: a chat is a list of them, with role and content")

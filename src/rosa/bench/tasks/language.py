@@ -1,11 +1,11 @@
-"""Language modelling for decoders: plain text, prompts with completions to learn, or chats."""
+"""What decoders learn: plain text, prompts with completions, chats, or preferences."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rosa.bench.tasks import chat
+from rosa.bench.tasks import chat, preference
 from rosa.bench.tasks.files import read_columns, read_table
 from rosa.bench.tasks.task import DataSettings, Task
 from rosa.bench.tasks.text import VALIDATION_SHARE
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 PAIR = ("prompt", "completion")
+NAMES = {(chat.COLUMN,): "chat", preference.COLUMNS: "preference"}
 
 
 def load_language(settings: DataSettings) -> Task:
-    """A text file; a table with the text column, with `prompt` and `completion`, or of chats.
+    """A text file; a table with the text column, of pairs, of chats, or of preferences.
 
     Raises:
         FileNotFoundError, ValueError: see `read_table`; also if too few rows are left to validate.
@@ -26,11 +27,16 @@ def load_language(settings: DataSettings) -> Task:
     if settings.train is None:
         raise UserError("no training file")
     columns = tuple(settings.text_columns)
-    if columns == ("text",) and chat.holds_chats(settings.train):
+    if settings.preference:
+        names, read = preference.COLUMNS, preference.read_preferences
+    elif columns == ("text",) and chat.holds_chats(settings.train):
         names, read = (chat.COLUMN,), chat.read_chats
     else:
-        if columns == ("text",) and set(PAIR) <= set(read_columns(settings.train)):
+        there = set(read_columns(settings.train))
+        if columns == ("text",) and set(PAIR) <= there:
             columns = PAIR
+        elif columns == ("text",) and set(preference.ANSWERS) <= there:
+            raise UserError(f"{settings.train} has chosen and rejected answers: add --preference")
         if len(columns) not in (1, 2):
             raise UserError(
                 f"a decoder takes a text column, or a prompt and a completion: {columns}"
@@ -51,7 +57,7 @@ def load_language(settings: DataSettings) -> Task:
         parts = train.train_test_split(test_size=held, seed=settings.seed)
         train, validation = parts["train"], parts["test"]
     return Task(
-        name="chat" if names == (chat.COLUMN,) else "language",
+        name=NAMES.get(names, "language"),
         kind="language",
         train=train,
         validation=validation,

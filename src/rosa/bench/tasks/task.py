@@ -39,7 +39,7 @@ class Task:
         name: as on the command line.
         kind: `classification` has `text_columns` and `label` (int), `regression` the same with a
             number; `language` has one text column, `prompt` and `completion`, of which only the
-            completion is learned, or `messages`, the chats.
+            completion is learned, `messages`, the chats, or `prompt`, `chosen` and `rejected`.
         train, validation: the data; a `test` split is reported if there is one.
         more: further sets that are reported, by name.
         generation: what to write and score after training, for a decoder.
@@ -70,6 +70,16 @@ class Task:
         return self.text_columns == ("messages",)
 
     @property
+    def is_preference(self) -> bool:
+        """Whether its rows are answers of which one is preferred."""
+        return self.text_columns == ("prompt", "chosen", "rejected")
+
+    @property
+    def has_messages(self) -> bool:
+        """Whether its texts are made of messages by a template."""
+        return self.is_chat or (self.is_preference and isinstance(self.train[0]["prompt"], list))
+
+    @property
     def reported(self) -> str:
         """The metric that a comparison reports, as it is called in a run's record."""
         if self.generation is not None:
@@ -94,4 +104,5 @@ class DataSettings:
     limit_train: int | None = None
     limit_test: int | None = None
     hold_out: bool = False
+    preference: bool = False
     seed: int = 0

@@ -1,0 +1,86 @@
+"""Preferences: rows of a `prompt` with an answer that was `chosen` and one that was `rejected`.
+
+Each is a text or the messages of a chat. Without a prompt, it is what both answers begin with.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rosa.bench.tasks.chat import plain_messages
+from rosa.bench.tasks.files import read_columns
+from rosa.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+COLUMNS = ("prompt", "chosen", "rejected")
+ANSWERS = COLUMNS[1:]
+
+
+def read_preferences(path: Path) -> Dataset:
+    """A file's preferences, and the `row` of the file that each is in, from 1.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is of no use, or a row is no preference.
+    """
+    from datasets import Dataset
+
+    table = read_columns(path)
+    missing = [name for name in ANSWERS if name not in table]
+    if missing:
+        raise UserError(
+            f"{path} has no column {missing[0]!r}; there are: {', '.join(table)}. --preference "
+            "takes rows of prompt, chosen and rejected"
+        )
+    names = [name for name in COLUMNS if name in table]
+    values = zip(*(table[name] for name in names), strict=True)
+    rows = [
+        {**_preference(f"{path}: row {number}", dict(zip(names, each, strict=True))), "row": number}
+        for number, each in enumerate(values, start=1)
+    ]
+    for row in rows:
+        if isinstance(row["prompt"], str) != isinstance(rows[0]["prompt"], str):
+            raise UserError(
+                f"{path}: row {row['row']} is {_kind(row)}, and the first {_kind(rows[0])}: write "
+                "all rows alike"
+            )
+    return Dataset.from_list(rows)
+
+
+def _kind(row: dict[str, Any]) -> str:
+    return "a text" if isinstance(row["prompt"], str) else "a chat"
+
+
+def _preference(where: str, given: dict[str, Any]) -> dict[str, Any]:
+    """A row's prompt and answers; UserError if it is no preference."""
+    row: dict[str, Any]
+    kinds = {name: isinstance(value, list) for name, value in given.items()}
+    if len(set(kinds.values())) > 1:
+        raise UserError(f"{where}: of {', '.join(given)} some are texts and some are messages")
+    if all(kinds.values()):
+        row = {n: plain_messages(f"{where}, {n}", value) for n, value in given.items()}
+    else:
+        for name, value in given.items():
+            if not isinstance(value, str) or not value.strip():
+                raise UserError(f"{where} has no text in column {name!r}")
+        row = given
+    if row["chosen"] == row["rejected"]:
+        raise UserError(f"{where}: chosen and rejected are the same: nothing is preferred")
+    if "prompt" not in row:
+        from trl.data_utils import extract_prompt
+
+        row = extract_prompt(row)
+        if not row["prompt"] or not all(row[name] for name in ANSWERS):
+            raise UserError(
+                f"{where} has no prompt, and its answers do not both begin with one: give the "
+                "question in a column 'prompt'"
+            )
+    for name in ANSWERS if all(kinds.values()) else ():
+        if row[name][0]["role"] != "assistant":
+            raise UserError(
+                f"{where}: what was {name} begins with the {row[name][0]['role']}, not with the "
+                "assistant's answer"
+            )
+    return {name: row[name] for name in COLUMNS}
