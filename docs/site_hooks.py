@@ -11,16 +11,17 @@ from latex2mathml.converter import convert
 from typer.main import get_command
 
 from rosa import RosaConfig
+from rosa.bench.methods import METHODS
 from rosa.cli.commands import app
 
-COMMANDS, SETTINGS = "<!-- commands -->", "<!-- settings -->"
+COMMANDS, SETTINGS, METHODS_MARK = "<!-- commands -->", "<!-- settings -->", "<!-- methods -->"
 WRITTEN_ON_SAVING = ("base_fingerprint", "loading")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.S)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """The page, with the commands' or the settings' reference where it asks for that."""
-    for mark, made in ((COMMANDS, commands), (SETTINGS, settings)):
+    for mark, made in ((COMMANDS, commands), (SETTINGS, settings), (METHODS_MARK, methods)):
         if mark in markdown:
             markdown = markdown.replace(mark, made())
     return markdown
@@ -48,6 +49,12 @@ def settings() -> str:
 
 def _written(field: Field[Any]) -> str:
     return "{}" if field.default is MISSING else repr(field.default)
+
+
+def methods() -> str:
+    """What `--method` can be."""
+    rows = [f"| `{name}` | {_cell(row.about)} | {row.lr:g} |" for name, row in METHODS.items()]
+    return "\n".join(["| method | what is trained | `--lr` |", "| --- | --- | --- |", *rows])
 
 
 def commands() -> str:

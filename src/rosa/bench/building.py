@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rosa.bench.methods import find_method
+from rosa.bench.methods import configure, find_method
 from rosa.bench.quantizing import quantization, quantize, quantized
 from rosa.bench.settings import RunSettings, in_bf16
 from rosa.bench.tasks.task import Task
@@ -93,7 +93,7 @@ def adapt(
     if settings.target_parameters:
         shared["target_parameters"] = list(settings.target_parameters)
     try:
-        config = method.config(settings, settings.rank or 0, shared, list(shapes.values()))
+        config = configure(settings, shared, list(shapes.values()))
     except TypeError as error:
         if "target_parameters" not in str(error):
             raise

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 from rosa.bench import processes
-from rosa.bench.methods import check_packages, find_method
+from rosa.bench.methods import check_packages, configure, find_method
 from rosa.bench.quantizing import check_load_in
-from rosa.bench.settings import LOSS_ON, ON_NAN, PRECISIONS, RunSettings
+from rosa.bench.settings import LOSS_ON, METHOD, ON_NAN, PRECISIONS, RunSettings, convert
 from rosa.bench.tasks.chat import usual_length
 from rosa.bench.templates import check_trl
 from rosa.errors import UserError
@@ -25,6 +25,7 @@ def check(settings: RunSettings) -> RunSettings:
     """The settings with what depends on another filled in; raises for values of no use."""
     from rosa.checks import check_rank
 
+    settings = _with_options(settings)
     method = find_method(settings.method)
     check_packages(settings.method)
     if method.has_rank:
@@ -77,9 +78,22 @@ def check(settings: RunSettings) -> RunSettings:
     if settings.load_in != "full" and method.config is None:
         raise UserError(f"method {settings.method} trains the weights: it needs load_in full")
     schedule(settings)
-    if settings.method in RESAMPLED:
-        method.config(settings, settings.rank, {}, ())  # type: ignore[misc]  # checks its own
+    if settings.method in RESAMPLED or settings.set:
+        configure(settings, {}, ())  # checks its own
     return settings
+
+
+def _with_options(settings: RunSettings) -> RunSettings:
+    """With those of `--set` that have options of their own put there, as directions=svd."""
+    rest = []
+    for text in settings.set:
+        name, equals, value = text.partition("=")
+        kinds = {f.name: str(f.type) for f in fields(settings) if f.metadata["panel"] == METHOD}
+        if name in ("set", "method") or name not in kinds or not equals:
+            rest.append(text)
+        else:
+            settings = replace(settings, **{name: convert(f"--set {text}", value, kinds[name])})
+    return replace(settings, set=tuple(rest))
 
 
 def schedule(settings: RunSettings) -> RosaCallback:

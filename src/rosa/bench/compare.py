@@ -24,7 +24,7 @@ from rosa.bench.cells import Job, run_all
 from rosa.bench.checking import check
 from rosa.bench.methods import METHODS, find_method
 from rosa.bench.record import best_record, read_record
-from rosa.bench.settings import RunSettings
+from rosa.bench.settings import RunSettings, convert
 from rosa.bench.tasks.chat import usual_length
 from rosa.bench.training import load_task
 from rosa.errors import UserError
@@ -62,23 +62,8 @@ class Variant:
                     f"{text!r}: {option!r} is not setting=value with a setting of a run; there "
                     f"are: {', '.join(types)}"
                 )
-            values[name] = _convert(text, name, value, types[name])
+            values[name] = convert(f"{text!r}: {name}", value, types[name])
         return cls(text, method, values)
-
-
-def _convert(text: str, name: str, value: str, kind: str) -> Any:
-    try:
-        if kind.startswith("bool"):
-            return {"true": True, "false": False}[value.lower()]
-        if kind.startswith("int"):
-            return int(value)
-        if kind.startswith("float"):
-            return float(value)
-    except (KeyError, ValueError):
-        raise UserError(f"{text!r}: {name} takes {kind}, got {value!r}") from None
-    if kind.startswith("tuple"):
-        return tuple(value.split(":"))
-    return Path(value) if kind.startswith("Path") else value
 
 
 @dataclass(frozen=True)

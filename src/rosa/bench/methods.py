@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from rosa.bench.settings import RunSettings
-from rosa.errors import UserError
+from rosa.errors import UserError, blame
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -325,6 +325,44 @@ METHODS: dict[str, Method] = {
     ),
     "head": Method("the new head only, on the frozen pretrained model", 1e-3),
 }
+
+
+OWN = ("r", "target_modules", "target_parameters", "task_type", "modules_to_save", "peft_type")
+"""Fields of a method's config that have options of their own, or are not a user's."""
+
+
+def configure(settings: RunSettings, shared: dict[str, Any], shapes: Shapes) -> PeftConfig:
+    """The PEFT config of a run's method, with what `--set` says.
+
+    Args:
+        settings: of the run.
+        shared: arguments that all methods share.
+        shapes: of the weights; see `Method.config`.
+
+    Raises:
+        UserError: the method has no config, or not such a field; or its value is of no use.
+    """
+    import yaml  # comes with transformers
+
+    method = METHODS[settings.method]
+    if method.config is None:
+        raise UserError(f"--set is for an adapter's settings: method {settings.method} has none")
+    config = method.config(settings, settings.rank or 0, shared, shapes)
+    known = [f.name for f in fields(config) if f.init and f.name not in OWN]
+    given = {}
+    for text in settings.set:
+        name, equals, value = text.partition("=")
+        if not equals or name not in known:
+            raise UserError(
+                f"--set {text}: not name=value with a setting of {type(config).__name__}; there "
+                f"are: {', '.join(known)}"
+            )
+        try:
+            given[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {text}: {value!r} is not YAML ({error})") from error
+    with blame(f"--set {' '.join(settings.set)}", ValueError, TypeError):
+        return replace(config, **given) if given else config
 
 
 def find_method(name: str) -> Method:

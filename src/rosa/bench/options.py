@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -18,9 +18,9 @@ OPTIONS = {f.metadata["option"] or f.name: f for f in fields(RunSettings)}
 """The settings by the names of their options."""
 
 
-def option(panel: str, text: str, *names: str) -> typer.models.OptionInfo:
-    """An option of one command, for `Annotated`."""
-    return typer.Option(*names, help=text, rich_help_panel=panel)
+def option(panel: str, text: str, *names: str, everyday: bool = True) -> typer.models.OptionInfo:
+    """An option of one command, for `Annotated`; what is not for every day is in --help-all."""
+    return typer.Option(*names, help=text, rich_help_panel=panel, hidden=not everyday)
 
 
 def takes(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -45,7 +45,8 @@ def takes(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 def _parameter(name: str) -> inspect.Parameter:
     found = OPTIONS[name]
-    text = found.metadata["help"].format(methods=", ".join(METHODS), tasks=", ".join(TASKS))
+    panel, everyday = found.metadata["panel"], found.metadata["everyday"]
+    text = found.metadata["help"].format(methods=some(METHODS), tasks=some(TASKS))
     kind = get_type_hints(RunSettings, localns={"Path": Path})[found.name]
     default = inspect.Parameter.empty if found.default is MISSING else found.default
     names = [f"--{name.replace('_', '-')}"] if kind is bool else []  # without a --no-...
@@ -55,8 +56,13 @@ def _parameter(name: str) -> inspect.Parameter:
         name,
         inspect.Parameter.KEYWORD_ONLY,
         default=default,
-        annotation=Annotated[kind, option(found.metadata["panel"], text, *names)],
+        annotation=Annotated[kind, option(panel, text, *names, everyday=everyday)],
     )
+
+
+def some(names: Mapping[str, Any]) -> str:
+    """The first few of many names; the error of a name that is none lists them all."""
+    return f"{', '.join([*names][:2])}, ... (? lists {len(names)})"
 
 
 def settings_of(given: dict[str, Any]) -> RunSettings:

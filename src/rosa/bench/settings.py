@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rosa.config import MOMENTS, RosaConfig
+from rosa.errors import UserError
 
 PRECISIONS = ("auto", "fp32", "bf16")
 ON_NAN = ("stop", "skip")
@@ -15,12 +16,25 @@ LOSS_ON = ("answers", "all")
 DATA, METHOD, TRAINING, OUTPUT, PLAN = "Data", "Method", "Training", "Output", "Machine"
 
 
-def _is(panel: str, text: str, default: Any = MISSING, option: str | None = None) -> Any:
+def _is(
+    panel: str,
+    text: str,
+    default: Any = MISSING,
+    option: str | None = None,
+    everyday: bool = False,
+) -> Any:
     """A setting: the panel of the help, what it says, and the option's name if another one.
 
-    In the text, {methods} and {tasks} stand for the names that there are.
+    In the text, {methods} and {tasks} stand for the names that there are. What is not for every day
+    is in --help-all alone.
     """
-    return field(default=default, metadata={"panel": panel, "help": text, "option": option})
+    metadata = {"panel": panel, "help": text, "option": option, "everyday": everyday}
+    return field(default=default, metadata=metadata)
+
+
+def _everyday(panel: str, text: str, default: Any = MISSING, option: str | None = None) -> Any:
+    """A setting that --help shows."""
+    return _is(panel, text, default, option, everyday=True)
 
 
 def _of_rosa(name: str) -> Any:
@@ -38,34 +52,33 @@ class RunSettings:
     `max_length` for 128 or a chat's 1024, `first_draw` for `first` of `RosaCallback`.
     """
 
-    model: str = _is(DATA, "Pretrained model: a hub id or a folder.")
-    output: Path = _is(OUTPUT, "Folder for what is trained, its metrics and its settings.")
-    method: str = _is(METHOD, "What trains: {methods}.", "rosa")
-    task: str | None = _is(DATA, "A task by name: {tasks}.", None)
+    model: str = _everyday(DATA, "Pretrained model: a hub id or a folder.")
+    output: Path = _everyday(OUTPUT, "Folder for what is trained and its metrics.")
+    method: str = _everyday(METHOD, "What trains: {methods}.", "rosa")
+    task: str | None = _everyday(DATA, "A task by name: {tasks}.", None)
     data: Path | None = _is(DATA, "Folder of the task's own files.", None)
-    train: Path | None = _is(
+    train: Path | None = _everyday(
         DATA,
-        "Training file: .csv, .tsv, .jsonl, or .txt for a decoder. A decoder's rows have text, "
-        "prompt and completion, or messages (a chat).",
+        "File: .csv, .tsv, .jsonl, .txt; columns text and label, of a decoder text, prompt and "
+        "completion, or messages.",
         None,
     )
-    validation: Path | None = _is(
-        DATA, "Validation file; else a tenth is split off the training data.", None
+    validation: Path | None = _everyday(
+        DATA, "Validation file; else a tenth of the training data.", None
     )
-    text_columns: tuple[str, ...] = _is(
-        DATA, "Column of the text; give it twice for pairs.", ("text",), "text_column"
+    text_columns: tuple[str, ...] = _everyday(
+        DATA, "Column of the text; two for pairs.", ("text",), "text_column"
     )
-    label_column: str = _is(DATA, "Column of the label.", "label")
+    label_column: str = _everyday(DATA, "Column of the label.", "label")
     chat_template: Path | None = _is(
         DATA, "File of the chats' template (Jinja), in place of the tokenizer's.", None
     )
     loss_on: str = _is(
         DATA, "Of a chat, learn: answers (the assistant's words), or all words.", "answers"
     )
-    preference: bool = _is(
+    preference: bool = _everyday(
         DATA,
-        "Learn which answer is preferred, by DPO: rows of prompt, chosen and rejected, each a "
-        "text or messages.",
+        "DPO on columns prompt, chosen and rejected.",
         False,
     )
     limit_train: int | None = _is(DATA, "Train on this many examples, drawn by the seed.", None)
@@ -75,15 +88,13 @@ class RunSettings:
         "Validate on a tenth of the training data; report the task's own set as test.",
         False,
     )
-    rank: int | None = _is(
-        METHOD, "Rank of the trained subspaces, or of LoRA's kin; default: 8.", None
-    )
+    rank: int | None = _everyday(METHOD, "Rank of the subspaces, or of LoRA's kin: 8.", None)
     alpha: float | None = _is(METHOD, "Scale is alpha / rank; default: rank (LoRA: 2 rank).", None)
     directions: str = _of_rosa("directions")
     trained: str = _of_rosa("trained")
-    resample_every: str = _is(
+    resample_every: str = _everyday(
         METHOD,
-        "ROSA: draw new subspaces every: auto, epoch, never, 200 (steps), 0.5epochs.",
+        "ROSA's draws: auto, epoch, never, 200 (steps).",
         "auto",
     )
     moments: str = _is(
@@ -95,9 +106,9 @@ class RunSettings:
         "training.",
         None,
     )
-    target_modules: tuple[str, ...] = _is(
+    target_modules: tuple[str, ...] = _everyday(
         METHOD,
-        "Layers to adapt: attention, all-linear, or names (repeat the option).",
+        "all-linear, attention, or names (repeat it).",
         ("attention",),
     )
     target_parameters: tuple[str, ...] = _is(
@@ -105,20 +116,21 @@ class RunSettings:
         "Single parameters to adapt too, as a mixture's experts.gate_up_proj (repeat the option).",
         (),
     )
-    load_in: str = _is(
+    load_in: str = _everyday(
         METHOD,
-        "Frozen weights: full, 8bit or 4bit (bitsandbytes; with LoRA: QLoRA), hqq (4 bits).",
+        "Frozen weights: full, 8bit, 4bit, hqq.",
         "full",
     )
-    lr: float | None = _is(
-        TRAINING, "Peak learning rate; default: the method's own (rosa 1e-3). Tune it.", None
+    set: tuple[str, ...] = _everyday(
+        METHOD,
+        "Of its PEFT config: name=value (repeat it).",
+        (),
     )
+    lr: float | None = _everyday(TRAINING, "Peak learning rate; rosa's is 1e-3. Tune it.", None)
     beta: float = _is(TRAINING, "Of preferences: how close the model is held to what it was.", 0.1)
-    epochs: float = _is(TRAINING, "Passes over the training data.", 3.0)
-    steps: int | None = _is(
-        TRAINING, "Optimizer steps, in place of epochs; five evaluations.", None
-    )
-    batch_size: int = _is(TRAINING, "Examples per device and step.", 32)
+    epochs: float = _everyday(TRAINING, "Passes over the training data.", 3.0)
+    steps: int | None = _everyday(TRAINING, "Optimizer steps, in place of epochs.", None)
+    batch_size: int = _everyday(TRAINING, "Examples per device and step.", 32)
     eval_batch_size: int = _is(TRAINING, "Examples per step of evaluation.", 64)
     gradient_accumulation: int = _is(TRAINING, "Batches per optimizer step.", 1)
     gradient_checkpointing: bool = _is(
@@ -128,9 +140,7 @@ class RunSettings:
         TRAINING, "AdamW's; ROSA's factors decay toward what they were drawn as.", 0.0
     )
     warmup: float = _is(TRAINING, "Share of the steps with rising rate.", 0.06)
-    max_length: int | None = _is(
-        DATA, "Longest text in tokens; the rest is cut. Default: 128, of chats 1024.", None
-    )
+    max_length: int | None = _everyday(DATA, "Longest text in tokens: 128, of chats 1024.", None)
     packing: bool = _is(
         DATA, "A decoder: several texts in a row of --max-length, none seeing another.", False
     )
@@ -140,8 +150,8 @@ class RunSettings:
     on_nan: str = _is(
         TRAINING, "Where loss or gradient is NaN or infinite: stop, or skip the step.", "stop"
     )
-    precision: str = _is(TRAINING, "auto (bf16 where a GPU has it), fp32 or bf16.", "auto")
-    seed: int = _is(TRAINING, "Seed of everything random.", 0)
+    precision: str = _everyday(TRAINING, "auto (bf16 where a GPU has it), fp32, bf16.", "auto")
+    seed: int = _everyday(TRAINING, "Seed of everything random.", 0)
     report_to: str = _is(OUTPUT, "Trackers as in Trainer: none, tensorboard, wandb, ...", "none")
     record_changes: bool = _is(OUTPUT, "Record the rank of the weights' change every epoch.", False)
 
@@ -154,6 +164,22 @@ class RunSettings:
         lists = {name: list(v) for name, v in values.items() if isinstance(v, tuple)}
         names = ("rosa-finetune", "peft", "transformers", "torch", "datasets")
         return {**values, **lists, "versions": {name: version(name) for name in names}}
+
+
+def convert(what: str, value: str, kind: str) -> Any:
+    """A setting's value from a word, by its type's name; UserError says `what` takes another."""
+    try:
+        if kind.startswith("bool"):
+            return {"true": True, "false": False}[value.lower()]
+        if kind.startswith("int"):
+            return int(value)
+        if kind.startswith("float"):
+            return float(value)
+    except (KeyError, ValueError):
+        raise UserError(f"{what} takes {kind}, got {value!r}") from None
+    if kind.startswith("tuple"):
+        return tuple(value.split(":"))
+    return Path(value) if kind.startswith("Path") else value
 
 
 def in_bf16(settings: RunSettings) -> bool:

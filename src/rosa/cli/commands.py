@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,8 +12,9 @@ from rich.console import Console
 
 from rosa.bench import processes
 from rosa.bench.methods import METHODS
-from rosa.bench.options import OPTIONS, option, settings_of, takes
+from rosa.bench.options import OPTIONS, option, settings_of, some, takes
 from rosa.bench.settings import DATA, METHOD, OUTPUT, PLAN, TRAINING
+from rosa.cli.helping import Command
 from rosa.errors import UserError
 
 app = typer.Typer(
@@ -24,6 +26,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+command = partial(app.command, cls=Command)
 
 
 @app.callback()
@@ -77,7 +80,7 @@ def _as_comparison(recipe: dict[str, Any]) -> dict[str, Any]:
 Recipe = Annotated[
     Path | None,
     typer.Option(
-        help="YAML file with settings; options on the command line win. See recipes/.",
+        help="YAML file of settings, see recipes/; options win.",
         rich_help_panel=DATA,
         is_eager=True,
         callback=_read_recipe,
@@ -108,7 +111,7 @@ SHARED = (
 )
 
 
-@app.command()
+@command()
 @takes(*OPTIONS)
 def train(
     recipe: Recipe = None,
@@ -120,28 +123,17 @@ def train(
     ] = False,
     dry_run: Annotated[
         bool,
-        option(OUTPUT, "Train nothing: show the layers, memory, steps and draws.", "--dry-run"),
+        option(OUTPUT, "Train nothing: show layers, memory, steps, draws.", "--dry-run"),
     ] = False,
     **given: Any,
 ) -> None:
-    """Fine-tune a model on text classification (encoder) or on text (decoder).
+    """Fine-tune a model on a file: labelled texts, or what a decoder is to write.
 
-    A table with a text and a label column, 10 % held out for validation:
+    rosa train --model roberta-base --train reviews.csv --output runs/reviews
 
-        rosa train --model roberta-base --train reviews.csv --output runs/reviews
+    rosa train --model gpt2 --train pairs.jsonl --output runs/pairs
 
-    CoLA with the paper's settings, from a file of them; options given here win:
-
-        rosa train --recipe recipes/paper/glue/cola.yaml --seed 1 --output runs/cola
-
-    A decoder on JSON lines with a prompt and a completion:
-
-        rosa train --model gpt2 --train pairs.jsonl --output runs/pairs
-
-    A chat model on JSON lines of messages with role and content:
-
-        rosa train --model Qwen/Qwen2.5-0.5B-Instruct --train chats.jsonl --target-modules
-        all-linear --output runs/chats
+    rosa train --recipe recipes/paper/glue/cola.yaml --output runs/cola
     """
     from rosa.bench.report.tables import comparison_table, metrics_table
     from rosa.bench.training import train as run
@@ -158,7 +150,7 @@ def train(
     Console().print(metrics_table(str(given["output"]), record.to_json()))
 
 
-@app.command()
+@command()
 @takes(*SHARED)
 def compare(
     recipe: Recipe = None,
@@ -166,8 +158,7 @@ def compare(
         str,
         option(
             METHOD,
-            f"With commas: {', '.join(METHODS)}. With settings of its own: "
-            "rosa+directions=orthonormal+resample_every=200.",
+            f"{some(METHODS)}, with commas; each with settings as rosa+directions=svd.",
         ),
     ] = "rosa,lora",
     ranks: Annotated[str, option(METHOD, "Ranks, with commas; default: 8.")] = "",
@@ -175,8 +166,8 @@ def compare(
         list[str],
         option(
             TRAINING,
-            "Learning rates to choose from, with commas; for one method: full=1e-5,3e-5 (repeat "
-            "the option). Default: 0.3, 1 and 3 times each method's own.",
+            "To choose from: 1e-4,1e-3, for one method full=1e-5,3e-5 (repeat it); default: 0.3, 1 "
+            "and 3 times each method's own.",
         ),
     ] = [],  # noqa: B006
     seeds: Annotated[str, option(TRAINING, "Seeds, with commas.")] = "0,1,2",
@@ -186,13 +177,11 @@ def compare(
     """Compare methods, ranks and learning rates on one task, with the same tuning for each.
 
     The learning rate of each method and rank is chosen with the first seed, on a tenth held out of
-    the training data; the table is of the task's own validation set, over all seeds. Stopped, it
-    goes on where it was by the same command; `rosa report <folder>` makes tables and pictures.
+    the training data; the table is of the task's own validation set, over all seeds. Stopped, the
+    same command goes on.
 
         rosa compare --model roberta-base --task cola --methods rosa,lora,full --ranks 2,8
         --output runs/cola-compared
-
-    A recipe's method, with its settings, against LoRA (or the methods given):
 
         rosa compare --recipe recipes/glue/cola.yaml --output runs/cola-compared
     """
@@ -206,7 +195,7 @@ def compare(
     _complain_of(failures)
 
 
-@app.command()
+@command()
 def report(
     folder: Annotated[Path, typer.Argument(help="A comparison's folder.")],
     output: Annotated[
@@ -222,37 +211,35 @@ def report(
     write_report(folder, Console(), output)
 
 
-@app.command()
+@command()
 @takes("gradient_accumulation", "weight_decay", "precision")
 def shift(
     output: Annotated[Path, option(OUTPUT, "Folder for the comparison.")] = Path("runs/shift"),
     source: Annotated[
-        Path | None, option(DATA, "Text to pretrain on; default: English prose about Python.")
+        Path | None, option(DATA, "Text to pretrain on; default: English prose.")
     ] = None,
     target: Annotated[
         Path | None, option(DATA, "Text to adapt to; default: Python's own code.")
     ] = None,
     model: Annotated[
         str | None,
-        option(DATA, "A pretrained decoder, a hub id or a folder; default: one is made."),
+        option(DATA, "A pretrained decoder; default: one is made."),
     ] = None,
-    pretrain_steps: Annotated[
-        int, option(DATA, "Optimizer steps of the decoder that is made.")
-    ] = 2000,
+    pretrain_steps: Annotated[int, option(DATA, "Optimizer steps of that one.")] = 2000,
     cache: Annotated[
-        Path | None, option(DATA, "Where that decoder is kept; default: in the hub's cache folder.")
+        Path | None, option(DATA, "Where that is kept; default: the hub's cache.")
     ] = None,
     max_length: Annotated[int, option(DATA, "Tokens of a piece of text.")] = 64,
     methods: Annotated[str, option(METHOD, "With commas, as in rosa compare.")] = "rosa,lora,full",
     ranks: Annotated[str, option(METHOD, "Ranks, with commas.")] = "4",
     target_modules: Annotated[
-        list[str], option(METHOD, "Layers to adapt: all-linear, attention, or names.")
+        list[str], option(METHOD, "all-linear, attention, or names (repeat it).")
     ] = ["all-linear"],  # noqa: B006
     steps: Annotated[int, option(TRAINING, "Optimizer steps of each method.")] = 600,
     batch_size: Annotated[int, option(TRAINING, "Pieces of text a step.")] = 16,
     lrs: Annotated[
         list[str],
-        option(TRAINING, "Learning rates to choose from, as in rosa compare (repeat the option)."),
+        option(TRAINING, "Learning rates, as in rosa compare."),
     ] = [],  # noqa: B006
     seeds: Annotated[str, option(TRAINING, "Seeds, with commas.")] = "0",
     jobs: Annotated[int, option(TRAINING, "Cells to train at a time.")] = 2,
@@ -261,9 +248,9 @@ def shift(
     """Adapt a small language model from one kind of text to another: where rank is the limit.
 
     A decoder of 0.9 M parameters is pretrained on one text, once, and each method adapts it to
-    another. The table and the pictures show what it learned (the loss on the new text) and what it
-    forgot (on the old one). Without arguments, from English prose to Python code; takes about
-    20 minutes on 2 slow cores, a good part of which is the pretraining.
+    another; the table and the pictures show what it learned (the loss on the new text) and what it
+    forgot (on the old one). Without arguments, from English prose to Python code, in about 20
+    minutes on 2 slow cores, half of them for the pretraining.
 
         rosa shift
 
@@ -299,7 +286,7 @@ def shift(
     _complain_of(failures)
 
 
-@app.command()
+@command()
 def synthetic(
     output: Annotated[Path, typer.Option(help="Folder for the numbers and the pictures.")] = Path(
         "runs/synthetic"
@@ -344,7 +331,7 @@ def synthetic(
         Console().print(f"picture: {path}")
 
 
-@app.command()
+@command()
 def export(
     folder: Annotated[Path, typer.Argument(help="A run's folder, or an adapter's.")],
     to: Annotated[
@@ -428,7 +415,7 @@ def export(
     print(f"wrote {output}; largest difference of logits from the trained model: {difference:.1e}")
 
 
-@app.command()
+@command()
 @takes("task", "data", "text_column", "label_column")
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="A run's folder, an adapter's, or a model's.")],
@@ -455,7 +442,7 @@ def evaluate(
     Console().print(metrics_table(str(folder), run(folder, settings, model, max_length)))
 
 
-@app.command()
+@command()
 @takes(
     *("model", "method", "rank", "trained", "directions", "resample_every", "target_modules"),
     *("load_in", "batch_size", "gradient_accumulation", "gradient_checkpointing", "max_length"),
@@ -494,7 +481,7 @@ def plan(
     Console().print(metrics_table(title, found.rows(size)))
 
 
-@app.command()
+@command()
 def generate(
     folder: Annotated[Path, typer.Argument(help="A run's folder, an adapter's, or a model's.")],
     prompt: Annotated[str | None, typer.Option(help="A text to go on with, as it stands.")] = None,
@@ -554,7 +541,7 @@ def _said() -> str:
         return ""
 
 
-@app.command()
+@command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the runs.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,

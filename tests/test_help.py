@@ -1,0 +1,100 @@
+"""Help that fits a screen, and hides nothing for good; settings of a method's config."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from peft import PeftConfig
+from typer.main import get_command
+
+from rosa.cli.commands import app
+from tests.helpers import fails, run, write_csv
+from tests.models import save_with_tokenizer, tiny_bert
+
+COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
+
+
+def shown(capsys, *arguments: str) -> str:
+    run(*arguments)
+    return capsys.readouterr().out
+
+
+@pytest.fixture(autouse=True)
+def _screen(monkeypatch) -> None:
+    for name, size in (("COLUMNS", "80"), ("TERMINAL_WIDTH", "80"), ("LINES", "24")):
+        monkeypatch.setenv(name, size)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_a_screen_and_all_of_it_can_be_asked_for(capsys, command):
+    parameters = get_command(app).commands[command].params  # type: ignore[attr-defined]
+    options = {each.opts[0]: each.hidden for each in parameters if each.opts[0].startswith("--")}
+    short = shown(capsys, command, "--help")
+    assert len(short.splitlines()) < 60
+    assert max(map(len, short.splitlines())) <= 80
+    everything = shown(capsys, command, "--help-all")
+    for option, hidden in options.items():
+        name = re.compile(rf"{option}\b(?!-)")
+        assert name.search(everything)
+        assert hidden or name.search(short)
+
+
+def test_defaults_are_told(capsys):
+    said = " ".join(shown(capsys, "train", "--help").replace("│", "").split())
+    for text in ("a hub id or a folder. (required)", "(default: 32)", "random. (default: 0)"):
+        assert text in said
+
+
+@pytest.fixture
+def basics(tmp_path):
+    encoder = save_with_tokenizer(tiny_bert(), tmp_path / "encoder")
+    data = write_csv(tmp_path / "t.csv")
+    return ["--model", encoder, "--train", data, "--epochs", 1, "--output", tmp_path / "run"]
+
+
+CASES = {
+    "rosa": {"rosa_dropout": 0.25, "bias": "all", "rank_pattern": {"query": 3}},
+    "lora": {"use_dora": True, "lora_dropout": 0.5, "layers_to_transform": [0]},
+    "hira": {"hira_dropout": 0.5},
+}
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_a_methods_own_settings_can_be_given(basics, tmp_path, method):
+    wanted = CASES[method]
+    more = [word for name, v in wanted.items() for word in ("--set", f"{name}={json.dumps(v)}")]
+    run("train", *basics, "--method", method, "--rank", 2, *more)
+    found = PeftConfig.from_pretrained(tmp_path / "run/adapter")
+    assert {name: getattr(found, name) for name in wanted} == wanted
+    assert found.r == 2  # type: ignore[attr-defined]
+
+
+def test_what_has_an_option_of_its_own_is_that_option(basics, tmp_path):
+    more = ["--set", "directions=svd", "--set", "alpha=5", "--set", "resample_every=3"]
+    run("train", *basics, *more, "--set", "seed=9")
+    settings = json.loads((tmp_path / "run/settings.json").read_text())
+    assert (settings["directions"], settings["alpha"]) == ("svd", 5.0)
+    assert (settings["resample_every"], settings["set"]) == ("3", ["seed=9"])
+    config = PeftConfig.from_pretrained(tmp_path / "run/adapter")
+    assert (config.directions, config.alpha, config.seed) == ("svd", 5.0, 9)  # type: ignore[attr-defined]
+
+
+BAD = {
+    "no value": (["--set", "bias"], "--set bias: not name=value with a setting of RosaConfig"),
+    "no setting": (["--set", "use_dora=true"], "with a setting of RosaConfig; there are: "),
+    "its own option": (["--set", "r=3"], "with a setting of RosaConfig"),
+    "no YAML": (["--set", "bias={"], "'{' is not YAML"),
+    "a wrong value": (["--set", "bias=some"], "bias"),
+    "a wrong type": (["--set", "rosa_dropout=much"], "rosa_dropout"),
+    "a word for a number": (["--set", "alpha=much"], "--set alpha=much takes float"),
+    "full": (["--method", "full", "--set", "bias=all"], "method full has none"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_settings_that_are_none_are_refused_before_any_work(basics, tmp_path, capsys, case):
+    more, text = BAD[case]
+    assert text in fails(capsys, "train", *basics, *more)
+    assert not (tmp_path / "run").exists()
