@@ -84,6 +84,8 @@ def place(tmp_path, monkeypatch) -> Path:
     save_with_tokenizer(tiny_decoder(), tmp_path / "HuggingFaceTB" / "SmolLM2-135M")
     chat_model(tmp_path / "Qwen" / "Qwen2.5-0.5B-Instruct")
     write_chats(tmp_path / "chats.jsonl")
+    preferences = {"prompt": "the film was", "chosen": " very good", "rejected": " a film"}
+    (tmp_path / "preferences.jsonl").write_text(f"{json.dumps(preferences)}\n" * 40)
     monkeypatch.setattr("builtins.input", lambda _: "")  # a chat that is over
     for name in ("reviews.csv", "more.csv"):
         write_csv(tmp_path / name, labels=("0", "1"))

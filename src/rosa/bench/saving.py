@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +45,29 @@ def save_trained(
         load = f"from transformers import {name}\n\nmodel = {name}.from_pretrained(folder)\n"
     text = (
         f"---\n{data.to_yaml()}\n---\n\n# {settings.method} on {task.name}\n\n"
-        f"`{values['model']}` fine-tuned by `rosa train`.\n\n```python\n{load}```\n\n"
+        f"`{values['model']}` fine-tuned by `rosa train`:\n\n```sh\n{_command(values)}\n```\n\n"
+        f"```python\n{load}```\n\n"
         f"| metric | value |\n| --- | --- |\n{scores}\n\n"
         f"| setting | value |\n| --- | --- |\n{rows}\n"
     )
     ModelCard(text).save(place / "README.md")
     return place
+
+
+def _command(values: dict[str, Any]) -> str:
+    """The command that trains it again, without what is said by default and where it goes."""
+    words = ["rosa", "train"]
+    for setting in fields(RunSettings):
+        name, value = setting.metadata["option"] or setting.name, values.get(setting.name)
+        if value in (None, False) or value == setting.default or value == _plain(setting.default):
+            continue
+        option = f"--{name.replace('_', '-')}"
+        if value is True:
+            words.append(option)
+        for each in value if isinstance(value, list) else [] if value is True else [value]:
+            words += [option, str(each)]
+    return shlex.join(words)
+
+
+def _plain(default: Any) -> Any:
+    return list(default) if isinstance(default, tuple) else default

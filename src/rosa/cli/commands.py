@@ -86,6 +86,17 @@ Recipe = Annotated[
         callback=_read_recipe,
     ),
 ]
+PushToHub = Annotated[
+    str | None,
+    typer.Option(
+        help="Push it to this repository of the Hugging Face hub, as me/name.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Private = Annotated[
+    bool,
+    option(OUTPUT, "Let only you see a repository that is made.", "--private", everyday=False),
+]
 # What all cells of a comparison share; any other setting of a run is given with its method's name.
 SHARED = (
     *("model", "output", "train", "validation", "task", "data", "text_column", "label_column"),
@@ -125,6 +136,8 @@ def train(
         bool,
         option(OUTPUT, "Train nothing: show layers, memory, steps, draws.", "--dry-run"),
     ] = False,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
     **given: Any,
 ) -> None:
     """Fine-tune a model on a file: labelled texts, or what a decoder is to write.
@@ -135,7 +148,9 @@ def train(
 
     rosa train --recipe recipes/paper/glue/cola.yaml --output runs/cola
     """
+    from rosa.bench.hub import check_hub, push
     from rosa.bench.report.tables import comparison_table, metrics_table
+    from rosa.bench.runs import trained_place
     from rosa.bench.training import train as run
 
     if dry_run:
@@ -146,8 +161,12 @@ def train(
         Console().print(metrics_table("the run", about))
         print("activations come on top of this memory; nothing was trained or written")
         return
+    if push_to_hub is not None:
+        check_hub(push_to_hub, private)
     record = run(settings_of(given), resume=resume, overwrite=overwrite)
     Console().print(metrics_table(str(given["output"]), record.to_json()))
+    if push_to_hub is not None and processes.is_first():
+        print(f"pushed to {push(trained_place(given['output']), push_to_hub)}")
 
 
 @command()
@@ -378,6 +397,8 @@ def export(
     max_shard_size: Annotated[
         str | None, typer.Option(help="Plain model: size of a file, as 500MB; default: 5GB.")
     ] = None,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
 ) -> None:
     """Turn a trained adapter into a plain model or a LoRA adapter, and check that they agree.
 
@@ -395,11 +416,14 @@ def export(
     import torch
 
     from rosa.bench.exporting import export_folder
+    from rosa.bench.hub import check_hub, push
     from rosa.bench.report.tables import metrics_table
     from rosa.export.ranks import Budget
 
     precision: Any = getattr(torch, dtype or "", dtype)  # what is none is refused there
     budget = Budget(rank, energy, uniform_rank, precision)
+    if push_to_hub is not None:
+        check_hub(push_to_hub, private)
     difference, errors = export_folder(
         *(folder, to, output, model, budget),
         low_memory=low_memory,
@@ -409,10 +433,12 @@ def export(
         worst = dict(sorted(errors.items(), key=lambda each: -each[1])[:10])
         title = f"relative error of the change, the largest of {len(errors)} layers"
         Console().print(metrics_table(title, worst))
-    if difference is None:
-        print(f"wrote {output}; every weight was loaded back and compared")
-        return
-    print(f"wrote {output}; largest difference of logits from the trained model: {difference:.1e}")
+    compared = "every weight was loaded back and compared"
+    if difference is not None:
+        compared = f"largest difference of logits from the trained model: {difference:.1e}"
+    print(f"wrote {output}; {compared}")
+    if push_to_hub is not None:
+        print(f"pushed to {push(output, push_to_hub)}")
 
 
 @command()
