@@ -101,6 +101,15 @@ def test_the_rank_of_the_change_grows_by_every_resample(comparison):
     assert max(last) >= max(first)
 
 
+def test_a_comparison_of_a_version_with_fewer_settings_goes_on(comparison, capsys):
+    output, command = comparison
+    whole = runs.read_json(output / "comparison.json")
+    some = ("set", "beta", "target_parameters")
+    runs.write_json(output / "comparison.json", {k: v for k, v in whole.items() if k not in some})
+    assert "other settings" not in fails(capsys, *command)  # two of its cells cannot train
+    assert runs.read_json(output / "comparison.json") == whole
+
+
 def test_another_comparisons_folder_is_not_written_to(comparison, files, tmp_path, capsys):
     output, command = comparison
     with FileLock(output / ".lock"):

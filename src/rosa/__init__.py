@@ -16,7 +16,7 @@ from rosa.resampling.watching import watch
 if TYPE_CHECKING:
     from rosa.resampling.callback import RosaCallback
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "RosaCallback",

@@ -229,9 +229,11 @@ def _check_folder(base: RunSettings) -> None:
         return
     if not (output / COMPARISON).is_file():
         raise UserError(f"{output} holds files that are not a comparison's: name a new folder")
-    before, now = runs.read_json(output / COMPARISON), _shared(base)
+    before = {**runs.DEFAULTS, **runs.read_json(output / COMPARISON)}  # of a version with fewer
     differ = [
-        f"{k} ({before.get(k)} there, {v} here)" for k, v in now.items() if before.get(k) != v
+        f"{name} ({before.get(name)} there, {value} here)"
+        for name, value in _shared(base).items()
+        if before.get(name) != value
     ]
     if differ:
         raise UserError(

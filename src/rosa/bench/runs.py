@@ -33,11 +33,12 @@ SETTINGS, METRICS, HISTORY = "settings.json", "metrics.json", "history.json"
 ADAPTER, MODEL, CHECKPOINTS = "adapter", "model", "checkpoints"
 PREDICTIONS = "predictions.json"
 _OURS = (METRICS, HISTORY, PREDICTIONS, ADAPTER, MODEL, CHECKPOINTS)
-_DEFAULTS = {
+DEFAULTS = {
     f.name: list(f.default) if isinstance(f.default, tuple) else f.default
     for f in fields(RunSettings)
     if f.default is not MISSING
 }
+"""What a setting is in a file of a version that did not have it yet."""
 _LOCK, _DIGEST = ".lock", "data_digest"
 
 
@@ -96,7 +97,7 @@ def check_output(output: Path, settings: dict[str, Any], resume: bool, overwrite
     if not before and output.is_dir() and any(p.name != _LOCK for p in output.iterdir()):
         raise UserError(f"{output} holds files that are not a run's: name a new folder")
     if before and resume:
-        before = {**_DEFAULTS, **before}  # it may be of a version that had fewer settings
+        before = {**DEFAULTS, **before}  # it may be of a version that had fewer settings
         differ = [
             f"{name} ({before[name]} there, {value} here)"
             for name, value in settings.items()
