@@ -1,36 +1,101 @@
 """Every order of calls leaves the right weights: a random walk over a PEFT model's methods.
 
 The oracle knows nothing of offsets. It is the outputs that each adapter gave when it was last
-trained, and the outputs of the pretrained model.
+trained, and the outputs of the pretrained model. ROSA_ORDERS is how many walks there are.
 """
 
 from __future__ import annotations
 
 import copy
+import os
 import warnings
+from typing import Any
 
 import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
 
 from rosa import RosaConfig, resample
 from rosa.layers.kinds import rosa_layers
 from tests.models import Mlp
+from tests.test_parameters import EXPERTS, IN, OUT, Mixture
 
 TARGETS = [["first"], ["middle", "last"], ["first", "middle", "last"]]
+WALKS = int(os.environ.get("ROSA_ORDERS", "60"))
+
+
+class Pictures(nn.Module):
+    """Convolutions, one of them in groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 4, 3, padding=1, groups=2)
+        self.middle = nn.Conv1d(4, 5, 3, stride=2)
+        self.last = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.first(x).tanh().flatten(2)
+        return self.last(self.middle(rows).tanh().mean(-1))
+
+
+class Words(nn.Module):
+    """An embedding, and attention with its two weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Embedding(9, 6)
+        self.middle = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.first(ids)
+        return self.last(x + self.middle(x, x, x, need_weights=False)[0])
+
+
+class Experts(nn.Module):
+    """A mixture, whose stack of experts and whose matrix are parameters of no module's kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, IN)
+        self.middle = Mixture(bool(torch.rand(()) < 0.5))
+        self.last = nn.Linear(IN, 3)
+        self.register_buffer("chosen", torch.randint(EXPERTS, (5,)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.middle(self.first(x), self.chosen))
+
+
+PARAMETERS = {"target_parameters": ["experts.up", "experts.mix"]}
+KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "linear": (Mlp, lambda: torch.randn(5, 7), {}),
+    "convolutions": (Pictures, lambda: torch.randn(3, 2, 4, 4), {}),
+    "attention": (Words, lambda: torch.randint(9, (3, 4)), {}),
+    "experts": (Experts, lambda: torch.randn(5, 5), PARAMETERS),
+}
+assert OUT > IN  # so that the experts are no squares, and their sides are told apart
 
 
 class Orders(RuleBasedStateMachine):
     """One adapter is active at a time, and any may be merged."""
 
-    @initialize(modules=st.sampled_from(TARGETS), seed=st.integers(0, 2**31))
-    def attach(self, modules, seed):
+    @initialize(
+        kind=st.sampled_from(sorted(KINDS)),
+        modules=st.sampled_from(TARGETS),
+        trained=st.sampled_from(["both", "A", "B"]),
+        seed=st.integers(0, 2**31),
+    )
+    def attach(self, kind, modules, trained, seed):
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
-        self.x = torch.randn(5, 7, dtype=torch.float64)
-        self.base = Mlp()
+        make, inputs, self.options = KINDS[kind]
+        self.options = {**self.options, "trained": trained}
+        self.x = inputs()
+        self.x = self.x.double() if self.x.is_floating_point() else self.x
+        self.base = make().double()
         self.pretrained = copy.deepcopy(self.base)
         self.outputs = {}
         self.active, self.merged, self.disabled = "default", [], False
@@ -41,7 +106,10 @@ class Orders(RuleBasedStateMachine):
 
     def config(self, modules):
         directions = "svd" if torch.rand(()) < 0.5 else "orthonormal"
-        return RosaConfig(r=2, target_modules=modules, directions=directions)
+        modules = [
+            name for name in modules if "target_parameters" not in self.options or name != "middle"
+        ]
+        return RosaConfig(r=2, target_modules=modules, directions=directions, **self.options)
 
     def usable(self):
         return not self.merged and not self.disabled
@@ -147,7 +215,7 @@ class Orders(RuleBasedStateMachine):
     @rule()
     def unloaded(self):
         plain = copy.deepcopy(self.model).unload()
-        assert type(plain) is Mlp
+        assert type(plain) is type(self.pretrained)
         for (name, found), (_, expected) in zip(
             plain.state_dict().items(), self.pretrained.state_dict().items(), strict=True
         ):
@@ -165,17 +233,17 @@ class Orders(RuleBasedStateMachine):
 
     @invariant()
     def the_pretrained_weight_is_known(self):
-        weights = dict(self.pretrained.named_parameters())
         for name, layer in rosa_layers(self.model):
-            weight = weights[name.removeprefix("base_model.model.") + ".weight"]
-            weight = weight.T if layer.base_weight.view.transposed else weight
+            place = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            module = self.pretrained.get_submodule(place)
+            weight = layer.view_of(module, layer.parameter_name).matrix
             torch.testing.assert_close(layer.pretrained_weight(), weight.detach())
             if self.disabled:
                 torch.testing.assert_close(layer.base_weight.matrix, weight.detach())
 
 
 Orders.TestCase.settings = settings(
-    max_examples=40,
+    max_examples=WALKS,
     stateful_step_count=25,
     deadline=None,
     derandomize=False,
