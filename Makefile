@@ -32,12 +32,8 @@ test: setup ## Format, lint, check types and the house's stair, run the tests.
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
 
-docs: $(VENV)/.docs ## Build the documentation site into site/, strictly.
+docs: setup ## Build the documentation site into site/, strictly.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
-
-$(VENV)/.docs: $(VENV)/.ready
-	$(BIN)/python -m pip install -c constraints.txt -e '.[cli,docs]'
-	touch $@
 
 fuzz: setup ## Load ROSA_FUZZ damaged adapters (10000): refused in words, or what their files say.
 	$(BIN)/python -W ignore -m tests.fuzzing

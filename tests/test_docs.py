@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -157,6 +158,16 @@ def test_the_guides_run_as_they_stand(page):
         for words in commands(block) if language == "sh" else ():
             if words[0] != "compare":  # many runs, each in a process of its own
                 run(*words)
+
+
+def test_the_site_is_built_without_a_warning(tmp_path):
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(tmp_path)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(build, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    commands = (tmp_path / "reference" / "commands" / "index.html").read_text("utf-8")
+    for text in ("rosa generate", "--gradient-accumulation", "rotations of the inputs in blocks"):
+        assert text in commands
 
 
 WITHOUT_ROSA = """

@@ -41,6 +41,28 @@ def test_help_fits_a_screen_and_all_of_it_can_be_asked_for(capsys, command):
         assert hidden or name.search(short)
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_takes_a_file_of_its_options(capsys, tmp_path, command):
+    (tmp_path / "c.yaml").write_text("no_such_option: 1\n")
+    config = ["--config", tmp_path / "c.yaml"]
+    assert "'no_such_option' is no option of this command" in fails(capsys, command, *config)
+    (tmp_path / "c.yaml").write_text("- 1\n")
+    assert "is no option of this command" in fails(capsys, command, *config)
+    assert "is not there" in fails(capsys, command, "--config", tmp_path / "none.yaml")
+
+
+def test_what_a_file_says_is_taken_and_what_is_given_wins(basics, tmp_path, capsys):
+    run("train", *basics, "--rank", 2)
+    (tmp_path / "c.yaml").write_text(
+        f"folder: {tmp_path / 'run'}\nto: lora\noutput: {tmp_path / 'lora'}\nrank: 1\n"
+    )
+    run("export", "--config", tmp_path / "c.yaml")
+    assert PeftConfig.from_pretrained(tmp_path / "lora").r == 1  # type: ignore[attr-defined]
+    more = ["--rank", 2, "--output", tmp_path / "other"]
+    run("export", "--config", tmp_path / "c.yaml", *more)
+    assert PeftConfig.from_pretrained(tmp_path / "other").r == 2  # type: ignore[attr-defined]
+
+
 def test_defaults_are_told(capsys):
     said = " ".join(shown(capsys, "train", "--help").replace("│", "").split())
     for text in ("a hub id or a folder. (required)", "(default: 32)", "random. (default: 0)"):

@@ -59,8 +59,7 @@ class RunSettings:
     data: Path | None = _is(DATA, "Folder of the task's own files.", None)
     train: Path | None = _everyday(
         DATA,
-        "File: .csv, .tsv, .jsonl, .txt; columns text and label, of a decoder text, prompt and "
-        "completion, or messages.",
+        "A .csv, .tsv, .jsonl or .txt; columns text and label, prompt and completion, or messages.",
         None,
     )
     validation: Path | None = _everyday(
@@ -118,7 +117,7 @@ class RunSettings:
     )
     load_in: str = _everyday(
         METHOD,
-        "Frozen weights: full, 8bit, 4bit, hqq.",
+        "Weights: full, 8bit, 4bit, hqq.",
         "full",
     )
     set: tuple[str, ...] = _everyday(
@@ -150,7 +149,7 @@ class RunSettings:
     on_nan: str = _is(
         TRAINING, "Where loss or gradient is NaN or infinite: stop, or skip the step.", "stop"
     )
-    precision: str = _everyday(TRAINING, "auto (bf16 where a GPU has it), fp32, bf16.", "auto")
+    precision: str = _everyday(TRAINING, "auto (bf16 on a GPU), fp32, bf16.", "auto")
     seed: int = _everyday(TRAINING, "Seed of everything random.", 0)
     report_to: str = _is(OUTPUT, "Trackers as in Trainer: none, tensorboard, wandb, ...", "none")
     record_changes: bool = _is(OUTPUT, "Record the rank of the weights' change every epoch.", False)

@@ -39,7 +39,7 @@ def _check_processes(context: typer.Context) -> None:
 
 
 def _read_recipe(context: typer.Context, recipe: Path | None) -> Path | None:
-    """Take a recipe's settings as the defaults of the command's options."""
+    """Take a file's settings as the defaults of the command's options and arguments."""
     if recipe is None:
         return None
     import yaml  # comes with transformers
@@ -80,8 +80,19 @@ def _as_comparison(recipe: dict[str, Any]) -> dict[str, Any]:
 Recipe = Annotated[
     Path | None,
     typer.Option(
+        "--recipe",
+        "--config",
         help="YAML file of settings, see recipes/; options win.",
         rich_help_panel=DATA,
+        is_eager=True,
+        callback=_read_recipe,
+    ),
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="YAML file of this command's options; those given win.",
         is_eager=True,
         callback=_read_recipe,
     ),
@@ -193,7 +204,7 @@ def compare(
     jobs: Annotated[int, option(TRAINING, "Cells to train at a time.")] = 1,
     **given: Any,
 ) -> None:
-    """Compare methods, ranks and learning rates on one task, with the same tuning for each.
+    """Compare methods, ranks and rates on one task, with equal tuning.
 
     The learning rate of each method and rank is chosen with the first seed, on a tenth held out of
     the training data; the table is of the task's own validation set, over all seeds. Stopped, the
@@ -220,6 +231,7 @@ def report(
     output: Annotated[
         Path | None, typer.Option(help="Where the files go; default: the folder itself.")
     ] = None,
+    config: Config = None,
 ) -> None:
     """Make a comparison's table (terminal, Markdown, CSV) and its page with pictures (HTML).
 
@@ -262,6 +274,7 @@ def shift(
     ] = [],  # noqa: B006
     seeds: Annotated[str, option(TRAINING, "Seeds, with commas.")] = "0",
     jobs: Annotated[int, option(TRAINING, "Cells to train at a time.")] = 2,
+    config: Config = None,
     **given: Any,
 ) -> None:
     """Adapt a small language model from one kind of text to another: where rank is the limit.
@@ -320,6 +333,7 @@ def synthetic(
     epochs: Annotated[int, typer.Option(help="Passes over the 5,000 examples.")] = 100,
     resample_every: Annotated[int, typer.Option(help="Epochs between ROSA's resamples.")] = 1,
     jobs: Annotated[int, typer.Option(help="Runs to train at a time.")] = 2,
+    config: Config = None,
 ) -> None:
     """The paper's regression: LoRA stalls below the true rank of the change, ROSA does not.
 
@@ -399,6 +413,7 @@ def export(
     ] = None,
     push_to_hub: PushToHub = None,
     private: Private = False,
+    config: Config = None,
 ) -> None:
     """Turn a trained adapter into a plain model or a LoRA adapter, and check that they agree.
 
@@ -453,6 +468,7 @@ def evaluate(
     model: Annotated[
         str | None, option(DATA, "The base model, if not the one that the adapter names.")
     ] = None,
+    config: Config = None,
     **given: Any,
 ) -> None:
     """Evaluate a trained model, an adapter or an export on a task or a file.
@@ -486,6 +502,7 @@ def plan(
     ] = None,
     steps: Annotated[int, option(TRAINING, "Optimizer steps.")] = 1000,
     precision: Annotated[str, option(TRAINING, "bf16 or fp32.")] = "bf16",
+    config: Config = None,
     **given: Any,
 ) -> None:
     """Tell what a training will take, from the model's config: memory by kind, draws, time.
@@ -526,6 +543,7 @@ def generate(
     model: Annotated[
         str | None, typer.Option(help="The base model, if not the one that the adapter names.")
     ] = None,
+    config: Config = None,
 ) -> None:
     """Let a trained decoder write: after a prompt, after each of a file's, or in a chat.
 
@@ -574,6 +592,7 @@ def demo(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the results of an earlier demo.")
     ] = False,
+    config: Config = None,
 ) -> None:
     """Train ROSA, LoRA and a new head on a small real task, in minutes and without a network.
 
