@@ -165,7 +165,7 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(build, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    commands = (tmp_path / "reference" / "commands" / "index.html").read_text("utf-8")
+    commands = (tmp_path / "reference" / "commands.html").read_text("utf-8")
     for text in ("rosa generate", "--gradient-accumulation", "rotations of the inputs in blocks"):
         assert text in commands
 
