@@ -147,16 +147,22 @@ def _tokenize_language(rows: Any, longest: int, encode: Callable[[dict[str, Any]
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
     encoded = rows.map(cut, remove_columns=rows.column_names, desc="Tokenizing")
-    learned = encoded.filter(lambda row: any(label != -100 for label in row["labels"]))
+    within = f"within the first {longest} tokens"
+    return _only(
+        encoded,
+        lambda row: any(label != -100 for label in row["labels"]),
+        f"no completion or answer is {within}: raise --max-length",
+        f"texts have nothing to learn {within} (--max-length): they are left out",
+    )
+
+
+def _only(rows: Any, is_learned: Callable[[dict[str, Any]], bool], none: str, some_not: str) -> Any:
+    """The rows of which something is learned; an error if there are none, else how many go."""
+    learned = rows.filter(is_learned)
     if len(learned) == 0:
-        raise UserError(
-            f"no completion or answer is within the first {longest} tokens: raise --max-length"
-        )
+        raise UserError(none)
     if len(learned) < len(rows):
-        say(
-            f"{len(rows) - len(learned)} of {len(rows)} texts have nothing to learn within the "
-            f"first {longest} tokens (--max-length): they are left out"
-        )
+        say(f"{len(rows) - len(learned)} of {len(rows)} {some_not}")
     return learned
 
 
@@ -216,17 +222,13 @@ def _tokenize_preferences(tokenizer: Any, rows: Any, longest: int) -> Any:
         }
 
     encoded = rows.map(cut, remove_columns=rows.column_names, desc="Tokenizing")
-    learned = encoded.filter(lambda row: row["chosen_ids"] != row["rejected_ids"])
-    if len(learned) == 0:
-        raise UserError(
-            f"no two answers differ within the first {longest} tokens: raise --max-length"
-        )
-    if len(learned) < len(rows):
-        say(
-            f"{len(rows) - len(learned)} of {len(rows)} preferences do not differ within the first "
-            f"{longest} tokens (--max-length): they are left out"
-        )
-    return learned
+    within = f"within the first {longest} tokens"
+    return _only(
+        encoded,
+        lambda row: row["chosen_ids"] != row["rejected_ids"],
+        f"no two answers differ {within}: raise --max-length",
+        f"preferences do not differ {within} (--max-length): they are left out",
+    )
 
 
 def _pair_of_texts(tokenizer: Any, row: dict[str, Any], answer: str) -> Encoded:
