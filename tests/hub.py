@@ -49,7 +49,8 @@ def hub() -> Iterator[Hub]:
             elif self.path.startswith("/api/whoami"):
                 self.answer(200, {"name": "me", "type": "user"})
             elif (name := "/".join(self.path.split("/")[3:5])) in found.repositories:
-                self.answer(200, {"id": name, "sha": "0" * 40, "siblings": []})
+                private = found.repositories[name]
+                self.answer(200, {"id": name, "private": private, "sha": "0" * 40, "siblings": []})
             else:
                 self.answer(404, {"error": "Repository not found"})
 

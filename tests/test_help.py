@@ -7,6 +7,7 @@ import re
 
 import pytest
 from peft import PeftConfig
+from safetensors.torch import load_file
 from typer.main import get_command
 
 from rosa.cli.commands import app
@@ -47,7 +48,9 @@ def test_every_command_takes_a_file_of_its_options(capsys, tmp_path, command):
     config = ["--config", tmp_path / "c.yaml"]
     assert "'no_such_option' is no option of this command" in fails(capsys, command, *config)
     (tmp_path / "c.yaml").write_text("- 1\n")
-    assert "is no option of this command" in fails(capsys, command, *config)
+    assert "holds no options" in fails(capsys, command, *config)
+    (tmp_path / "c.yaml").write_bytes(b"\xff\xfe")
+    assert "is not YAML" in fails(capsys, command, *config)
     assert "is not there" in fails(capsys, command, "--config", tmp_path / "none.yaml")
 
 
@@ -78,7 +81,7 @@ def basics(tmp_path):
 
 CASES = {
     "rosa": {"rosa_dropout": 0.25, "bias": "all", "rank_pattern": {"query": 3}},
-    "lora": {"use_dora": True, "lora_dropout": 0.5, "layers_to_transform": [0]},
+    "lora": {"use_dora": True, "lora_dropout": 0.5},
     "hira": {"hira_dropout": 0.5},
 }
 
@@ -103,9 +106,34 @@ def test_what_has_an_option_of_its_own_is_that_option(basics, tmp_path):
     assert (config.directions, config.alpha, config.seed) == ("svd", 5.0, 9)  # type: ignore[attr-defined]
 
 
+def test_layers_by_their_number(basics, tmp_path):
+    more = ["--target-modules", "query", "--set", "layers_to_transform=[0]"]
+    run("train", *basics, *more)
+    names = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
+    layers = {name.split(".layer.")[1][0] for name in names if "rosa_A" in name}
+    assert layers == {"0"}
+
+
+def test_in_a_file_settings_are_names_with_values(basics, tmp_path):
+    (tmp_path / "c.yaml").write_text("set: {bias: all, rosa_dropout: 0.5}\ntarget_modules: query\n")
+    run("train", *basics, "--config", tmp_path / "c.yaml")
+    config = PeftConfig.from_pretrained(tmp_path / "run/adapter")
+    assert (config.bias, config.rosa_dropout) == ("all", 0.5)  # type: ignore[attr-defined]
+    more = ["--config", tmp_path / "c.yaml", "--ranks", 2, "--lrs", 1e-3, "--seeds", 0]
+    run("compare", *basics[:-1], tmp_path / "compared", *more)
+    (cell,) = (tmp_path / "compared").glob("rosa+*")
+    config = PeftConfig.from_pretrained(cell / "adapter")
+    assert (config.bias, config.rosa_dropout) == ("all", 0.5)  # type: ignore[attr-defined]
+
+
 BAD = {
     "no value": (["--set", "bias"], "--set bias: not name=value with a setting of RosaConfig"),
     "no setting": (["--set", "use_dora=true"], "with a setting of RosaConfig; there are: "),
+    "a file's": (["--set", "inference_mode=true"], "with a setting of RosaConfig"),
+    "a fingerprint": (["--set", "base_fingerprint={}"], "with a setting of RosaConfig"),
+    "a config": (["--method", "lora", "--set", "loftq_config=3"], "a setting of LoraConfig"),
+    "no bool": (["--method", "lora", "--set", "use_rslora=maybe"], "use_rslora is true or false"),
+    "layers": (["--set", "layers_to_transform=[0]"], "is for layers that are named by the last"),
     "its own option": (["--set", "r=3"], "with a setting of RosaConfig"),
     "no YAML": (["--set", "bias={"], "'{' is not YAML"),
     "a wrong value": (["--set", "bias=some"], "bias"),

@@ -39,6 +39,7 @@ def command(url: str, *words: object, token: str = "good", offline: str = "0"):
 
 
 def training(encoder: Path, tmp_path: Path) -> list[object]:
+    tmp_path.mkdir(exist_ok=True)
     data = write_csv(tmp_path / "t.csv")
     how = ["--model", encoder, "--train", data, "--epochs", 1, "--rank", 2, "--seed", 7]
     return ["train", *how, "--output", tmp_path / "run"]
@@ -63,6 +64,12 @@ def test_a_run_and_an_export_are_pushed_whole(there: Hub, encoder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert there.files["me/lora", "adapter_model.safetensors"]
     assert there.repositories == {"me/reviews": True, "me/lora": False}
+    train = training(encoder, tmp_path / "other")
+    done = command(there.url, *train, "--push-to-hub", "me/lora", "--private")
+    assert "me/lora is there and public" in done.stderr
+    done = command(there.url, *train, "--push-to-hub", "me/new", "--lr", -1)
+    assert "lr must be positive" in done.stderr
+    assert "me/new" not in there.repositories
 
 
 @pytest.mark.parametrize(

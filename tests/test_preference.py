@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rosa.bench.tasks.preference import read_preferences
 from tests.chats import chat_model, words
 from tests.helpers import fails, run
 from tests.models import save_with_tokenizer, tiny_bert, tiny_llama
@@ -99,6 +100,25 @@ def test_the_loss_is_dpos_against_the_pretrained_model(model, tmp_path, method, 
     run("generate", out, "--prompt", "film", "--max-new-tokens", 3)
 
 
+SPLITS = {
+    ("film: good", "film: bad"): ("film:", " good", " bad"),
+    ("It is unhappy", "It is unhelpful"): ("It is", " unhappy", " unhelpful"),
+    ("very film", "very fine"): ("very", " film", " fine"),
+    ("the film was good", "the film was good very"): ("the film was", " good", " good very"),
+    ("a\n\nb: yes", "a\n\nb: no "): ("a\n\nb:", " yes", " no "),
+    ("ä ö 🙂x", "ä ö 🙂y"): ("ä ö", " 🙂x", " 🙂y"),
+}
+
+
+@pytest.mark.parametrize("answers", SPLITS)
+def test_what_texts_begin_with_is_whole_words(tmp_path, answers):
+    row = dict(zip(("chosen", "rejected"), answers, strict=True))
+    found = read_preferences(write(tmp_path / "t.jsonl", [row]))[0]
+    assert (found["prompt"], found["chosen"], found["rejected"]) == SPLITS[answers]
+    for name, whole in row.items():
+        assert found["prompt"] + found[name] == whole
+
+
 def test_it_goes_on_where_it_was_stopped(model, tmp_path):
     rows = write(tmp_path / "t.jsonl", [preference("chats") for _ in range(40)])
     how = ["--model", model, "--train", rows, *QUICK, "--resample-every", 2, "--method", "rosa"]
@@ -164,8 +184,14 @@ def test_what_preferences_do_not_go_with_is_said(model, tmp_path, capsys):
         "--method=lora_ga": "not of preferences",
         "--beta=0": "beta must be positive",
         "--beta=nan": "beta must be positive",
+        "--loss-on=all": "--loss-on is of chats",
+        "--set=bias=all": "trained biases stay where the adapter is disabled",
+        "--set=trainable_token_indices=[4,5]": "TRL cannot train",
     }.items():
         assert text in fails(capsys, "train", "--model", model, *how, more)
+    said = fails(capsys, "train", "--model", model, *how[:-1], "--beta", 1)
+    assert "--beta is of preferences" in said
+    assert "has preferences" in fails(capsys, "evaluate", model, "--validation", rows)
     for method in ("pissa", "prompt"):
         found = fails(capsys, "train", "--model", model, *how, "--method", method)
         assert "DPO holds a model to what it was" in found

@@ -56,12 +56,21 @@ def check(settings: RunSettings) -> RunSettings:
     if longest < 8:
         raise UserError(f"max_length must be at least 8 tokens, got {longest}")
     settings = replace(settings, max_length=longest)
+    if settings.beta != RunSettings.beta and not settings.preference:
+        raise UserError("--beta is of preferences: give --preference, or leave it out")
     if settings.preference:
         check_trl("--preference")
         if settings.task is not None:
             raise UserError("--preference is for a --train file of prompt, chosen and rejected")
         if settings.packing or settings.group_by_length:
             raise UserError("--packing and --group-by-length are not for preferences")
+        if settings.loss_on != RunSettings.loss_on:
+            raise UserError("--loss-on is of chats: of preferences the answers are compared")
+        if any(text.startswith("bias=") and text != "bias=none" for text in settings.set):
+            raise UserError(
+                "--set bias: trained biases stay where the adapter is disabled, which is what DPO "
+                "holds the model to: leave it out"
+            )
         if settings.method == "lora_ga":
             raise UserError("lora_ga begins with the gradient of a text's loss: not of preferences")
     if settings.packing:

@@ -62,7 +62,10 @@ class Variant:
                     f"{text!r}: {option!r} is not setting=value with a setting of a run; there "
                     f"are: {', '.join(types)}"
                 )
-            values[name] = convert(f"{text!r}: {name}", value, types[name])
+            if name == "set":  # of which there may be several, each a value of YAML
+                values[name] = (*values.get(name, ()), value)
+            else:
+                values[name] = convert(f"{text!r}: {name}", value, types[name])
         return cls(text, method, values)
 
 

@@ -27,6 +27,7 @@ def check_hub(name: str, private: bool) -> None:
         api = HfApi()
         api.whoami()
         api.create_repo(name, private=private, exist_ok=True)
+        is_public = private and not api.repo_info(name).private
     except LocalTokenNotFoundError as error:
         raise UserError(
             "--push-to-hub needs a token of the hub: run `hf auth login`, or set HF_TOKEN"
@@ -35,6 +36,11 @@ def check_hub(name: str, private: bool) -> None:
         raise UserError("--push-to-hub: the hub is switched off by HF_HUB_OFFLINE") from error
     except Exception as error:  # of whatever library speaks to it
         raise UserError(f"--push-to-hub {name} cannot be: {_said(error)}") from error
+    if is_public:
+        raise UserError(
+            f"--push-to-hub {name} is there and public: leave --private out, make it private "
+            "first, or take another name"
+        )
 
 
 def push(folder: Path, name: str) -> str:

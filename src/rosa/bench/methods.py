@@ -327,8 +327,12 @@ METHODS: dict[str, Method] = {
 }
 
 
-OWN = ("r", "target_modules", "target_parameters", "task_type", "modules_to_save", "peft_type")
-"""Fields of a method's config that have options of their own, or are not a user's."""
+OWN = ("r", "target_modules", "target_parameters", "modules_to_save", "base_fingerprint", "loading")
+"""Fields of a method's config that have options of their own, or that saving writes.
+
+Nor are those a user's that all of PEFT's methods have, or that are configs themselves.
+"""
+BY_LAYER = ("layers_to_transform", "layers_pattern")
 
 
 def configure(settings: RunSettings, shared: dict[str, Any], shapes: Shapes) -> PeftConfig:
@@ -343,12 +347,15 @@ def configure(settings: RunSettings, shared: dict[str, Any], shapes: Shapes) -> 
         UserError: the method has no config, or not such a field; or its value is of no use.
     """
     import yaml  # comes with transformers
+    from peft import PeftConfig
 
     method = METHODS[settings.method]
     if method.config is None:
         raise UserError(f"--set is for an adapter's settings: method {settings.method} has none")
     config = method.config(settings, settings.rank or 0, shared, shapes)
-    known = [f.name for f in fields(config) if f.init and f.name not in OWN]
+    not_the_users = {*OWN, *(f.name for f in fields(PeftConfig))}
+    known = {f.name: f for f in fields(config) if f.init and f.name not in not_the_users}
+    known = {name: f for name, f in known.items() if not name.endswith("_config")}
     given = {}
     for text in settings.set:
         name, equals, value = text.partition("=")
@@ -360,7 +367,15 @@ def configure(settings: RunSettings, shared: dict[str, Any], shapes: Shapes) -> 
         try:
             given[name] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise UserError(f"--set {text}: {value!r} is not YAML ({error})") from error
+            reason = " ".join(str(error).split())
+            raise UserError(f"--set {text}: {value!r} is not YAML ({reason})") from error
+        if isinstance(known[name].default, bool) and not isinstance(given[name], bool):
+            raise UserError(f"--set {text}: {name} is true or false")
+        if name in BY_LAYER and {*settings.target_modules} & {"attention", "all-linear"}:
+            raise UserError(
+                f"--set {text}: {name} is for layers that are named by the last part of their "
+                "names, as --target-modules query --target-modules value"
+            )
     with blame(f"--set {' '.join(settings.set)}", ValueError, TypeError):
         return replace(config, **given) if given else config
 

@@ -39,7 +39,11 @@ class _TrlTrainer(SurvivingTrainer):
         for parameter, before in trained:  # on quantized weights TRL rounds them to bfloat16
             if parameter.dtype != before.dtype:
                 parameter.data = before.to(parameter.device)
-        if not self._computes_the_loss():
+        with blame(
+            f"TRL cannot train {name} so", AttributeError
+        ):  # a head with a wrapper of PEFT's
+            computes = self._computes_the_loss()
+        if not computes:
             raise UserError(
                 f"TRL computes another loss than {name} does, whose head is not one layer: train "
                 "it on rows of text, or of prompt and completion, without --packing"

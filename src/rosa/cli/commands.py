@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -45,22 +46,36 @@ def _read_recipe(context: typer.Context, recipe: Path | None) -> Path | None:
     import yaml  # comes with transformers
 
     if not recipe.is_file():
-        raise FileNotFoundError(f"recipe {recipe} is not there: check the path")
+        raise FileNotFoundError(f"recipe {recipe} is not there, or not a file: check the path")
     try:
         found = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"recipe {recipe} is not YAML: {error}") from error
-    known = [parameter.name for parameter in context.command.params]
-    if "methods" in known and isinstance(found, dict):
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"recipe {recipe} is not YAML: {reason}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"recipe {recipe} holds no options: write a line each, as batch_size: 16")
+    known = {parameter.name: parameter for parameter in context.command.params}
+    if "recipe" in known and "methods" in known:
         found = _as_comparison(found)
-    unknown = [name for name in found if name not in known] if isinstance(found, dict) else [found]
+    unknown = [name for name in found if name not in known or name in ("recipe", "config")]
     if unknown:
         raise UserError(
             f"recipe {recipe}: {unknown[0]!r} is no option of this command (named with _, as "
             "batch_size)"
         )
+    found = {
+        name: _as_list(value) if getattr(known[name], "multiple", False) else value
+        for name, value in found.items()
+    }
     context.default_map = {**(context.default_map or {}), **found}
     return recipe
+
+
+def _as_list(value: Any) -> list[Any]:
+    """Of an option that may be repeated: one value, several, or names with values."""
+    if isinstance(value, dict):
+        return [f"{name}={json.dumps(each)}" for name, each in value.items()]
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _as_comparison(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -73,7 +88,10 @@ def _as_comparison(recipe: dict[str, Any]) -> dict[str, Any]:
             found[several] = str(own.pop(name))
     if "lr" in own:
         found["lrs"] = [f"{method}={own.pop('lr')}"]
-    variant = "+".join([method, *(f"{OPTIONS[n].name}={v}" for n, v in own.items())])
+    given = [(OPTIONS[n].name, each) for n, v in own.items() for each in _as_list(v)]
+    variant = "+".join([method, *(f"{name}={each}" for name, each in given)])
+    if "," in variant:
+        raise UserError(f"rosa compare takes no setting with a comma: {variant}")
     return {"methods": f"{variant},{'rosa' if method == 'lora' else 'lora'}", **found}
 
 
@@ -159,6 +177,7 @@ def train(
 
     rosa train --recipe recipes/paper/glue/cola.yaml --output runs/cola
     """
+    from rosa.bench.checking import check
     from rosa.bench.hub import check_hub, push
     from rosa.bench.report.tables import comparison_table, metrics_table
     from rosa.bench.runs import trained_place
@@ -173,6 +192,7 @@ def train(
         print("activations come on top of this memory; nothing was trained or written")
         return
     if push_to_hub is not None:
+        check(settings_of(given))
         check_hub(push_to_hub, private)
     record = run(settings_of(given), resume=resume, overwrite=overwrite)
     Console().print(metrics_table(str(given["output"]), record.to_json()))
@@ -557,8 +577,6 @@ def generate(
 
         rosa generate runs/chats --file questions.jsonl > answers.jsonl
     """
-    import json
-
     from rosa.bench import writing
 
     if prompt is not None and file is not None:

@@ -72,6 +72,15 @@ def load_validation(settings: DataSettings, decoder: bool, labels: tuple[str, ..
     if settings.validation is None:
         raise UserError("no data: give --validation <file>, or a --task by name")
     if decoder:
+        from rosa.bench.tasks.files import read_columns
+        from rosa.bench.tasks.preference import ANSWERS
+
+        if {*ANSWERS} <= {*read_columns(settings.validation)} and not settings.preference:
+            raise UserError(
+                f"{settings.validation} has preferences, which are held against the pretrained "
+                "model while they are trained: give them as --validation of rosa train, and see "
+                "the run's metrics.json"
+            )
         return load(replace(settings, train=settings.validation), decoder)
     from rosa.bench.tasks.text import load_text
 

@@ -5,6 +5,8 @@ Each is a text or the messages of a chat. Without a prompt, it is what both answ
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,10 +71,10 @@ def _preference(where: str, given: dict[str, Any]) -> dict[str, Any]:
     if row["chosen"] == row["rejected"]:
         raise UserError(f"{where}: chosen and rejected are the same: nothing is preferred")
     if "prompt" not in row:
-        from trl.data_utils import extract_prompt
-
-        row = extract_prompt(row)
-        if not row["prompt"] or not all(row[name] for name in ANSWERS):
+        split = _after_messages if all(kinds.values()) else _after_words
+        same = split(*(row[name] for name in ANSWERS))
+        row = {"prompt": row["chosen"][:same], **{name: row[name][same:] for name in ANSWERS}}
+        if not row["prompt"]:
             raise UserError(
                 f"{where} has no prompt, and its answers do not both begin with one: give the "
                 "question in a column 'prompt'"
@@ -84,3 +86,15 @@ def _preference(where: str, given: dict[str, Any]) -> dict[str, Any]:
                 "assistant's answer"
             )
     return {name: row[name] for name in COLUMNS}
+
+
+def _after_words(one: str, other: str) -> int:
+    """Where what two texts begin with ends: before a space, with something left of both."""
+    shared = os.path.commonprefix([one.rstrip(), other.rstrip()])  # noqa: RUF071  # as is meant
+    return max((space.start() for space in re.finditer(r"\s+", shared)), default=0)
+
+
+def _after_messages(one: list[Any], other: list[Any]) -> int:
+    """How many messages two chats begin with, with one left of both at least."""
+    most = min(len(one), len(other)) - 1
+    return next((i for i in range(most) if one[i] != other[i]), most)
