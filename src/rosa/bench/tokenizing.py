@@ -147,12 +147,12 @@ def _tokenize_language(rows: Any, longest: int, encode: Callable[[dict[str, Any]
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
     encoded = rows.map(cut, remove_columns=rows.column_names, desc="Tokenizing")
-    within = f"within the first {longest} tokens"
     return _only(
         encoded,
         lambda row: any(label != -100 for label in row["labels"]),
-        f"no completion or answer is {within}: raise --max-length",
-        f"texts have nothing to learn {within} (--max-length): they are left out",
+        f"no completion or answer is within the first {longest} tokens: raise --max-length",
+        f"texts have nothing to learn within the first {longest} tokens (--max-length): "
+        "they are left out",
     )
 
 
@@ -222,12 +222,12 @@ def _tokenize_preferences(tokenizer: Any, rows: Any, longest: int) -> Any:
         }
 
     encoded = rows.map(cut, remove_columns=rows.column_names, desc="Tokenizing")
-    within = f"within the first {longest} tokens"
     return _only(
         encoded,
         lambda row: row["chosen_ids"] != row["rejected_ids"],
-        f"no two answers differ {within}: raise --max-length",
-        f"preferences do not differ {within} (--max-length): they are left out",
+        f"no two answers differ within the first {longest} tokens: raise --max-length",
+        f"preferences do not differ within the first {longest} tokens (--max-length): "
+        "they are left out",
     )
 
 
