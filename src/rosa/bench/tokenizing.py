@@ -185,22 +185,23 @@ def _encode_chat(tokenizer: Any, loss_on: str) -> Callable[[dict[str, Any]], Enc
     template, answers = learned_template(tokenizer, loss_on), loss_on == "answers"
 
     def encode(row: dict[str, Any]) -> Encoded:
-        try:
-            found = tokenizer.apply_chat_template(
-                row["messages"],
-                chat_template=template,
-                return_dict=True,
-                return_assistant_tokens_mask=answers,
-            )
-        except TemplateError as error:
-            raise UserError(
-                f"the chat template cannot take the chat in row {row['row']}: {error}"
-            ) from error
+        how = {"chat_template": template, "return_assistant_tokens_mask": answers}
+        found = _by_template(tokenizer, row, row["messages"], **how)
         ids = found["input_ids"]
         learned = found["assistant_masks"] if answers else [1] * len(ids)
         return ids, [i if own else -100 for i, own in zip(ids, learned, strict=True)]
 
     return encode
+
+
+def _by_template(tokenizer: Any, row: dict[str, Any], messages: Any, **how: Any) -> Any:
+    """What a tokenizer makes of messages by its template; if it cannot, the row is named."""
+    try:
+        return tokenizer.apply_chat_template(messages, return_dict=True, **how)
+    except TemplateError as error:
+        raise UserError(
+            f"the chat template cannot take the chat in row {row['row']}: {error}"
+        ) from error
 
 
 def _tokenize_preferences(tokenizer: Any, rows: Any, longest: int) -> Any:
@@ -240,15 +241,8 @@ def _pair_of_texts(tokenizer: Any, row: dict[str, Any], answer: str) -> Encoded:
 
 def _pair_of_chats(tokenizer: Any, row: dict[str, Any], answer: list[dict[str, str]]) -> Encoded:
     """A prompt's ids, and those of an answer, by the chats' template."""
-    try:
-        asked = tokenizer.apply_chat_template(
-            row["prompt"], add_generation_prompt=True, return_dict=True
-        )["input_ids"]
-        whole = tokenizer.apply_chat_template(row["prompt"] + answer, return_dict=True)["input_ids"]
-    except TemplateError as error:
-        raise UserError(
-            f"the chat template cannot take the chat in row {row['row']}: {error}"
-        ) from error
+    asked = _by_template(tokenizer, row, row["prompt"], add_generation_prompt=True)["input_ids"]
+    whole = _by_template(tokenizer, row, row["prompt"] + answer)["input_ids"]
     start = next(
         (i for i, (a, b) in enumerate(zip(asked, whole, strict=False)) if a != b),
         min(len(asked), len(whole)),

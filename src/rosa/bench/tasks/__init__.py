@@ -75,7 +75,7 @@ def load_validation(settings: DataSettings, decoder: bool, labels: tuple[str, ..
         from rosa.bench.tasks.files import read_columns
         from rosa.bench.tasks.preference import ANSWERS
 
-        if {*ANSWERS} <= {*read_columns(settings.validation)} and not settings.preference:
+        if {*ANSWERS} <= {*read_columns(settings.validation)}:
             raise UserError(
                 f"{settings.validation} has preferences, which are held against the pretrained "
                 "model while they are trained: give them as --validation of rosa train, and see "
