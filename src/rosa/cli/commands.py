@@ -302,7 +302,7 @@ def shift(
     A decoder of 0.9 M parameters is pretrained on one text, once, and each method adapts it to
     another; the table and the pictures show what it learned (the loss on the new text) and what it
     forgot (on the old one). Without arguments, from English prose to Python code, in about 20
-    minutes on 2 slow cores, half of them for the pretraining.
+    minutes on 2 slow cores, with the pretraining.
 
         rosa shift
 
