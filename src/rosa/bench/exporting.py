@@ -78,7 +78,7 @@ def export_folder(
         if form != "merged":
             write = {"lora": write_lora, "rosa": write_rosa}[form]
             errors = write(trained, rosa_adapter(trained, None)[1], place, budget)
-            trained.config.save_pretrained(str(place))
+            runs.save_config(trained.config, place)
             written = PeftModel.from_pretrained(trained.unload(), str(place)).eval()
         else:  # merging is the same for every method of PEFT
             written = write_merged(trained, trained.active_adapters[0], place, max_shard_size)

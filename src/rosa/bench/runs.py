@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 SETTINGS, METRICS, HISTORY = "settings.json", "metrics.json", "history.json"
 ADAPTER, MODEL, CHECKPOINTS = "adapter", "model", "checkpoints"
+MODEL_CONFIG = "model_config.json"  # beside an adapter
 PREDICTIONS = "predictions.json"
 _OURS = (METRICS, HISTORY, PREDICTIONS, ADAPTER, MODEL, CHECKPOINTS)
 DEFAULTS = {
@@ -206,6 +207,21 @@ def load_config(model: str | Path) -> Any:
         return AutoConfig.from_pretrained(str(model))
 
 
+def save_config(config: Any, place: Path) -> None:
+    """Keep a model's config beside its adapter: its labels, its precision.
+
+    Not as `config.json`: transformers takes a folder that has one for a whole model's, and one without
+    for an adapter's, whose base it then loads.
+    """
+    config.to_json_file(str(place / MODEL_CONFIG))
+
+
+def _kept_config(place: Path) -> Any:
+    """The config that `save_config` kept, or one that an adapter's folder holds; None without."""
+    kept = next((p for p in (place / MODEL_CONFIG, place / "config.json") if p.is_file()), None)
+    return load_config(kept) if kept else None
+
+
 def load_tokenizer(model: str | Path) -> Any:
     """The tokenizer of a model, by its folder or hub id; a `UserError` if it has none of use."""
     from transformers import AutoTokenizer
@@ -303,16 +319,16 @@ def load_base(place: Path, model: str | None = None, whole: bool = False) -> Pre
     if config.task_type not in (None, "CAUSAL_LM", "SEQ_CLS"):
         raise _other_task(place, str(getattr(config.task_type, "value", config.task_type)))
     check_model(base)
-    has_config = (place / "config.json").is_file()
+    kept = _kept_config(place)
     # In the precision that it was trained in: a coarser one would compute something else.
-    dtype = (load_config(place).dtype if has_config else None) or "auto"
+    dtype = (kept.dtype if kept else None) or "auto"
     if config.task_type == "SEQ_CLS":
-        if not has_config:
+        if kept is None:
             raise UserError(
-                f"{place} has no config.json to say how many labels there are: save the "
+                f"{place} has no {MODEL_CONFIG} to say how many labels there are: save the "
                 "model's config there too, as `rosa train` does"
             )
-        labels = load_config(place).id2label or {}
+        labels = kept.id2label or {}
         how: dict[str, Any] = {
             "id2label": labels,
             "label2id": {name: i for i, name in labels.items()},

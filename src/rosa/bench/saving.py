@@ -22,7 +22,8 @@ def save_trained(
     adapted = find_method(settings.method).config is not None
     place = settings.output / (runs.ADAPTER if adapted else runs.MODEL)
     model.save_pretrained(str(place))
-    model.config.save_pretrained(str(place))  # the names of the labels, for an adapter too
+    if adapted:
+        runs.save_config(model.config, place)
     tokenizer.save_pretrained(str(place))
     local = Path(settings.model).exists()
     data = ModelCardData(
