@@ -15,6 +15,7 @@ EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 PRINTED = {
     "accelerate_loop": r"step \d+: a new subspace; loss \d.*saved to",
     "chat": r"drawn at \[\d+.*\]; <\|user\|>What is three and four\?<\|end\|><\|assistant\|>It",
+    "fully_sharded": r"loss 5.*loss [1-4].*process 0 holds 100% of the weights",
     "lightning_callback": r"step 20: a new subspace.*loss \d",
     "lora_to_rosa": r"loss on new texts \d.*exported as a LoRA adapter",
     "torch_loop": r"a new subspace.*merged into a plain LlamaForCausalLM; its logits differ by \d",

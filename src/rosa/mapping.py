@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rosa.errors import UserError
 from rosa.layers.files import WeightFile
 from rosa.layers.kinds import rosa_layers
+from rosa.layers.sharding import check_unsharded
 
 Files = dict[tuple[torch.dtype, torch.Size], list[tuple[Tensor, WeightFile]]]
 """By dtype and shape, since names may differ: the first numbers of each tensor, and where it is."""
@@ -43,6 +44,7 @@ def map_pretrained(model: nn.Module, folder: str | os.PathLike[str] | None = Non
         ValueError: there is no ROSA in the model, there are no safetensors files, or they hold none
             of the adapted weights as they are in memory.
     """
+    check_unsharded(model, "call rosa.map_pretrained before fully_shard")
     layers = [layer for _, layer in rosa_layers(model) if not layer.is_quantized]
     if not layers:
         raise UserError("the model has no ROSA layers whose weights lie in a file")

@@ -25,7 +25,7 @@ from torch import nn
 
 from rosa.config import RosaConfig, as_rosa_config
 from rosa.errors import NothingToAdaptError, UserError
-from rosa.files.beside import check_beside, check_tensors, own_tensors
+from rosa.files.beside import check_beside, check_tensors, own_tensors, tensors_beside
 from rosa.files.checkpoint import (
     check_adapter_file,
     fingerprints_of,
@@ -38,7 +38,7 @@ from rosa.layers.base import RosaLayer
 from rosa.layers.kinds import base_of, kind_of, layers_of, rosa_layers
 from rosa.layers.memory import make_private, owners_of, tenants, weight_owners
 from rosa.layers.parameter import ParamWrapper
-from rosa.layers.sharding import check_unsharded
+from rosa.layers.sharding import check_unsharded, reshard, whole
 from rosa.layers.statedict import give_pretrained
 from rosa.switching import or_as_before
 from rosa.targeting.matching import has_embeddings, is_target, resolve_all_linear
@@ -132,7 +132,11 @@ class RosaModel(BaseTuner):
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Check every layer that will be adapted, before any is touched."""
         config = as_rosa_config(peft_config)
-        check_unsharded(model)
+        check_unsharded(
+            model,
+            "call get_peft_model (or load the adapter) first, and fully_shard or "
+            "accelerator.prepare then",
+        )
         self._fingerprints: dict[str, tuple[float, float]] = {}
         capped = []
         owners, held = weight_owners(model), tenants(model)
@@ -258,8 +262,25 @@ class RosaModel(BaseTuner):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapter(s), in all layers or, on an error, in none."""
+        reshard(self.model)
         with or_as_before(self):
             super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        reshard(self.model)
+        super()._enable_adapter_layers(enabled)
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Put adapters' whole change into the weights; see `RosaLayer.merge`."""
+        reshard(self.model)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Take what is merged out of the weights."""
+        reshard(self.model)
+        super().unmerge_adapter()
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -326,11 +347,13 @@ class RosaModel(BaseTuner):
         found = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
-        found = {key: value for key, value in found.items() if not key.endswith(".in_weight")}
+        found = {k: whole(v) for k, v in found.items() if not k.endswith(".in_weight")}
         layers = layers_of(model, adapter_name)
         for name, layer in layers.items():
             # PEFT saves the base weight of an adapted output embedding beside the adapter.
             give_pretrained(layer, state_dict, f"{name}.")
+        for key in tensors_beside(model, state_dict):  # which PEFT then takes from there
+            state_dict[key] = whole(state_dict[key])
         absent = [k for name in layers for k in state_keys(name, adapter_name) if k not in found]
         if absent:
             raise UserError(

@@ -11,15 +11,28 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+from rosa.errors import UserError
+
 PATIENCE = timedelta(days=1)
 """How long processes wait for each other, as while one writes texts. None waits for a dead one."""
 
 
 def join() -> Any:
-    """Accelerate's `PartialState`: which process this is; the first call joins the others."""
+    """Accelerate's `PartialState`: which process this is; the first call joins the others.
+
+    Raises:
+        UserError: they are to share one model's weights.
+    """
     import torch
     from accelerate import PartialState
 
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1"):
+            raise UserError(
+                f"this trains data-parallel, and Accelerate is set up for {name}: launch it with "
+                "torchrun, or another --config_file. For models that need FSDP 2 use transformers' "
+                "Trainer with rosa.RosaCallback, or a loop of your own"
+            )
     alone = {} if count() == 1 else {"timeout": PATIENCE}
     return PartialState(cpu=not torch.accelerator.is_available(), **alone)
 

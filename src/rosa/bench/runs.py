@@ -210,8 +210,8 @@ def load_config(model: str | Path) -> Any:
 def save_config(config: Any, place: Path) -> None:
     """Keep a model's config beside its adapter: its labels, its precision.
 
-    Not as `config.json`: transformers takes a folder that has one for a whole model's, and one without
-    for an adapter's, whose base it then loads.
+    Not as `config.json`: transformers takes a folder that has one for a whole model's, and one
+    without for an adapter's, whose base it then loads.
     """
     config.to_json_file(str(place / MODEL_CONFIG))
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from rosa.config import RosaConfig
 from rosa.errors import UserError, UserTypeError
+from rosa.layers.sharding import check_unsharded
 
 # What a folder must not hold already: loading would take it for a part of the export.
 _MODEL_FILES = re.compile(
@@ -97,6 +98,11 @@ def rosa_adapter(model: nn.Module, adapter_name: str | None) -> tuple[PeftModel,
         inner = extract_model_from_parallel(model, keep_torch_compile=False)
     if not isinstance(inner, PeftModel):
         raise UserTypeError(f"expected a PeftModel with ROSA, got {type(inner).__name__}")
+    check_unsharded(
+        inner,
+        "save the adapter (model.save_pretrained, in all processes), and export "
+        "what one process loads from that",
+    )
     active = inner.active_adapters
     if adapter_name is None and len(active) > 1:
         raise UserError(

@@ -7,7 +7,7 @@ saves where they were adapted or resized. Nothing else of a model is an adapter'
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 
 from peft.utils import AuxiliaryTrainingWrapper
@@ -123,6 +123,14 @@ def own_tensors(model: nn.Module, buffers: bool = True) -> dict[str, Tensor]:
     if buffers:
         found.update(model.named_buffers(remove_duplicate=False))
     return {_named(name): tensor for name, tensor in found.items()}
+
+
+def tensors_beside(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:
+    """The names in a state dict of what PEFT may save beside factors and biases."""
+    modules = model.named_modules()
+    wrappers = (f"{_named(n)}." for n, m in modules if isinstance(m, AuxiliaryTrainingWrapper))
+    begins = (*wrappers, *_embeddings(model))
+    return [name for name in state_dict if name.startswith(begins)]
 
 
 def _misfit(value: Tensor, like: Tensor, finite: bool) -> str | None:

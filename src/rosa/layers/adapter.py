@@ -13,6 +13,7 @@ from rosa.algebra import subspace
 from rosa.algebra.lowrank import LowRank
 from rosa.algebra.sketch import Sketch, Watch
 from rosa.config import RosaConfig
+from rosa.layers.sharding import whole
 
 
 class Adapter:
@@ -97,8 +98,11 @@ class Adapter:
 
     @torch.no_grad()
     def learned(self) -> LowRank:
-        """The current factors' product s B A: a copy, in the offset's dtype, on their device."""
-        a, b = self.factors
+        """The current factors' product s B A: a copy, in the offset's dtype, on their device.
+
+        Of factors that are sharded all processes must ask for it.
+        """
+        a, b = map(whole, self.factors)
         dtype = self.terms.dtype
         return LowRank(b.to(dtype) * self.scaling, a.to(dtype, copy=True))
 

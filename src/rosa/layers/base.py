@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -25,6 +26,7 @@ from rosa.layers.effective import effective_weight
 from rosa.layers.front import Front
 from rosa.layers.kind import Kind
 from rosa.layers.offset import OffsetDict
+from rosa.layers.sharding import are_several
 from rosa.layers.tracing import is_traced
 from rosa.layers.versions import Unchanged
 from rosa.layers.weight import BaseWeight
@@ -204,7 +206,14 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move or cast the layer; a cast is of the pretrained weight, with nothing else in it."""
         parameter = self.base_weight.parameter
-        dtype = fn(torch.empty(0, dtype=parameter.dtype, device=parameter.device)).dtype
+        like = fn(torch.empty(0, dtype=parameter.dtype, device=parameter.device))
+        dtype = like.dtype
+        if like.is_meta and not parameter.is_meta and are_several():
+            raise UserError(
+                "the model's weights are taken away to be sent anew (FSDP's "
+                "cpu_ram_efficient_loading), which ROSA's offsets, that are no parameters, do not "
+                "live through: set fsdp_cpu_ram_efficient_loading to false"
+            )
         if dtype == parameter.dtype or self.arrived is not None:
             super()._apply(fn, recurse)
             self.base_weight.arrived()
@@ -257,8 +266,11 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
 
     def guarded(self, result: Tensor) -> Tensor:
         """A result that is not gone backward through once the weight has changed."""
-        if self._base_weight.standing and result.requires_grad:
-            return Unchanged.apply(result, self.base_weight.parameter)  # type: ignore[return-value]
+        base = self.base_weight
+        if base.standing and result.requires_grad:
+            # Of a weight in rows autograd keeps one that is gathered anew: torch counts no changes.
+            standing = partial(getattr, base, "standing") if base.is_lent else None
+            return Unchanged.apply(result, base.parameter, standing)  # type: ignore[return-value]
         return result
 
     @property
@@ -344,9 +356,18 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
     @torch.no_grad()
     def draw(self, adapter: str) -> Factors:
         """New factors, of the weight with what the adapter has learned; nothing is changed."""
-        self.settle()
         one = self.adapters[adapter]
-        return draw(one, self.base_weight.present(), self.base_weight.norm, one.learned())
+        return draw(one, *self.whole(adapter))
+
+    @torch.no_grad()
+    def whole(self, adapter: str) -> tuple[Tensor, float, LowRank]:
+        """What a draw is made of: the weight, its norm, and what the adapter has learned.
+
+        Of a sharded layer all processes must ask for it.
+        """
+        self.settle()
+        base = self.base_weight
+        return base.present(), base.norm, self.adapters[adapter].learned()
 
     @torch.no_grad()
     def resample(self, adapter: str, drawn: Factors) -> None:

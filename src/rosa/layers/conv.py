@@ -42,7 +42,7 @@ class KernelView(MatrixView):
 
     def as_stored(self, matrix: Tensor) -> Tensor:
         """A matrix as a kernel."""
-        return matrix.reshape(self.parameter.shape)
+        return matrix.reshape(-1, *self.parameter.shape[1:])
 
 
 def _convolves(base: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from rosa.algebra.lowrank import LowRank
 from rosa.config import RosaConfig
 from rosa.errors import UserError
 from rosa.layers.adapter import Adapter
+from rosa.layers.sharding import cut_as
 
 Factors = tuple[Tensor, Tensor]
 """A ([n,] r, in) and B ([n,] out, r)."""
@@ -75,8 +76,8 @@ def draw(adapter: Adapter, weight: Tensor, norm: float, change: LowRank | None =
             f"no subspace of layer {adapter.layer} could be drawn ({error}): check its weight for "
             "NaN and infinity, or use directions='orthonormal'"
         ) from error
-    (a, b), (of_a, of_b) = drawn, adapter.factors
-    return a.to(of_a), b.to(of_b)
+    a, b = (new.to(old.device, old.dtype) for new, old in zip(drawn, adapter.factors, strict=True))
+    return a, b
 
 
 @torch.no_grad()
@@ -86,7 +87,7 @@ def take(adapter: Adapter, drawn: Factors) -> LowRank:
     What the adapter's sketch saw is used up.
     """
     for factor, values in zip(adapter.factors, drawn, strict=True):
-        factor.copy_(values)
+        factor.copy_(cut_as(values, factor))
     adapter.draws += 1
     adapter.sketch = None
     # From the factors as they are now stored: their rounding cancels too.

@@ -17,6 +17,7 @@ from rosa.algebra.lowrank import full_precision, transposed
 from rosa.algebra.sketch import Sketch
 from rosa.errors import UserError
 from rosa.layers.adapter import Adapter
+from rosa.layers.sharding import is_dtensor
 from rosa.layers.tracing import is_traced
 from rosa.layers.versions import unpack
 from rosa.layers.views import MatrixView
@@ -40,6 +41,12 @@ def effective_weight(
 
 
 def _product(weight: Tensor, a: Tensor, b: Tensor, scaling: float, view: MatrixView) -> Tensor:
+    if any(map(is_dtensor, (weight, a, b))):
+        raise UserError(
+            f"a weight of {type(view.module).__name__} is asked for while it is spread over "
+            "processes: call fully_shard on a module that holds it and its adapter, and read it in "
+            "a forward pass of that"
+        )
     return weight + view.as_stored((b * scaling) @ a).to(weight.dtype)
 
 

@@ -70,7 +70,8 @@ class RosaLinear(RosaLayer):
             (one,) = active
             (a, b), dropout = one.factors, self.rosa_dropout[one.name]
             if isinstance(dropout, nn.Identity) and can_fuse(self.base_layer, x, a):
-                return adapted_linear(self.base_layer, x, a, b, one.scaling, one.sketch)
+                out = adapted_linear(self.base_layer, x, a, b, one.scaling, one.sketch)
+                return self.guarded(out) if self.base_weight.is_lent else out
         if active and is_patched(self.base_layer):
             return with_changed_weight(self, x, *args, **kwargs)
         return plain_sum(self, active, partial(linear_product, self), x, *args, **kwargs)

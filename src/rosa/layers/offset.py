@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -50,6 +51,16 @@ class OffsetDict(nn.Module):
                 "or peft.AutoPeftModelFor...; transformers' own loading cannot place its offsets"
             )
         return super().__getattr__(name)
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """For `torch.distributed.checkpoint`, which looks for each name of a state dict: where."""
+        return dict.fromkeys(self.adapters, "_named")
+
+    @property
+    def _named(self) -> SimpleNamespace:
+        """An object with the names that the state dict has here, and nothing behind them."""
+        names = SimpleNamespace(**dict.fromkeys((*PARTS, "in_weight")))
+        return SimpleNamespace(**dict.fromkeys(self.adapters, names))
 
     def keys(self) -> list[str]:
         """The names of the adapters."""

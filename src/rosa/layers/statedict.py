@@ -20,6 +20,7 @@ from rosa.algebra.lowrank import LowRank
 from rosa.errors import UserError
 from rosa.layers import offset
 from rosa.layers.adapter import Adapter
+from rosa.layers.sharding import is_dtensor, own_part
 from rosa.layers.weight import BaseWeight
 
 PARTS = ("rosa_A.{}", "rosa_B.{}", *(f"rosa_offset.{{}}.{part}" for part in offset.PARTS))
@@ -120,9 +121,13 @@ def give_pretrained(layer: Stateful, state_dict: dict[str, Any], prefix: str) ->
         state_dict: the model's, or what is being saved of it; may lack the base weight.
         prefix: the layer's name in it, with a dot.
     """
-    key = f"{prefix}{layer.weight_path}"
-    if key in state_dict and layer.base_weight.standing:
-        state_dict[key] = layer.base_weight.pretrained_as_stored()
+    key, base = f"{prefix}{layer.weight_path}", layer.base_weight
+    if key not in state_dict or not base.standing:
+        return
+    if base.rows is None or is_dtensor(state_dict[key]):
+        state_dict[key] = base.pretrained_as_stored()
+    elif any(state_dict.get(f"{prefix}rosa_offset.{n}.in_weight", 1) for n in base.standing):
+        state_dict[key] = base.pretrained_of(state_dict[key])  # gathered, as FSDP's savers do
 
 
 def before_load(layer: Stateful, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -136,7 +141,10 @@ def before_load(layer: Stateful, state_dict: dict[str, Any], prefix: str, *_: An
     weight, parameter = state_dict.get(f"{prefix}{layer.weight_path}"), base.parameter
     in_place = weight is not None and _same_memory(weight, parameter)
     brings_weight = weight is not None and weight.shape == parameter.shape
-    brings_weight &= not in_place or base.is_written()
+    if in_place and base.is_newly_sharded():  # and nobody has counted what is written since
+        brings_weight = not base.holds(base.standing, base.fingerprint() or (0.0, 0.0))
+    elif in_place:
+        brings_weight &= base.is_written()
     arrived = layer.arrived or Arrived()
     for name, adapter in layer.adapters.items():
         _check_of_one_time(layer.name, adapter, state_dict, prefix)
@@ -181,13 +189,18 @@ def _check_of_one_time(
 
 
 def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return not one.is_meta and one.data_ptr() == other.data_ptr() and one.shape == other.shape
+    if one.is_meta or one.shape != other.shape:
+        return False
+    return own_part(one).data_ptr() == own_part(other).data_ptr()
 
 
 def after_load(layer: Stateful, _: Any) -> None:
     """A hook after loading: put the offsets back in, unless more is to come."""
-    if layer.base_weight.expects_write():
-        layer.base_weight.arrived()
+    base = layer.base_weight
+    if base.expects_write():
+        base.arrived()
+    if base.rows is not None:
+        base.fingerprint()  # here, where all processes come by
     if layer.arrived is not None and layer.arrived.is_whole(list(layer.adapters)):
         layer.synchronize()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -91,13 +91,24 @@ def same_state(one: State, other: State) -> bool:
     return one.keys() == other.keys() and all(one[name] is other[name] for name in one)
 
 
+_CHANGED = (
+    "the weight of a ROSA layer is not what it was in the forward pass: another adapter was made "
+    "active, merged, disabled or drawn again before the backward pass, and the weight in memory "
+    "belongs to one adapter at a time. Call backward on the loss of each adapter before you set "
+    "another one (gradients add up)"
+)
+
+
 class Unchanged(torch.autograd.Function):
     """Hands its first argument on; going backward, says so if a weight is not what it was."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, weight: Tensor) -> Tensor:
-        """Keep the weight that `out` was computed with."""
+    def forward(
+        ctx: Any, out: Tensor, weight: Tensor, standing: Callable[[], State] | None
+    ) -> Tensor:
+        """Keep the weight that `out` was computed with, and what stands in one that is no more."""
         ctx.save_for_backward(weight)
+        ctx.standing, ctx.then = standing, None if standing is None else standing()
         ctx.mark_dirty(out)  # handed on as it is, not as a view that no one may change in place
         return out
 
@@ -105,7 +116,9 @@ class Unchanged(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Look at the weight; the gradient goes on as it is."""
         unpack(ctx)
-        return grads[0], None
+        if ctx.standing is not None and not same_state(ctx.then, ctx.standing()):
+            raise RuntimeError(_CHANGED)
+        return grads[0], None, None
 
 
 def unpack(ctx: Any) -> tuple[Tensor, ...]:
@@ -115,12 +128,7 @@ def unpack(ctx: Any) -> tuple[Tensor, ...]:
     except RuntimeError as error:
         if "inplace" not in str(error):
             raise
-        raise RuntimeError(
-            "the weight of a ROSA layer is not what it was in the forward pass: another adapter "
-            "was made active, merged, disabled or drawn again before the backward pass, and the "
-            "weight in memory belongs to one adapter at a time. Call backward on the loss of each "
-            f"adapter before you set another one (gradients add up). Torch says: {error}"
-        ) from error
+        raise RuntimeError(f"{_CHANGED}. Torch says: {error}") from error
 
 
 def _tracked(weight: Tensor) -> bool:

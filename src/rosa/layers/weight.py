@@ -14,7 +14,15 @@ from rosa.algebra.lowrank import LowRank, add_product, full_precision
 from rosa.errors import UserError
 from rosa.layers.files import WeightFile
 from rosa.layers.memory import check_in_memory
-from rosa.layers.sharding import is_sharded
+from rosa.layers.sharding import (
+    Rows,
+    is_dtensor,
+    is_fully_sharded,
+    is_in_rows,
+    is_sharded,
+    own_part,
+    whole,
+)
 from rosa.layers.versions import Versions, same_state
 from rosa.layers.views import MatrixView
 
@@ -45,6 +53,10 @@ class BaseWeight:
         standing: the changes that stand in the weight in memory, by name.
         file: where else W_0 lies, if anybody has said so: then no copy is made of it.
         kept: the exact W_0, where it is kept: the copy (out, in) in main memory, or that file.
+
+    Of a weight that `fully_shard` has cut, the memory is this process's rows, and so are `matrix`
+    and the copy; `present`, `pretrained` and the fingerprint are of the whole weight, which all
+    processes have to ask for.
     """
 
     def __init__(
@@ -58,6 +70,8 @@ class BaseWeight:
         self.file: WeightFile | None = None
         self._versions = Versions()
         self._fingerprint = fingerprint
+        self._rows: Rows | None = None
+        self._is_spread = False  # over processes, whenever it is not whole
 
     @property
     def parameter(self) -> Tensor:
@@ -67,7 +81,57 @@ class BaseWeight:
     @property
     def matrix(self) -> Tensor:
         """The weight in memory as (out, in): a view, without gradient history."""
-        return self.view.matrix
+        if self.rows is None:
+            return self.view.matrix
+        return self.view.as_matrix(self.memory.detach())
+
+    @property
+    def memory(self) -> Tensor:
+        """The parameter, or the rows of it that are here.
+
+        Raises:
+            UserError: it is whole for the passes alone: what is written into it then is lost.
+        """
+        if self.is_lent:
+            raise UserError(
+                f"the weight of {self.name} is whole for a forward or backward pass (FSDP) and "
+                "cannot be changed now: wait for the end of the step, or call reshard() of the "
+                "outermost module that fully_shard was called on"
+            )
+        return self.parameter if self.rows is None else own_part(self.parameter)
+
+    @property
+    def rows(self) -> Rows | None:
+        """Which rows of the weight are here; None for all of it."""
+        if self._rows is None and is_in_rows(self.parameter):
+            self._rows, self._is_spread = Rows(self.parameter), True
+            if isinstance(self.kept, Tensor):  # a copy from before
+                self.kept = self._rows_of(self.kept).clone()
+        return self._rows
+
+    @property
+    def is_lent(self) -> bool:
+        """Whether a weight in rows is whole just now, for a pass of the model."""
+        if is_dtensor(self.parameter):
+            return False
+        if not self._is_spread and self._versions.replaced(self.parameter):
+            self._is_spread = is_fully_sharded(self.view.module)  # since it was last looked at
+        return self._is_spread
+
+    def _here(self, change: LowRank) -> LowRank:
+        """What of a change is in the memory."""
+        return change if self.rows is None else self.rows.change(change, self.view.transposed)
+
+    def _rows_of(self, matrix: Tensor) -> Tensor:
+        if self.rows is None:
+            return matrix
+        return self.view.as_matrix(self.view.as_stored(matrix)[self.rows.here])
+
+    def _gathered(self, matrix: Tensor) -> Tensor:
+        """All of a matrix (out, in) that is held as the weight is."""
+        if self.rows is None:
+            return matrix
+        return self.view.as_matrix(whole(self.rows.spread(self.view.as_stored(matrix))))
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -95,7 +159,7 @@ class BaseWeight:
 
     def present(self) -> Tensor:
         """The weight with the changes that are in force, (out, in), in `work_dtype`."""
-        return self.matrix.to(self.work_dtype)
+        return self._gathered(self.matrix.to(self.work_dtype))
 
     @property
     def work_dtype(self) -> torch.dtype:
@@ -105,7 +169,7 @@ class BaseWeight:
     def fingerprint(self) -> tuple[float, float] | None:
         """See `subspace.fingerprint`, of the pretrained weight; None on the meta device."""
         if self._fingerprint is None and not self.parameter.is_meta:
-            weight = self.pretrained() if self.standing else self.matrix
+            weight = self.pretrained() if self.standing else self._gathered(self.matrix)
             self._fingerprint = subspace.fingerprint(weight)
         return self._fingerprint
 
@@ -141,20 +205,20 @@ class BaseWeight:
                 steps = [(before.get(n), -1) for n in changed]
                 steps += [(wanted.get(n), +1) for n in changed]
                 steps = [
-                    (_rounded(change, weight), sign)
+                    (_rounded(self._here(change), weight), sign)
                     for change, sign in steps
                     if change is not None and change.rank
                 ]
-                self._versions.leaving(self.parameter, before)
+                self._versions.leaving(self.memory, before)
                 for change, sign in steps:
                     weight.add_(change, alpha=sign)
             else:
                 exact = self.copy
                 assert exact is not None
-                self._versions.leaving(self.parameter, before)
-                _write_sum(weight, exact, wanted.values())
+                self._versions.leaving(self.memory, before)
+                _write_sum(weight, exact, map(self._here, wanted.values()))
             self.standing = dict(wanted)
-            self._versions.arrived(self.parameter, self.standing)
+            self._versions.arrived(self.memory, self.standing)
         if not wanted:
             self.kept = None  # the weight itself is the copy
 
@@ -180,8 +244,9 @@ class BaseWeight:
 
     def _exact(self) -> Tensor | WeightFile:
         """What holds W_0 exactly: its file if it still does, or a copy (out, in) of it."""
-        exact = self.pretrained().to(self.parameter.dtype)
-        if self.file is not None and self.file.holds(self.view.as_stored(exact)):
+        exact = self._pretrained_here().to(self.parameter.dtype)
+        whole = self.rows is None
+        if whole and self.file is not None and self.file.holds(self.view.as_stored(exact)):
             return self.file
         self.file = None
         return exact.to("cpu", memory_format=torch.contiguous_format)
@@ -197,11 +262,12 @@ class BaseWeight:
         half = self.parameter.dtype in HALF  # whose copy is gone once others train the weight
         if self.kept is not None or half or name not in self.standing or self._is_large(now):
             return False
-        self._versions.leaving(self.parameter, self.standing)
+        self._versions.leaving(self.memory, self.standing)
+        here = self._here(change)
         with full_precision():
-            add_product(self.matrix, change.B, change.A)
+            add_product(self.matrix, here.B, here.A)
         self.standing = {**self.standing, name: now}
-        self._versions.arrived(self.parameter, self.standing)
+        self._versions.arrived(self.memory, self.standing)
         return True
 
     def _needs_a_copy(self, wanted: Mapping[str, LowRank], several: bool) -> bool:
@@ -221,11 +287,17 @@ class BaseWeight:
 
     def is_written(self) -> bool:
         """Whether someone else has written into the weight in memory."""
-        return self._versions.written(self.parameter)
+        return not self.is_lent and self._versions.written(self.memory)
 
     def is_changed(self) -> bool:
         """Whether someone else has written into it, or put another in its place."""
-        return self.is_written() or self._versions.replaced(self.parameter)
+        if self.is_lent:
+            return False
+        return self.is_written() or self._versions.replaced(self.memory)
+
+    def is_newly_sharded(self) -> bool:
+        """Whether it was cut into rows since it was last looked at."""
+        return self.rows is not None and self._versions.replaced(self.memory)
 
     def expect_write(self) -> None:
         """Let the weight be written to, until `arrived`."""
@@ -237,7 +309,8 @@ class BaseWeight:
 
     def arrived(self) -> None:
         """Take note of the weight as it now is: what is said to stand in it does."""
-        self._versions.arrived(self.parameter, self.standing)
+        if not self.is_lent:
+            self._versions.arrived(self.memory, self.standing)
 
     def copied(self) -> None:
         """Take note of a copy of the weight, in another module's memory."""
@@ -259,8 +332,8 @@ class BaseWeight:
             UserError: a change stood in it, so that it is not known any more what it holds.
         """
         weight = self.matrix
-        whole = not weight.is_meta and tuple(weight.shape) == self.shape
-        sharded_or_offloaded = not whole or hasattr(self.view.module, "_hf_hook")
+        is_whole = not weight.is_meta and tuple(weight.shape) == self.shape
+        sharded_or_offloaded = not is_whole or hasattr(self.view.module, "_hf_hook")
         if not sharded_or_offloaded:
             if self.parameter.requires_grad or not self.standing:
                 self.kept = self._fingerprint = None  # what was written is part of it
@@ -300,7 +373,7 @@ class BaseWeight:
     @torch.no_grad()
     def holds(self, standing: Mapping[str, LowRank], fingerprint: tuple[float, float]) -> bool:
         """Whether the weight in memory is that of a fingerprint with this in it."""
-        rest = self._without(standing)
+        rest = self._gathered(self._without(standing))
         return subspace.same_fingerprint(subspace.fingerprint(rest), fingerprint, 1e-5, 0.0)
 
     # -- the pretrained weight -----------------------------------------------------------------
@@ -309,12 +382,15 @@ class BaseWeight:
     def copy(self) -> Tensor | None:
         """The exact pretrained weight (out, in), where it is kept."""
         if isinstance(self.kept, WeightFile):
-            return self.view.as_matrix(self.kept.read())
+            return self._rows_of(self.view.as_matrix(self.kept.read()))
         return self.kept
 
     @torch.no_grad()
     def pretrained(self) -> Tensor:
         """W_0 (out, in) in `work_dtype`: a copy, whatever stands in the weight."""
+        return self._gathered(self._pretrained_here())
+
+    def _pretrained_here(self) -> Tensor:
         if (exact := self.copy) is not None:
             return exact.to(self.parameter.device, self.work_dtype, copy=True)
         return self._without(self.standing)
@@ -324,16 +400,25 @@ class BaseWeight:
         rest = self.matrix.to(self.work_dtype, copy=True)
         for change in standing.values():
             if change.rank:
-                rest -= _rounded(change, rest)
+                rest -= _rounded(self._here(change), rest)
         return rest
 
     @torch.no_grad()
+    def pretrained_of(self, weight: Tensor) -> Tensor:
+        """W_0 of a whole weight that holds what stands in this one; in its shape and precision."""
+        rest = self.view.as_matrix(weight).to(self.work_dtype, copy=True)
+        for change in self.standing.values():
+            rest -= _rounded(change, rest)
+        return self.view.as_stored(rest).to(weight.dtype).contiguous()
+
+    @torch.no_grad()
     def pretrained_as_stored(self) -> Tensor:
-        """W_0 in the weight's own shape and precision."""
+        """W_0 in the weight's own shape and precision, and in rows as it is."""
         weight = self.copy
         if weight is None:
-            weight = self.pretrained().to(self.parameter.dtype)
-        return self.view.as_stored(weight).contiguous()
+            weight = self._pretrained_here().to(self.parameter.dtype)
+        stored = self.view.as_stored(weight).contiguous()
+        return stored if self.rows is None else self.rows.spread(stored.to(self.memory.device))
 
     @torch.no_grad()
     def with_changes(self, changes: Iterable[LowRank]) -> Tensor:

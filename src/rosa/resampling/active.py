@@ -15,7 +15,14 @@ from rosa.layers.base import RosaLayer
 from rosa.layers.drawing import Factors
 from rosa.layers.files import WeightFile
 from rosa.layers.kinds import rosa_layers
-from rosa.layers.sharding import check_unsharded, is_sharded
+from rosa.layers.sharding import (
+    check_shards,
+    is_fully_sharded,
+    is_in_rows,
+    is_sharded,
+    own_part,
+    reshard,
+)
 from rosa.resampling.optimizers import check_optimizer
 
 
@@ -51,6 +58,11 @@ class Active:
         """New factors for it; it stays as it is."""
         return self.layer.draw(self.adapter.name)
 
+    def lend(self) -> None:
+        """Help another process to draw: it needs what of the layer is here."""
+        if self.layer.base_weight.rows is not None:
+            self.layer.whole(self.adapter.name)
+
     def resample(self, drawn: Factors) -> None:
         """Merge, go on with new factors, and drop the factors' gradients."""
         self.layer.resample(self.adapter.name, drawn)
@@ -66,14 +78,16 @@ def factors_of(found: list[Active]) -> list[nn.Parameter]:
 def active_adapters(model: nn.Module, optimizer: Any = None) -> list[Active]:
     """What a resample would draw; raises as `resample` does."""
     layers = list(rosa_layers(model))
-    check_unsharded(model)
+    check_shards(model)
+    reshard(model)
     if not layers:
         raise UserError(
             f"{type(model).__name__} has no ROSA layers: attach them with "
             "peft.get_peft_model(model, rosa.RosaConfig(...))"
         )
+    in_rows = is_fully_sharded(model)
     for name, layer in layers:
-        _check_layer(name, layer)
+        _check_layer(name, layer, in_rows)
     found = [
         Active(name, layer, layer.adapters[adapter])
         for name, layer in layers
@@ -81,7 +95,7 @@ def active_adapters(model: nn.Module, optimizer: Any = None) -> list[Active]:
         if adapter in layer.adapters
     ]
     for active in found:
-        _check_factors(active)
+        _check_factors(active, in_rows)
     if not found:
         raise UserError(
             f"no ROSA adapter is active (active: {layers[0][1].active_adapters}): call "
@@ -94,7 +108,7 @@ def active_adapters(model: nn.Module, optimizer: Any = None) -> list[Active]:
     return found
 
 
-def _check_layer(name: str, layer: RosaLayer) -> None:
+def _check_layer(name: str, layer: RosaLayer, in_rows: bool) -> None:
     if layer.merged:
         raise UserError(f"layer {name} is merged: call model.unmerge_adapter() before you resample")
     if layer.disable_adapters:
@@ -102,16 +116,18 @@ def _check_layer(name: str, layer: RosaLayer) -> None:
             f"layer {name} has its adapters disabled: leave model.disable_adapter(), or call "
             "model.base_model.enable_adapter_layers(), before you resample"
         )
-    if not layer.base_weight.is_whole:
+    base = layer.base_weight
+    if not (base.is_whole or (in_rows and base.rows is not None)):
         raise UserError(
             f"the weight of layer {name} is offloaded or sharded over processes: ROSA draws "
-            "from whole weights, so train data-parallel without sharding or offloading"
+            "from whole weights, so train data-parallel without sharding or offloading, or with "
+            "torch's fully_shard (FSDP 2) alone"
         )
     if isinstance(file := layer.base_weight.kept, WeightFile):
         file.check()
 
 
-def _check_factors(active: Active) -> None:
+def _check_factors(active: Active, in_rows: bool) -> None:
     if active.adapter.is_on_meta:
         raise UserError(
             f"the factors of layer {active.name} are on the meta device (low_cpu_mem_usage): load "
@@ -120,20 +136,20 @@ def _check_factors(active: Active) -> None:
     *stack, out_features, in_features = active.adapter.shape
     times = math.prod(stack) * active.adapter.r
     numbers = times * in_features, times * out_features
-    sharded = any(map(is_sharded, active.factors))
+    sharded = any(is_sharded(f) and not (in_rows and is_in_rows(f)) for f in active.factors)
     if sharded or numbers != tuple(factor.numel() for factor in active.factors):
         raise UserError(
             f"the factors of layer {active.name} are sharded over processes: train data-parallel "
-            "without sharding"
+            "without sharding, or with torch's fully_shard (FSDP 2) alone"
         )
 
 
 def check_finite(found: list[Active]) -> None:
     """Raise ValueError if a factor has NaN or infinity."""
-    if are_finite([factor.detach() for factor in factors_of(found)]):
+    if are_finite([own_part(factor).detach() for factor in factors_of(found)]):
         return
     for active in found:
-        if not are_finite([factor.detach() for factor in active.factors]):
+        if not are_finite([own_part(factor).detach() for factor in active.factors]):
             raise UserError(
                 f"a factor of layer {active.name} has NaN or infinity: the training has diverged. "
                 "Go back to a checkpoint and lower the learning rate"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from rosa.layers.adapter import Adapter
+from rosa.layers.sharding import cut_as
 from rosa.resampling.optimizers import stepping
 
 
@@ -59,8 +60,9 @@ class DecayTowardDrawn:
         for adapter in self._adapters:
             a, b = adapter.factors
             if (drawn := adapter.drawn()) is not None:
-                self._drawn[a] = drawn.A.to(a)
-                self._drawn[b] = drawn.B.to(b) / adapter.scaling
+                for factor, value in ((a, drawn.A), (b, drawn.B / adapter.scaling)):
+                    value = value.to(factor.device, factor.dtype)
+                    self._drawn[factor] = cut_as(value, factor)
 
     @torch.no_grad()
     def _give_back(self, optimizer: Optimizer, *_: Any) -> None:

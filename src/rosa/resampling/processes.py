@@ -13,16 +13,11 @@ import torch
 from torch import Tensor
 
 from rosa.errors import UserError
+from rosa.layers.sharding import are_several
 
 T = TypeVar("T")
 BUCKET = 64 << 20
 """Bytes that are sent at once: small tensors together, and no second copy of many."""
-
-
-def are_several() -> bool:
-    """Whether this process is one of a group of several."""
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return there and torch.distributed.get_world_size() > 1
 
 
 @dataclass(frozen=True)

@@ -95,10 +95,16 @@ def drawn(found: list[Active], team: Team) -> Iterable[tuple[Active, Factors]]:
     with team.failing_together():
         for active in found:
             active.layer.settle()
-        factors = [
-            active.draw() if owner == team.place else _to_come(active)
-            for active, owner in zip(found, owners, strict=True)
-        ]
+        factors, failures = [], []
+        for active, owner in zip(found, owners, strict=True):
+            try:
+                its = active.draw() if owner == team.place else _to_come(active)
+            except UserError as error:  # the others still need what is here of sharded weights
+                failures.append(error)
+            else:
+                factors.append(its)
+        if failures:
+            raise failures[0]
     for place in range(len(team.ranks)):
         its = [
             f for pair, owner in zip(factors, owners, strict=True) if owner == place for f in pair
@@ -124,5 +130,6 @@ def _cost(active: Active) -> float:
 
 
 def _to_come(active: Active) -> Factors:
-    a, b = active.factors
-    return torch.empty_like(a), torch.empty_like(b)
+    active.lend()
+    a, b = (torch.empty(f.shape, dtype=f.dtype, device=f.device) for f in active.factors)
+    return a, b

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rosa.errors import UserError
 from rosa.layers.adapter import Adapter
+from rosa.layers.sharding import reshard
 from rosa.resampling.active import Active, active_adapters
 
 
@@ -76,6 +77,7 @@ def look(
             parameter.grad = gradient
         for buffer, values in statistics:
             buffer.copy_(values)
+        reshard(model)
 
 
 def _statistics(model: nn.Module) -> list[Tensor]:

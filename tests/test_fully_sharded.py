@@ -1,0 +1,294 @@
+"""Models whose weights `fully_shard` (FSDP 2) has spread over processes: as in one process."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn import functional as F
+from transformers import MixtralConfig, MixtralForCausalLM
+
+import rosa
+from rosa import RosaConfig, resample, watch
+from rosa.layers.kinds import rosa_layers
+from rosa.layers.sharding import own_part
+from tests.models import tiny_bert, tiny_gpt2
+from tests.processes import all_equal, in_processes, without_gloo
+
+pytestmark = without_gloo
+
+
+class Pictures(nn.Module):
+    """Convolutions, one of them in groups, and torch's attention over places."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=2)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.last = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.second(F.relu(self.first(x))).flatten(2).transpose(1, 2)
+        return self.last(x + self.attention(x, x, x)[0])
+
+
+def bert():
+    return tiny_bert(), {"target_modules": ["query", "dense", "word_embeddings"]}
+
+
+def gpt2():
+    return tiny_gpt2(tied=False), {"target_modules": ["c_attn", "c_proj", "wte", "lm_head"]}
+
+
+def pictures():
+    return Pictures(), {"target_modules": ["first", "second", "attention", "last"]}
+
+
+def experts():
+    config = MixtralConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+    )
+    config._experts_implementation = "eager"  # which takes float64
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    return MixtralForCausalLM(config), {"target_modules": ["q_proj"], "target_parameters": names}
+
+
+KINDS = {"bert": bert, "gpt2": gpt2, "pictures": pictures, "experts": experts}
+
+
+def adapted(kind, dtype=torch.float64, **options):
+    """A model that is the same in every process."""
+    torch.manual_seed(0)
+    base, targets = KINDS[kind]()
+    torch.manual_seed(1)
+    return get_peft_model(base.to(dtype).eval(), RosaConfig(r=2, **targets, **options))
+
+
+def inputs_of(kind, dtype):
+    if kind == "pictures":
+        return torch.randn(12, 3, 6, 6, dtype=dtype)
+    return torch.randint(50, (12, 5))
+
+
+def outputs(model, x):
+    out = model(x)
+    return out if isinstance(out, torch.Tensor) else out.logits
+
+
+def loss_of(model, x):
+    return outputs(model, x).float().square().mean()
+
+
+def shard(model, size, blocks):
+    """Each block by itself, and the rest of the model."""
+    mesh = init_device_mesh("cpu", (size,))
+    wanted = ("BertLayer", "GPT2Block", "MixtralDecoderLayer")
+    for module in [m for m in model.modules() if type(m).__name__ in wanted] if blocks else []:
+        fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def train(model, optimizer, parts, draws):
+    """The losses of this process's parts of some batches, with draws in between."""
+    losses = []
+    for step, x in enumerate(parts):
+        if step == 1:
+            watch(model)
+        loss = loss_of(model, x)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+        if step in draws:
+            resample(model, optimizer)
+    return torch.stack(losses)
+
+
+def factors(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def as_in_one_process(rank, size, folder, kind, dtype, blocks, options):
+    one, model = adapted(kind, dtype, **options), adapted(kind, dtype, **options)
+    pretrained = copy.deepcopy(one).unload()
+    shard(model, size, blocks)
+    kinds = [torch.optim.AdamW(factors(m), lr=1e-2, weight_decay=0.0) for m in (one, model)]
+    batches = [inputs_of(kind, dtype) for _ in range(6)]
+    expected = train(one, kinds[0], batches, (2, 4))
+    found = train(model, kinds[1], [x.chunk(size)[rank] for x in batches], (2, 4))
+    distributed.all_reduce(found)
+    exact = dtype == torch.float64
+    near = {"rtol": 1e-6, "atol": 1e-7} if exact else {"rtol": 2e-2, "atol": 2e-2}
+    # In half precision a gradient's rounding, which the size of a batch decides, is in every step.
+    trained = near if exact else {"rtol": 0.2, "atol": 0.1}
+    torch.testing.assert_close(found / size, expected, **trained)
+    x = batches[0]
+
+    def give(*models):
+        with torch.no_grad():
+            return [outputs(one, x) for one in models]
+
+    before, wanted = give(model, one)
+    torch.testing.assert_close(before, wanted, **trained)
+    with model.disable_adapter():
+        torch.testing.assert_close(*give(model, pretrained), **near)
+    torch.testing.assert_close(*give(model), before, rtol=0, atol=1e-12 if exact else 0)
+    model.merge_adapter()
+    torch.testing.assert_close(*give(model), before, **near)
+    model.unmerge_adapter()
+    torch.testing.assert_close(*give(model), before, **near)
+    wanted, got = map(get_peft_model_state_dict, (one, model))
+    assert wanted.keys() == got.keys()
+    for key, value in got.items():
+        if exact:
+            torch.testing.assert_close(value, wanted[key], rtol=1e-5, atol=1e-6, msg=key)
+        assert all_equal(value.float())
+    model.save_pretrained(folder / str(rank))
+    loaded = PeftModel.from_pretrained(pretrained, str(folder / str(rank)))
+    torch.testing.assert_close(*give(model, loaded), **near)
+    model.reshard()
+    for _, layer in rosa_layers(model):  # nobody holds more than his rows
+        assert layer.base_weight.memory.shape[0] < layer.base_weight.parameter.shape[0] or size == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "dtype", "blocks", "options"),
+    [
+        ("bert", 2, torch.float64, True, {"directions": "gradient"}),
+        ("bert", 3, torch.float64, False, {"directions": "svd"}),
+        ("bert", 2, torch.bfloat16, True, {"directions": "orthonormal"}),
+        ("gpt2", 3, torch.float64, True, {"directions": "gradient", "trained": "B"}),
+        ("gpt2", 2, torch.float64, False, {"directions": "orthonormal", "trained": "A"}),
+        ("gpt2", 2, torch.float16, True, {"directions": "svd"}),
+        ("pictures", 2, torch.float64, False, {"directions": "gradient"}),
+        ("pictures", 3, torch.float64, False, {"directions": "zero"}),
+        ("experts", 2, torch.float64, True, {"directions": "gradient"}),
+        ("experts", 2, torch.float64, False, {"directions": "svd"}),
+    ],
+)
+def test_it_is_trained_as_in_one_process(tmp_path, kind, size, dtype, blocks, options):
+    in_processes(size, tmp_path, as_in_one_process, size, tmp_path, kind, dtype, blocks, options)
+
+
+def guard(rank, size):
+    model = adapted("bert", directions="orthonormal")
+    shard(model, size, blocks=True)
+    optimizer, x = torch.optim.AdamW(factors(model), lr=1e-2), inputs_of("bert", None)
+    loss_of(model, x).backward()  # the step before
+    optimizer.step()
+    optimizer.zero_grad()
+
+    # A reference's pass between the policy's two: its weights are back when they are needed.
+    loss_of(model, x).backward()
+    expected = [p.grad.full_tensor() for p in factors(model)]
+    optimizer.zero_grad()
+    loss = loss_of(model, x)
+    with model.disable_adapter(), torch.no_grad():
+        model(x)
+    loss.backward()
+    for parameter, wanted in zip(factors(model), expected, strict=True):
+        torch.testing.assert_close(parameter.grad.full_tensor(), wanted)
+    optimizer.zero_grad()
+
+    # A draw there is found out, though torch gathers the weight anew.
+    loss = loss_of(model, x)
+    resample(model)
+    with pytest.raises(RuntimeError, match="drawn again before the backward pass"):
+        loss.backward()
+    model.reshard()
+    optimizer.zero_grad()
+
+    # The gradient can be shown to a draw too, and NaN in anybody's rows is everybody's.
+    model.peft_config["default"].directions = "gradient"
+    before = outputs(model, x).detach()
+    assert resample(model, optimizer, batches=[x], loss=loss_of) == len(list(rosa_layers(model)))
+    torch.testing.assert_close(outputs(model, x), before)
+    model.reshard()
+    _, layer = next(rosa_layers(model))
+    kept = layer.rosa_B["default"].to_local().detach().clone()
+    if rank == 1:
+        own_part(layer.rosa_B["default"]).data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        resample(model, optimizer)
+    own_part(layer.rosa_B["default"]).data.copy_(kept)
+
+    # What is whole for a pass is not written into, nor is more attached or exported.
+    with torch.no_grad():
+        model(x)
+    pooler = model.get_submodule("base_model.model.bert.pooler.dense")
+    with pytest.raises(ValueError, match=r"call reshard\(\)"):
+        pooler.enable_adapters(False)
+    assert not pooler.disable_adapters
+    for call in (
+        lambda: model.add_adapter("second", RosaConfig(r=2, target_modules=["query"])),
+        lambda: rosa.export_lora(model, "nowhere"),
+        lambda: rosa.export_merged(model, "nowhere"),
+        lambda: rosa.map_pretrained(model, "nowhere"),
+    ):
+        with pytest.raises(ValueError, match="is sharded over processes"):
+            call()
+    with pytest.raises(ValueError, match="cpu_ram_efficient_loading"):
+        adapted("bert").to("meta")
+
+    # A module that is sharded by itself is not whole yet when its adapter asks for its weight.
+    model = adapted("pictures", directions="orthonormal")
+    fully_shard(
+        model.base_model.model.attention.get_base_layer(), mesh=init_device_mesh("cpu", (2,))
+    )
+    with pytest.raises(ValueError, match="call fully_shard on a module that holds it"):
+        model(inputs_of("pictures", torch.float64))
+
+
+def test_what_would_go_wrong_is_told(tmp_path):
+    in_processes(2, tmp_path, guard, 2)
+
+
+def by_accelerate(rank, folder, kind):
+    """As `accelerate launch` with `fsdp_version: 2` sets it up, which it does on no CPU."""
+    accelerator = Accelerator(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["BertLayer"],
+        state_dict_type=kind,
+        cpu_ram_efficient_loading=False,
+    )
+    model = adapted("bert", directions="gradient")
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(factors(model), lr=1e-2))
+    parts = [inputs_of("bert", None).chunk(2)[rank] for _ in range(5)]
+    train(model, optimizer, parts, (2, 3))
+    weights = accelerator.get_state_dict(model)
+    accelerator.save_state(folder / "state")
+    if rank == 0:
+        accelerator.unwrap_model(model).save_pretrained(folder / "adapter", state_dict=weights)
+    accelerator.wait_for_everyone()
+    loaded = PeftModel.from_pretrained(adapted("bert").unload(), str(folder / "adapter"))
+    with torch.no_grad():
+        torch.testing.assert_close(outputs(model, parts[0]), outputs(loaded, parts[0]))
+    pretrained = adapted("bert").unload().bert.embeddings.word_embeddings.weight
+    embeddings = loaded.get_input_embeddings().get_base_layer().weight
+    with loaded.disable_adapter():
+        torch.testing.assert_close(embeddings, pretrained)
+
+
+@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+def test_accelerate_trains_and_saves_it(tmp_path, kind):
+    in_processes(2, tmp_path, by_accelerate, tmp_path, kind)
