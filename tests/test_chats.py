@@ -85,6 +85,10 @@ def test_texts_in_one_row_do_not_see_each_other(model, tmp_path, rows):
     assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
+TEXT_PART = {"type": "text", "text": "good"}
+TURN = [{"role": "user", "content": "good"}, {"role": "assistant", "content": "film"}]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -95,7 +99,12 @@ def test_texts_in_one_row_do_not_see_each_other(model, tmp_path, rows):
         ({"messages": [{"role": "bot", "content": "a"}]}, "is 'bot'; there are: system, user"),
         ({"messages": [{"role": "user", "content": "a"}]}, "row 2 has no message of the assistant"),
         ({"messages": [{"role": "user", "content": [1]}]}, "of message 1 (user) is no text"),
-        ({"messages": [{"role": "assistant", "content": None}]}, "(assistant) is no text"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "(assistant) is missing"),
+        ({"messages": [{"role": "assistant", "content": " "}]}, "(assistant) is empty"),
+        ({"messages": [{"role": "user", "content": [TEXT_PART]}]}, "a list of texts: join them"),
+        ({"messages": [{"role": "assistant", "tool_calls": [1]}]}, "is a call of tools, which"),
+        ({"messages": TURN, "tools": [{"type": "function"}]}, "row 2 has tools, which are not put"),
+        (["no", "object"], "row 2 is no object of columns with values"),
         ({"messages": ["a"]}, "row 2: the role of message 1 is None"),
     ],
 )
@@ -123,12 +132,19 @@ def test_chats_that_cannot_be_learned_are_refused_before_any_work(model, tmp_pat
     strict.write_text(MARKED + "{{ raise_exception('no such order') }}")
     assert "cannot take the chat in row" in refused("--chat-template", strict)
     broken = tmp_path / "broken.jinja"
-    broken.write_text(MARKED + "{% if %}")
-    assert "chat template" in refused("--chat-template", broken)
+    for content in (MARKED + "\n{% if %}", "{% for m in messages %}\n{{ m"):
+        broken.write_text(content)
+        said = refused("--chat-template", broken)
+        assert f"{broken} is no template of Jinja's: line 2: " in " ".join(said.split())
     assert "loss_on must be one of answers, all" in refused("--loss-on", "some")
     long = [{"role": "user", "content": words(30, 30)}, {"role": "assistant", "content": "good"}]
     write_chats(path, [{"messages": long}] * 20)
-    assert "no completion or answer is within the first 32 tokens" in refused()
+    assert "within the first 32 tokens: the model reads no more, so shorten" in refused()
+    assert "within the first 16 tokens: raise --max-length" in refused("--max-length", 16)
+    path.write_text((json.dumps({"prompt": "good", "completion": "film"}) + "\n") * 5)
+    assert "--loss-on is for chats, which these rows are not" in refused("--loss-on", "all")
+    path.write_text(json.dumps({"conversations": [{"from": "human", "value": "x"}]}) + "\n")
+    assert "A decoder learns rows of text, of prompt and completion, of messages" in refused()
     assert not out.exists()
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ QUICK = ["--epochs", 2, "--batch-size", 8, "--lr", 0.01, "--resample-every", "ep
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_of_each_method(basics, tmp_path, method, capsys):
+def test_a_run_of_each_method(basics, encoder, tmp_path, method, capsys, monkeypatch):
     needs_packages(method)
     out = tmp_path / "run"
     rank = ["--rank", 2] if METHODS[method].has_rank else []
@@ -74,7 +75,13 @@ def test_a_run_of_each_method(basics, tmp_path, method, capsys):
     assert metrics["resamples"] == {"rosa": 2, "relora": 1}.get(method, 0)
     assert json.loads((out / "settings.json").read_text())["method"] == method
     place = out / ("adapter" if METHODS[method].config else "model")
-    assert (place / "README.md").read_text().startswith("---")
+    card = (place / "README.md").read_text()
+    assert card.startswith("---")
+    code = card.split("```python\n")[1].split("```")[0].replace(f'"{encoder.name}"', "encoder")
+    found: dict[str, Any] = {"encoder": encoder}
+    monkeypatch.chdir(place)  # where the card lies
+    exec(code, found)
+    assert found["model"].config.num_labels == 2
     assert (place / "tokenizer.json").exists()
 
 

@@ -65,6 +65,16 @@ def test_a_chat_at_the_terminal_remembers_what_was_said(folder, capsys, monkeypa
     assert [line.strip() for line in found] == [first.strip(), second.strip()]
 
 
+def test_one_message_is_answered_as_in_a_chat(folder, capsys):
+    how = [folder / "run", "--max-new-tokens", 6]
+    found = printed(capsys, *how, "--message", "good film", "--system", "the book")
+    assert found.strip() == expected(folder, "a the book a good film the").strip()
+    ends = expected(folder, "the film", 30).strip()  # what it would write is nothing more
+    how[1:] = ["--max-new-tokens", 1, "--prompt", f"the film {ends}"]
+    run("generate", *how)
+    assert "--message asks as in a chat" in capsys.readouterr().err
+
+
 def test_a_file_of_prompts_gives_a_line_of_json_each(folder, tmp_path, capsys):
     chats = [{"messages": [{"role": "user", "content": "good film"}]}]
     chats[0]["messages"].append({"role": "assistant", "content": "asked anew"})
@@ -96,7 +106,10 @@ def test_what_cannot_write_is_told(folder, tmp_path, capsys):
     for how, message in [
         ([encoder, "--prompt", "a"], "writes no text, as a classifier"),
         ([bare], "has no chat template: give a --prompt"),
-        ([out, "--prompt", "a", "--file", empty], "not both"),
+        ([out, "--prompt", "a", "--file", empty], "give one of --prompt, --message and --file"),
+        ([out, "--prompt", "a", "--message", "b"], "give one of --prompt, --message and --file"),
+        ([out, "--prompt", "a", "--system", "b"], "--system is of a chat"),
+        ([bare, "--message", "a"], "has no chat template: give a --prompt"),
         ([out, "--file", empty], "row 1 has no prompt"),
         ([out, "--prompt", "film " * 40], "has 40 tokens, the model reads 32 in all"),
         ([out, "--prompt", " "], "the prompt has no words"),

@@ -58,6 +58,7 @@ def test_a_run_and_an_export_are_pushed_whole(there: Hub, encoder, tmp_path):
     assert front["library_name"] == "peft"
     (line,) = (line for line in card.splitlines() if line.startswith("rosa train --model"))
     assert "--train t.csv --rank 2 --lr 0.001 --epochs 1.0 --max-length 128 --seed 7" in line
+    assert line.endswith("--output run")
     assert str(tmp_path) not in card
     export = ["export", tmp_path / "run", "--to", "lora", "--output", tmp_path / "lora"]
     done = command(there.url, *export, "--push-to-hub", "me/lora")
@@ -67,6 +68,8 @@ def test_a_run_and_an_export_are_pushed_whole(there: Hub, encoder, tmp_path):
     train = training(encoder, tmp_path / "other")
     done = command(there.url, *train, "--push-to-hub", "me/lora", "--private")
     assert "me/lora is there and public" in done.stderr
+    done = command(there.url, *train, "--private")
+    assert "--private is of a repository" in done.stderr
     done = command(there.url, *train, "--push-to-hub", "me/new", "--lr", -1)
     assert "lr must be positive" in done.stderr
     assert "me/new" not in there.repositories

@@ -241,7 +241,7 @@ def test_bad_recipes_are_refused(tmp_path, capsys):
     command = ["train", "--recipe", path, "--model", "x", *files, "--output", tmp_path / "out"]
     assert "is not there" in fails(capsys, *command)
     path.write_text("epoch: 3")
-    assert "'epoch' is no option of this command" in fails(capsys, *command)
+    assert "not among the options of this command: 'epoch'" in fails(capsys, *command)
     path.write_text("epochs: [3")
     assert "is not YAML" in fails(capsys, *command)
     path.write_text("epochs: many")

@@ -65,7 +65,7 @@ def test_plain_text_is_paragraphs_or_else_lines(tmp_path, content, texts):
         ("a.csv", 'text,label\n"a,1\nb,0\n', "cannot be read"),
         ("a.xlsx", "x", "unknown kind of file; use .csv, .tsv"),
         ("a.jsonl", '{"text":"a","label":1}\n{"text"\n', "line 2"),
-        ("a.jsonl", "1\n2\n", "expected an object on every line"),
+        ("a.jsonl", "1\n2\n", "row 1 is no object of columns with values"),
         ("a.jsonl", '{"text":"a","label":null}\n', "row 1 has nothing in column 'label'"),
         ("a.jsonl", '{"text":["a"],"label":1}\n', "row 1 has no plain text in column 'text'"),
         ("a.jsonl", '{"words":"a","kind":1}\n', "no column 'text'; there are: words, kind"),

@@ -8,17 +8,19 @@ from rosa.bench.processes import is_first
 from rosa.errors import UserError
 
 
-def check_hub(name: str, private: bool) -> None:
+def check_hub(name: str | None, private: bool) -> None:
     """Make sure that `name` can be pushed to: it is made if it is not there.
 
     Args:
-        name: of the repository, as me/name.
+        name: of the repository, as me/name; None pushes nowhere.
         private: whether only its owner sees one that is made.
 
     Raises:
         UserError: it is no name, nobody is logged in, the hub cannot be reached, or says no.
     """
-    if not is_first():
+    if name is None and private:
+        raise UserError("--private is of a repository: name it by --push-to-hub, or leave it out")
+    if name is None or not is_first():
         return
     from huggingface_hub import HfApi
     from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled

@@ -367,9 +367,8 @@ _TELL_NOTHING = {
 def model_name(model: str) -> str:
     """What to call a model where people read it: a hub id, or what a folder's path tells.
 
-    The last part of a path that says more than "model" or "checkpoint-100" does; if the folder's
-    own last part does not, the hub id that its model card or config names goes before the parts
-    above. Never the whole path, which is this machine's.
+    The last part of a path that says more than "model" or "checkpoint-100" does: never the whole
+    path, which is this machine's, nor what its card or config names, which it was made from.
     """
     place = Path(model)
     if not place.is_absolute() and not place.is_dir() and _is_hub_id(model):
@@ -382,29 +381,9 @@ def model_name(model: str) -> str:
     for part in parts[::-1]:
         if part.startswith("models--"):  # the hub's cache: models--<owner>--<name>/snapshots/<hash>
             return part.removeprefix("models--").replace("--", "/")
-    if parts and not _tells_nothing(parts[-1]):
-        return parts[-1]
-    return _named_inside(place) or next(
-        (part for part in parts[::-1] if not _tells_nothing(part)), "model"
-    )
+    return next((part for part in parts[::-1] if not _tells_nothing(part)), "model")
 
 
 def _tells_nothing(part: str) -> bool:
     words = [word for word in re.split(r"[-_. ]+", part.lower()) if word]
     return all(w in _TELL_NOTHING or re.fullmatch(r"v?\d+|[0-9a-f]{7,}", w) for w in words)
-
-
-def _named_inside(folder: Path) -> str | None:
-    """The hub id that a model's folder names as what it was made from, if it does."""
-    from huggingface_hub import ModelCard
-
-    named: list[Any] = []
-    if (folder / "README.md").is_file():
-        with suppress(Exception):  # a card of another form is none
-            named.append(ModelCard.load(folder / "README.md").data.to_dict().get("base_model"))
-    if (folder / "config.json").is_file():
-        with suppress(UserError):
-            named.append(read_json(folder / "config.json").get("_name_or_path"))
-    return next(
-        (n for n in named if isinstance(n, str) and _is_hub_id(n) and not Path(n).exists()), None
-    )

@@ -38,21 +38,33 @@ def save_trained(
     values["model"] = runs.model_name(settings.model)
     rows = "\n".join(f"| {k} | {v} |" for k, v in values.items() if v is not None)
     scores = "\n".join(f"| {k} | {v:.4f} |" for k, v in metrics.items())
-    load = (
-        "import rosa  # registers the method with PEFT\n" if settings.method == "rosa" else ""
-    ) + "from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, folder)\n"
-    if not adapted:
-        name = type(model).__name__
-        load = f"from transformers import {name}\n\nmodel = {name}.from_pretrained(folder)\n"
+    load = _loading(settings, model, values["model"] if adapted else None)
     text = (
         f"---\n{data.to_yaml()}\n---\n\n# {settings.method} on {task.name}\n\n"
-        f"`{values['model']}` fine-tuned by `rosa train`:\n\n```sh\n{_command(values)}\n```\n\n"
+        f"`{values['model']}` fine-tuned by `rosa train`:\n\n"
+        f"```sh\n{_command(values)} --output {shlex.quote(settings.output.name)}\n```\n\n"
         f"```python\n{load}```\n\n"
         f"| metric | value |\n| --- | --- |\n{scores}\n\n"
         f"| setting | value |\n| --- | --- |\n{rows}\n"
     )
     ModelCard(text).save(place / "README.md")
     return place
+
+
+def _loading(settings: RunSettings, model: Any, base: str | None) -> str:
+    """Python that loads it; the folder is the card's."""
+    kind = type(model.get_base_model() if base else model).__name__
+    if base is None:
+        return f'from transformers import {kind}\n\nmodel = {kind}.from_pretrained(".")\n'
+    size = "" if "CausalLM" in kind else f", num_labels={model.config.num_labels}"
+    register = (
+        "import rosa  # registers the method with PEFT\n" if settings.method == "rosa" else ""
+    )
+    return (
+        f"{register}from peft import PeftModel\nfrom transformers import {kind}\n\n"
+        f'base = {kind}.from_pretrained("{base}"{size})\n'
+        'model = PeftModel.from_pretrained(base, ".")  # this folder\n'
+    )
 
 
 def _command(values: dict[str, Any]) -> str:

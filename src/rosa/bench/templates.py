@@ -6,6 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateSyntaxError  # comes with torch
+
 from rosa.bench.processes import say
 from rosa.errors import UserError
 
@@ -32,6 +34,15 @@ def give_template(tokenizer: Any, path: Path | None, loss_on: str) -> None:
             f"the tokenizer of {tokenizer.name_or_path} has no chat template: it is no chat "
             "model's. Give a file with one by --chat-template"
         )
+    try:  # jinja2 compiles it when it is used, and data may not suit it
+        tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        where = path or f"of {tokenizer.name_or_path}"
+        raise UserError(
+            f"the chat template {where} is no template of Jinja's: line {error.lineno}: {error}"
+        ) from error
+    except Exception:  # it may want more messages
+        pass
     template = learned_template(tokenizer, loss_on)
     if loss_on == "answers":
         from trl.chat_template_utils import is_chat_template_stop_token_trained

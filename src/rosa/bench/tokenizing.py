@@ -39,15 +39,19 @@ def tokenize(
             f"method {settings.method} leaves no place for a text: the model has {-longest} too "
             "few for the tokens that the method puts before it; choose another model or method"
         )
+    way_out = "raise --max-length"
     if longest < asked:
         say(f"the model reads {longest} tokens at most: longer texts are cut there")
+        way_out = "the model reads no more, so shorten what comes before, or take one that does"
     if task.packed:
         return {name: _packed(name, part, tokenizer, longest) for name, part in _parts(task)}
     if task.is_preference:
-        encode = partial(_tokenize_preferences, tokenizer)
+        encode = partial(_tokenize_preferences, tokenizer, way_out)
     elif task.kind == "language":
         chat = _encode_chat(tokenizer, settings.loss_on) if task.is_chat else None
-        encode = partial(_tokenize_language, encode=chat or partial(_encode_text, tokenizer))
+        encode = partial(
+            _tokenize_language, encode=chat or partial(_encode_text, tokenizer), way_out=way_out
+        )
     else:
         encode = partial(_tokenize, task, tokenizer)
     rows = {name: encode(part, longest) for name, part in _parts(task)}
@@ -139,7 +143,9 @@ Encoded = tuple[list[int], list[int]]
 """Token ids and labels of a whole text; a label of -100 is left out of the loss."""
 
 
-def _tokenize_language(rows: Any, longest: int, encode: Callable[[dict[str, Any]], Encoded]) -> Any:
+def _tokenize_language(
+    rows: Any, longest: int, encode: Callable[[dict[str, Any]], Encoded], way_out: str
+) -> Any:
     """Token ids with labels, cut at the longest length; rows with nothing left to learn go."""
 
     def cut(row: dict[str, Any]) -> dict[str, list[int]]:
@@ -150,20 +156,20 @@ def _tokenize_language(rows: Any, longest: int, encode: Callable[[dict[str, Any]
     return _only(
         encoded,
         lambda row: any(label != -100 for label in row["labels"]),
-        f"no completion or answer is within the first {longest} tokens: raise --max-length",
-        f"texts have nothing to learn within the first {longest} tokens (--max-length): "
-        "they are left out",
+        f"no completion or answer is within the first {longest} tokens: {way_out}",
+        f"texts have nothing to learn within the first {longest} tokens: they are left out; "
+        f"{way_out}",
     )
 
 
 def _only(rows: Any, is_learned: Callable[[dict[str, Any]], bool], none: str, some_not: str) -> Any:
     """The rows of which something is learned; an error if there are none, else how many go."""
-    learned = rows.filter(is_learned)
-    if len(learned) == 0:
+    learned = [i for i, row in enumerate(rows) if is_learned(row)]
+    if not learned:
         raise UserError(none)
     if len(learned) < len(rows):
         say(f"{len(rows) - len(learned)} of {len(rows)} {some_not}")
-    return learned
+    return rows if len(learned) == len(rows) else rows.select(learned)
 
 
 def _encode_text(tokenizer: Any, row: dict[str, str]) -> Encoded:
@@ -204,7 +210,7 @@ def _by_template(tokenizer: Any, row: dict[str, Any], messages: Any, **how: Any)
         ) from error
 
 
-def _tokenize_preferences(tokenizer: Any, rows: Any, longest: int) -> Any:
+def _tokenize_preferences(tokenizer: Any, way_out: str, rows: Any, longest: int) -> Any:
     """Ids of prompts and of both answers, cut at the longest length; rows without a choice go."""
     encode = _pair_of_chats if isinstance(rows[0]["prompt"], list) else _pair_of_texts
 
@@ -226,9 +232,9 @@ def _tokenize_preferences(tokenizer: Any, rows: Any, longest: int) -> Any:
     return _only(
         encoded,
         lambda row: row["chosen_ids"] != row["rejected_ids"],
-        f"no two answers differ within the first {longest} tokens: raise --max-length",
-        f"preferences do not differ within the first {longest} tokens (--max-length): "
-        "they are left out",
+        f"no two answers differ within the first {longest} tokens: {way_out}",
+        f"preferences do not differ within the first {longest} tokens: they are left out; "
+        f"{way_out}",
     )
 
 

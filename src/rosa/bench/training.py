@@ -191,6 +191,11 @@ def load_task(settings: RunSettings) -> Task:
     task = tasks.load(data, is_decoder(config))
     if settings.packing and (task.kind != "language" or task.packed):
         raise UserError(f"--packing is for a decoder's texts: not for the task {task.name}")
+    if settings.loss_on != RunSettings.loss_on and not task.is_chat:
+        raise UserError(
+            "--loss-on is for chats, which these rows are not: of a prompt and its completion the "
+            "completion is learned, and all of a text"
+        )
     if settings.chat_template is not None and not task.has_messages:
         raise UserError("--chat-template is for rows with messages, which these are not")
     return task

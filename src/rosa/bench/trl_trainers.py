@@ -49,6 +49,9 @@ class _TrlTrainer(SurvivingTrainer):
                 "it on rows of text, or of prompt and completion, without --packing"
             )
 
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Not TRL's, which knows the checkpoints' folder alone: the run writes its own."""
+
     def _computes_the_loss(self) -> bool:
         """Whether TRL's loss, from the last hidden states and the head's weight, is the model's."""
         with _evaluating(self.model) as model:

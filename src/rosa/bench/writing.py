@@ -163,10 +163,19 @@ def prompts_of(path: Path) -> list[Prompt]:
     return found
 
 
-def answers(writer: Writer, said: Iterable[str], streamer: TextStreamer) -> Iterator[str]:
-    """A chat: what the model answers to what is said, each time with all that was said before."""
+def answers(
+    writer: Writer, said: Iterable[str], streamer: TextStreamer, system: str | None = None
+) -> Iterator[str]:
+    """A chat: what the model answers to what is said, each time with all that was said before.
+
+    Args:
+        writer: of the answers.
+        said: by the user.
+        streamer: is given the words.
+        system: the system's message before all others, if there is one.
+    """
     writer.check_chats()
-    messages: list[dict[str, str]] = []
+    messages = [] if system is None else [{"role": "system", "content": system}]
     for text in said:
         messages.append({"role": "user", "content": text})
         answer = writer.write(messages, streamer)

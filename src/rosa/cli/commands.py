@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -46,23 +47,22 @@ def _read_recipe(context: typer.Context, recipe: Path | None) -> Path | None:
     import yaml  # comes with transformers
 
     if not recipe.is_file():
-        raise FileNotFoundError(f"recipe {recipe} is not there, or not a file: check the path")
+        raise FileNotFoundError(f"{recipe} is not there, or not a file: check the path")
     try:
         found = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"recipe {recipe} is not YAML: {reason}") from error
+        raise UserError(f"{recipe} is not YAML: {reason}") from error
     if not isinstance(found, dict):
-        raise UserError(f"recipe {recipe} holds no options: write a line each, as batch_size: 16")
+        raise UserError(f"{recipe} holds no options: write a line each, as batch_size: 16")
+    found = {str(name).replace("-", "_"): value for name, value in found.items()}
     known = {parameter.name: parameter for parameter in context.command.params}
     if "recipe" in known and "methods" in known:
         found = _as_comparison(found)
     unknown = [name for name in found if name not in known or name in ("recipe", "config")]
     if unknown:
-        raise UserError(
-            f"recipe {recipe}: {unknown[0]!r} is no option of this command (named with _, as "
-            "batch_size)"
-        )
+        names = ", ".join(map(repr, unknown))
+        raise UserError(f"{recipe}: not among the options of this command: {names}")
     found = {
         name: _as_list(value) if getattr(known[name], "multiple", False) else value
         for name, value in found.items()
@@ -193,7 +193,7 @@ def train(
         return
     if push_to_hub is not None:
         check(settings_of(given))
-        check_hub(push_to_hub, private)
+    check_hub(push_to_hub, private)
     record = run(settings_of(given), resume=resume, overwrite=overwrite)
     Console().print(metrics_table(str(given["output"]), record.to_json()))
     if push_to_hub is not None and processes.is_first():
@@ -457,8 +457,7 @@ def export(
 
     precision: Any = getattr(torch, dtype or "", dtype)  # what is none is refused there
     budget = Budget(rank, energy, uniform_rank, precision)
-    if push_to_hub is not None:
-        check_hub(push_to_hub, private)
+    check_hub(push_to_hub, private)
     difference, errors = export_folder(
         *(folder, to, output, model, budget),
         low_memory=low_memory,
@@ -548,6 +547,10 @@ def plan(
 def generate(
     folder: Annotated[Path, typer.Argument(help="A run's folder, an adapter's, or a model's.")],
     prompt: Annotated[str | None, typer.Option(help="A text to go on with, as it stands.")] = None,
+    message: Annotated[str | None, typer.Option(help="What to answer, as in a chat.")] = None,
+    system: Annotated[
+        str | None, typer.Option(help="The system's message, before a chat or --message.")
+    ] = None,
     file: Annotated[
         Path | None,
         typer.Option(help="Prompts: .txt, a line each; .jsonl, prompt or messages a row."),
@@ -571,7 +574,9 @@ def generate(
 
         rosa generate runs/chats
 
-    A text to go on with; a file of prompts, whose texts are printed as JSON lines:
+    One answer; a text to go on with; a file of prompts, whose texts are printed as JSON lines:
+
+        rosa generate runs/chats --message "How was the film?"
 
         rosa generate runs/pairs --prompt "film:"
 
@@ -579,8 +584,10 @@ def generate(
     """
     from rosa.bench import writing
 
-    if prompt is not None and file is not None:
-        raise UserError("give --prompt or --file, not both")
+    if sum(each is not None for each in (prompt, message, file)) > 1:
+        raise UserError("give one of --prompt, --message and --file")
+    if system is not None and (prompt is not None or file is not None):
+        raise UserError("--system is of a chat: a file's messages have their own, a prompt none")
     sampling = writing.Sampling(max_new_tokens, temperature, top_p, seed)
     prompts = None if file is None else writing.prompts_of(file)
     writer = writing.Writer(folder, model, sampling)
@@ -589,9 +596,12 @@ def generate(
             row = {"prompt": each, "text": writer.write(each)}
             print(json.dumps(row, ensure_ascii=False), flush=True)
     elif prompt is not None:
-        writer.write(prompt, writer.streamer())
+        if not writer.write(prompt, writer.streamer()).strip():
+            hint = "; --message asks as in a chat" if writer.tokenizer.chat_template else ""
+            print(f"the model ends the text there: it wrote nothing{hint}", file=sys.stderr)
     else:
-        for _ in writing.answers(writer, iter(_said, ""), writer.streamer()):
+        said = iter(_said, "") if message is None else [message]
+        for _ in writing.answers(writer, said, writer.streamer(), system):
             pass
 
 

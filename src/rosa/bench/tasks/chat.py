@@ -54,7 +54,13 @@ def read_chats(path: Path) -> Dataset:
     """
     from datasets import Dataset
 
-    chats = read_columns(path).get(COLUMN)
+    table = read_columns(path)
+    chats = table.get(COLUMN)
+    if (row := next((n for n, t in enumerate(table.get("tools", ()), 1) if t), None)) is not None:
+        raise UserError(
+            f"{path}: row {row} has tools, which are not put into the chat's template here: leave "
+            "the column out, or describe them in a system message"
+        )
     if chats is None:
         raise UserError(f"{path} has no column {COLUMN!r}, as the other file of chats has")
     rows = range(1, len(chats) + 1)
@@ -84,6 +90,21 @@ def read_prompts(path: Path) -> list[list[dict[str, str]]]:
     return chats
 
 
+def _no_text(message: dict[str, Any]) -> str:
+    """What a message's content is that is no text."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return "is empty"
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and part.get("type") == "text" for part in content
+    ):
+        return "is a list of texts: join them into one"
+    if content is None:
+        called = "tool_calls" in message
+        return "is a call of tools, which are not trained here" if called else "is missing"
+    return "is no text: chats of images are not trained here"
+
+
 def plain_messages(row: str, chat: Any) -> list[dict[str, str]]:
     """A chat's messages, of role and content alone; UserError if it is none."""
     if not isinstance(chat, list) or not chat:
@@ -95,9 +116,9 @@ def plain_messages(row: str, chat: Any) -> list[dict[str, str]]:
                 f"{row}: the role of message {number} is {given.get('role')!r}; there are: "
                 f"{', '.join(ROLES)}"
             )
-        if not isinstance(given.get("content"), str) or not given["content"].strip():
+        content = given.get("content")
+        if not isinstance(content, str) or not content.strip():
             raise UserError(
-                f"{row}: the content of message {number} ({given['role']}) is no text: chats of "
-                "images or calls of tools are not trained here"
+                f"{row}: the content of message {number} ({given['role']}) {_no_text(given)}"
             )
     return [{name: message[name] for name in ("role", "content")} for message in chat]

@@ -21,8 +21,10 @@ _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 JSON_LINES = (".json", ".jsonl")
 
 
-def read_table(path: Path, columns: tuple[str, ...]) -> Dataset:
+def read_table(path: Path, columns: tuple[str, ...], forms: str = "") -> Dataset:
     """Read a file's rows, of which `columns` must be there, filled in every row; all as strings.
+
+    `forms` says in an error what rows may be, where that is more than these columns.
 
     A `.txt` file is read as one column `text`: a row per paragraph (blank lines between them), or
     per line if there are no blank lines.
@@ -36,10 +38,10 @@ def read_table(path: Path, columns: tuple[str, ...]) -> Dataset:
     table = read_columns(path)
     for column in columns:
         if column not in table:
-            chats = " (chats are for a decoder)" if "messages" in table else ""
+            chats = " (chats are for a decoder)" if "messages" in table and not forms else ""
             raise UserError(
-                f"{path} has no column {column!r}; there are: {', '.join(table)}{chats}. Name "
-                "yours with --text-column and --label-column"
+                f"{path} has no column {column!r}; there are: {', '.join(table)}{chats}. "
+                + (forms or "Name yours with --text-column and --label-column")
             )
         for number, value in enumerate(table[column], start=1):
             if value is None or not str(value).strip():
@@ -121,7 +123,11 @@ def _objects(path: Path, content: str) -> dict[str, list[Any]]:
         raise UserError(
             f"{path} cannot be read as JSON, one object a line: line {number}: {error}"
         ) from error
-    if not all(isinstance(row, dict) for row in rows):
-        raise UserError(f'{path}: expected an object on every line, as {{"text": "..."}}')
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise UserError(
+                f"{path}: row {number} is no object of columns with values, as "
+                '{"text": "..."} or {"messages": [...]}'
+            )
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}

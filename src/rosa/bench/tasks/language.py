@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 PAIR = ("prompt", "completion")
 NAMES = {(chat.COLUMN,): "chat", preference.COLUMNS: "preference"}
+FORMS = (
+    "A decoder learns rows of text, of prompt and completion, of messages (a chat, with role and "
+    "content), or with --preference of prompt, chosen and rejected; a text may be called "
+    "otherwise by --text-column"
+)
 
 
 def load_language(settings: DataSettings) -> Task:
@@ -44,7 +49,7 @@ def load_language(settings: DataSettings) -> Task:
         names = ("text",) if len(columns) == 1 else PAIR
 
         def read(path: Path) -> Dataset:
-            rows = read_table(path, columns).select_columns(list(columns))
+            rows = read_table(path, columns, FORMS).select_columns(list(columns))
             return rows.rename_columns(dict(zip(columns, names, strict=True)))
 
     train = read(settings.train)
