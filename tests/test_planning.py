@@ -118,6 +118,21 @@ def test_draws_make_an_offset_of_full_rank_at_most_and_processes_make_buckets(fo
     assert two.tokens == 2 * few.tokens
 
 
+def test_weights_in_parts_are_counted_in_parts(folder):
+    given = {"rank": 4, "max_length": 20, "precision": "fp32", "target_modules": ("all-linear",)}
+    settings = RunSettings(model=str(folder), output=folder / "run", **given)
+    alone, spread = plan(settings, 10, tflops=1), plan(settings, 10, 4, tflops=1, sharded=True)
+    shared = ("frozen weights", "trained factors and heads", "gradients", "Adam's moments")
+    for name in shared:
+        assert spread.device[name] == -(-alone.device[name] // 4)
+    whole = spread.device["weights that are whole at a time"]
+    assert 0 < whole <= alone.device["frozen weights"]
+    assert spread.device["kept for the backward pass"] == alone.device["kept for the backward pass"]
+    assert spread.main == alone.main
+    with pytest.raises(UserError, match="--sharded is for weights in full"):
+        plan(replace(settings, load_in="4bit"), 10, 4, tflops=1, sharded=True)
+
+
 def test_frozen_weights_of_fewer_bits_and_their_offset_lie_on_the_device(folder):
     given = {"rank": 4, "max_length": 20, "load_in": "4bit", "target_modules": ("all-linear",)}
     if "gpt2" in (folder / "config.json").read_text():

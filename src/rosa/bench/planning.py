@@ -101,7 +101,13 @@ def parse_memory(text: str) -> int:
     return int(float(found[1]) * GIB * (1024 if found[2].upper() == "T" else 1))
 
 
-def plan(settings: RunSettings, steps: int, gpus: int = 1, tflops: float | None = None) -> Plan:
+def plan(
+    settings: RunSettings,
+    steps: int,
+    gpus: int = 1,
+    tflops: float | None = None,
+    sharded: bool = False,
+) -> Plan:
     """Count what a run will take.
 
     Args:
@@ -109,6 +115,8 @@ def plan(settings: RunSettings, steps: int, gpus: int = 1, tflops: float | None 
         steps: optimizer steps.
         gpus: data-parallel processes.
         tflops: 10^12 operations a second that a device does; None measures this machine's.
+        sharded: the weights lie in parts over the processes (FSDP 2), a block of layers a time
+            whole.
 
     Raises:
         UserError: the model's config, a setting or a number is of no use.
@@ -120,8 +128,11 @@ def plan(settings: RunSettings, steps: int, gpus: int = 1, tflops: float | None 
             raise UserError(f"--{name} must be positive, got {value}")
     if settings.method not in PLANNED:
         raise UserError(f"there is a plan for {', '.join(PLANNED)}, not for {settings.method}")
+    if sharded and settings.load_in != "full":
+        raise UserError("--sharded is for weights in full: not for --load-in")
     base = _without_memory(settings)
     weights = _weights(base.model, settings.load_in)
+    gathered = _gathered(base.model) if sharded else 0
     model, _ = adapt(settings, base, list)
     shapes, per_draw = _adapted(model)
     with _fake(model):
@@ -143,10 +154,13 @@ def plan(settings: RunSettings, steps: int, gpus: int = 1, tflops: float | None 
     device = {
         "frozen weights" if adapter else "weights": weights,
         "trained factors and heads": factors if adapter else 0,
-        "gradients": gradients * (2 if gpus > 1 else 1),
+        "gradients": gradients * (2 if gpus > 1 and not sharded else 1),
         "Adam's moments": MOMENTS * numbers,
-        "kept for the backward pass": kept,
     }
+    if sharded:
+        device = {name: -(-size // gpus) for name, size in device.items()}
+        device["weights that are whole at a time"] = gathered
+    device["kept for the backward pass"] = kept
     offset_bytes = OFFSET * offset if settings.method == "rosa" else 0
     main: dict[str, int] = {}
     if settings.load_in != "full":
@@ -195,6 +209,18 @@ def _weights(model: nn.Module, load_in: str) -> int:
             if isinstance(module, nn.Linear) and name.split(".")[-1] not in HEADS:
                 size -= module.weight.nbytes - int(module.weight.numel() * BITS[load_in] / 8)
     return size
+
+
+def _gathered(model: Any) -> int:
+    """Bytes of the weights that are whole at a time where each block is sharded by itself.
+
+    Of two blocks, the next one is fetched ahead; and of what is in none, as the embeddings.
+    """
+    blocks = set(model._no_split_modules or ())
+    found = [m for m in model.modules() if type(m).__name__ in blocks]
+    sizes = [sum(p.nbytes for p in block.parameters()) for block in found]
+    rest = sum(p.nbytes for p in model.parameters()) - sum(sizes)
+    return rest + sum(sorted(sizes)[-2:])
 
 
 def _adapted(model: nn.Module) -> tuple[list[tuple[int, int]], int]:

@@ -510,6 +510,9 @@ def evaluate(
 )
 def plan(
     gpus: Annotated[int, option(PLAN, "Data-parallel processes, an accelerator each.")] = 1,
+    sharded: Annotated[
+        bool, option(PLAN, "The weights lie in parts over them (FSDP 2).", "--sharded")
+    ] = False,
     memory: Annotated[str, option(PLAN, "Of each accelerator.")] = "24GB",
     tflops: Annotated[
         float | None,
@@ -538,7 +541,7 @@ def plan(
 
     size = parse_memory(memory)
     settings = settings_of({**given, "output": Path("plan"), "precision": precision})
-    found = make(settings, steps, gpus, tflops)
+    found = make(settings, steps, gpus, tflops, sharded)
     title = f"{settings.model}, each of {gpus} process{'es' if gpus > 1 else ''}"
     Console().print(metrics_table(title, found.rows(size)))
 
