@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -26,9 +25,8 @@ from rosa.layers.effective import effective_weight
 from rosa.layers.front import Front
 from rosa.layers.kind import Kind
 from rosa.layers.offset import OffsetDict
-from rosa.layers.sharding import are_several
+from rosa.layers.sharding import check_alone
 from rosa.layers.tracing import is_traced
-from rosa.layers.versions import Unchanged
 from rosa.layers.weight import BaseWeight
 
 
@@ -206,14 +204,10 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move or cast the layer; a cast is of the pretrained weight, with nothing else in it."""
         parameter = self.base_weight.parameter
-        like = fn(torch.empty(0, dtype=parameter.dtype, device=parameter.device))
-        dtype = like.dtype
-        if like.is_meta and not parameter.is_meta and are_several():
-            raise UserError(
-                "the model's weights are taken away to be sent anew (FSDP's "
-                "cpu_ram_efficient_loading), which ROSA's offsets, that are no parameters, do not "
-                "live through: set fsdp_cpu_ram_efficient_loading to false"
-            )
+        moved = fn(torch.empty(0, dtype=parameter.dtype, device=parameter.device))
+        if moved.is_meta and not parameter.is_meta:
+            check_alone()
+        dtype = moved.dtype
         if dtype == parameter.dtype or self.arrived is not None:
             super()._apply(fn, recurse)
             self.base_weight.arrived()
@@ -263,15 +257,6 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
                     "first (low_cpu_mem_usage), or use the model without offloading (device_map)"
                 )
         return active
-
-    def guarded(self, result: Tensor) -> Tensor:
-        """A result that is not gone backward through once the weight has changed."""
-        base = self.base_weight
-        if base.standing and result.requires_grad:
-            # Of a weight in rows autograd keeps one that is gathered anew: torch counts no changes.
-            standing = partial(getattr, base, "standing") if base.is_lent else None
-            return Unchanged.apply(result, base.parameter, standing)  # type: ignore[return-value]
-        return result
 
     @property
     def weight(self) -> Tensor:
@@ -356,15 +341,11 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
     @torch.no_grad()
     def draw(self, adapter: str) -> Factors:
         """New factors, of the weight with what the adapter has learned; nothing is changed."""
-        one = self.adapters[adapter]
-        return draw(one, *self.whole(adapter))
+        return draw(self.adapters[adapter], *self.whole(adapter))
 
     @torch.no_grad()
     def whole(self, adapter: str) -> tuple[Tensor, float, LowRank]:
-        """What a draw is made of: the weight, its norm, and what the adapter has learned.
-
-        Of a sharded layer all processes must ask for it.
-        """
+        """The weight, its norm, what was learned: all processes must ask for a sharded layer's."""
         self.settle()
         base = self.base_weight
         return base.present(), base.norm, self.adapters[adapter].learned()

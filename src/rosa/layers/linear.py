@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from rosa.layers.base import RosaLayer
 from rosa.layers.changed import is_patched, with_changed_weight
 from rosa.layers.fused import adapted_linear, can_fuse
-from rosa.layers.plain import linear_product, plain_sum
+from rosa.layers.plain import guarded, linear_product, plain_sum
 from rosa.layers.tracing import is_traced
 from rosa.layers.views import MatrixView
 from rosa.layers.weight import SUPPORTED_DTYPES
@@ -71,7 +71,7 @@ class RosaLinear(RosaLayer):
             (a, b), dropout = one.factors, self.rosa_dropout[one.name]
             if isinstance(dropout, nn.Identity) and can_fuse(self.base_layer, x, a):
                 out = adapted_linear(self.base_layer, x, a, b, one.scaling, one.sketch)
-                return self.guarded(out) if self.base_weight.is_lent else out
+                return guarded(self, out) if self.base_weight.is_lent else out
         if active and is_patched(self.base_layer):
             return with_changed_weight(self, x, *args, **kwargs)
         return plain_sum(self, active, partial(linear_product, self), x, *args, **kwargs)

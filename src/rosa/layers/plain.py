@@ -13,6 +13,7 @@ from rosa.algebra.sketch import Sketch
 from rosa.layers.adapter import Adapter, watched
 from rosa.layers.base import RosaLayer
 from rosa.layers.tracing import is_traced
+from rosa.layers.versions import Unchanged
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -78,11 +79,21 @@ def plain_sum(
         result = result.to(dtype)
         if active and result.requires_grad and not is_traced():
             if x.requires_grad:
-                result = layer.guarded(result)
+                result = guarded(layer, result)
             result = watched(result, x, active, look)
         return result
 
     return within_hooks(layer.base_layer, compute, x, *args, **kwargs)
+
+
+def guarded(layer: RosaLayer, result: Tensor) -> Tensor:
+    """A layer's result that is not gone backward through once its weight has changed."""
+    base = layer.base_weight
+    if base.standing and result.requires_grad:
+        # Of a weight in rows autograd keeps one that is gathered anew: torch counts no changes.
+        standing = partial(getattr, base, "standing") if base.is_lent else None
+        return Unchanged.apply(result, base.parameter, standing)  # type: ignore[return-value]
+    return result
 
 
 def linear_product(layer: RosaLayer, adapter: Adapter, x: Tensor) -> Tensor:

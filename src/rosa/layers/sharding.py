@@ -7,14 +7,11 @@ weights is refused.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rosa.algebra.lowrank import LowRank
 from rosa.errors import UserError
 
 
@@ -22,6 +19,16 @@ def are_several() -> bool:
     """Whether this process is one of a group of several."""
     there = torch.distributed.is_available() and torch.distributed.is_initialized()
     return there and torch.distributed.get_world_size() > 1
+
+
+def check_alone() -> None:
+    """Raise UserError if one of several processes gives its weights away."""
+    if are_several():
+        raise UserError(
+            "the model's weights are taken away to be sent anew (FSDP's "
+            "cpu_ram_efficient_loading), which ROSA's offsets, that are no parameters, do not live "
+            "through: set fsdp_cpu_ram_efficient_loading to false"
+        )
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -76,50 +83,6 @@ def cut_as(values: Tensor, like: Tensor) -> Tensor:
 
     how: Any = like
     return distribute_tensor(values, how.device_mesh, how.placements, src_data_rank=None)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Which rows of a parameter this process holds.
-
-    Attributes:
-        of: the parameter in parts.
-    """
-
-    of: Tensor
-
-    @cached_property
-    def here(self) -> slice:
-        """The rows."""
-        every = torch.arange(self.of.shape[0], device=own_part(self.of).device)
-        mine = own_part(cut_as(every, self.of))
-        return slice(int(mine[0]), int(mine[-1]) + 1) if len(mine) else slice(0, 0)
-
-    def change(self, change: LowRank, transposed: bool) -> LowRank:
-        """What of a change of the weight as ([n,] out, in) is in these rows.
-
-        Args:
-            change: of the whole weight.
-            transposed: whether the parameter is stored as ([n,] in, out).
-        """
-        b, a = change.B, change.A
-        if b.dim() > 2:  # a stack: some of the matrices
-            return LowRank(b[self.here], a[self.here])
-        return LowRank(b, a[:, self.here]) if transposed else LowRank(b[self.here], a)
-
-    def spread(self, rows: Tensor) -> Tensor:
-        """These rows, in the shape they are stored in, as a tensor like the parameter."""
-        from torch.distributed.tensor import DTensor
-
-        how: Any = self.of
-        return DTensor.from_local(
-            rows.contiguous(),
-            how.device_mesh,
-            how.placements,
-            run_check=False,
-            shape=how.shape,
-            stride=how.stride(),
-        )
 
 
 def check_unsharded(model: nn.Module, instead: str) -> None:

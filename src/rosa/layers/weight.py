@@ -14,15 +14,8 @@ from rosa.algebra.lowrank import LowRank, add_product, full_precision
 from rosa.errors import UserError
 from rosa.layers.files import WeightFile
 from rosa.layers.memory import check_in_memory
-from rosa.layers.sharding import (
-    Rows,
-    is_dtensor,
-    is_fully_sharded,
-    is_in_rows,
-    is_sharded,
-    own_part,
-    whole,
-)
+from rosa.layers.rows import WeightMemory
+from rosa.layers.sharding import is_sharded
 from rosa.layers.versions import Versions, same_state
 from rosa.layers.views import MatrixView
 
@@ -33,7 +26,7 @@ LARGE = 8.0
 SUPPORTED_DTYPES = (*HALF, torch.float32, torch.float64)
 
 
-class BaseWeight:
+class BaseWeight(WeightMemory):
     """A weight in memory that is W_0 plus the changes that stand in it; W_0 is never lost.
 
     One change goes in and out of a float32 weight without drift: what was added is taken out again,
@@ -54,84 +47,19 @@ class BaseWeight:
         file: where else W_0 lies, if anybody has said so: then no copy is made of it.
         kept: the exact W_0, where it is kept: the copy (out, in) in main memory, or that file.
 
-    Of a weight that `fully_shard` has cut, the memory is this process's rows, and so are `matrix`
-    and the copy; `present`, `pretrained` and the fingerprint are of the whole weight, which all
-    processes have to ask for.
+    Of a weight in rows over processes, what stands in memory and the copy are this process's rows;
+    `present`, `pretrained` and the fingerprint are of the whole weight, which all have to ask for.
     """
 
     def __init__(
         self, name: str, view: MatrixView, fingerprint: tuple[float, float] | None = None
     ) -> None:
-        self.name = name
-        self.view = view
+        super().__init__(name, view)
         self.shape = view.shape
         self.standing: dict[str, LowRank] = {}
         self.kept: Tensor | WeightFile | None = None
         self.file: WeightFile | None = None
-        self._versions = Versions()
         self._fingerprint = fingerprint
-        self._rows: Rows | None = None
-        self._is_spread = False  # over processes, whenever it is not whole
-
-    @property
-    def parameter(self) -> Tensor:
-        """The parameter that the weight in memory is."""
-        return self.view.parameter
-
-    @property
-    def matrix(self) -> Tensor:
-        """The weight in memory as (out, in): a view, without gradient history."""
-        if self.rows is None:
-            return self.view.matrix
-        return self.view.as_matrix(self.memory.detach())
-
-    @property
-    def memory(self) -> Tensor:
-        """The parameter, or the rows of it that are here.
-
-        Raises:
-            UserError: it is whole for the passes alone: what is written into it then is lost.
-        """
-        if self.is_lent:
-            raise UserError(
-                f"the weight of {self.name} is whole for a forward or backward pass (FSDP) and "
-                "cannot be changed now: wait for the end of the step, or call reshard() of the "
-                "outermost module that fully_shard was called on"
-            )
-        return self.parameter if self.rows is None else own_part(self.parameter)
-
-    @property
-    def rows(self) -> Rows | None:
-        """Which rows of the weight are here; None for all of it."""
-        if self._rows is None and is_in_rows(self.parameter):
-            self._rows, self._is_spread = Rows(self.parameter), True
-            if isinstance(self.kept, Tensor):  # a copy from before
-                self.kept = self._rows_of(self.kept).clone()
-        return self._rows
-
-    @property
-    def is_lent(self) -> bool:
-        """Whether a weight in rows is whole just now, for a pass of the model."""
-        if is_dtensor(self.parameter):
-            return False
-        if not self._is_spread and self._versions.replaced(self.parameter):
-            self._is_spread = is_fully_sharded(self.view.module)  # since it was last looked at
-        return self._is_spread
-
-    def _here(self, change: LowRank) -> LowRank:
-        """What of a change is in the memory."""
-        return change if self.rows is None else self.rows.change(change, self.view.transposed)
-
-    def _rows_of(self, matrix: Tensor) -> Tensor:
-        if self.rows is None:
-            return matrix
-        return self.view.as_matrix(self.view.as_stored(matrix)[self.rows.here])
-
-    def _gathered(self, matrix: Tensor) -> Tensor:
-        """All of a matrix (out, in) that is held as the weight is."""
-        if self.rows is None:
-            return matrix
-        return self.view.as_matrix(whole(self.rows.spread(self.view.as_stored(matrix))))
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -159,7 +87,7 @@ class BaseWeight:
 
     def present(self) -> Tensor:
         """The weight with the changes that are in force, (out, in), in `work_dtype`."""
-        return self._gathered(self.matrix.to(self.work_dtype))
+        return self.gathered(self.matrix.to(self.work_dtype))
 
     @property
     def work_dtype(self) -> torch.dtype:
@@ -169,7 +97,7 @@ class BaseWeight:
     def fingerprint(self) -> tuple[float, float] | None:
         """See `subspace.fingerprint`, of the pretrained weight; None on the meta device."""
         if self._fingerprint is None and not self.parameter.is_meta:
-            weight = self.pretrained() if self.standing else self._gathered(self.matrix)
+            weight = self.pretrained() if self.standing else self.gathered(self.matrix)
             self._fingerprint = subspace.fingerprint(weight)
         return self._fingerprint
 
@@ -205,7 +133,7 @@ class BaseWeight:
                 steps = [(before.get(n), -1) for n in changed]
                 steps += [(wanted.get(n), +1) for n in changed]
                 steps = [
-                    (_rounded(self._here(change), weight), sign)
+                    (_rounded(self.here(change), weight), sign)
                     for change, sign in steps
                     if change is not None and change.rank
                 ]
@@ -216,7 +144,7 @@ class BaseWeight:
                 exact = self.copy
                 assert exact is not None
                 self._versions.leaving(self.memory, before)
-                _write_sum(weight, exact, map(self._here, wanted.values()))
+                _write_sum(weight, exact, map(self.here, wanted.values()))
             self.standing = dict(wanted)
             self._versions.arrived(self.memory, self.standing)
         if not wanted:
@@ -263,7 +191,7 @@ class BaseWeight:
         if self.kept is not None or half or name not in self.standing or self._is_large(now):
             return False
         self._versions.leaving(self.memory, self.standing)
-        here = self._here(change)
+        here = self.here(change)
         with full_precision():
             add_product(self.matrix, here.B, here.A)
         self.standing = {**self.standing, name: now}
@@ -282,6 +210,11 @@ class BaseWeight:
     def _is_large(self, change: LowRank) -> bool:
         """Whether the weight with a change in it holds too little of the pretrained one."""
         return change.size > LARGE * self.norm
+
+    def cut(self) -> None:
+        """Let a copy from before be of these rows alone."""
+        if isinstance(self.kept, Tensor):
+            self.kept = self.rows_of(self.kept).clone()
 
     # -- what others do to it ------------------------------------------------------------------
 
@@ -373,7 +306,7 @@ class BaseWeight:
     @torch.no_grad()
     def holds(self, standing: Mapping[str, LowRank], fingerprint: tuple[float, float]) -> bool:
         """Whether the weight in memory is that of a fingerprint with this in it."""
-        rest = self._gathered(self._without(standing))
+        rest = self.gathered(self._without(standing))
         return subspace.same_fingerprint(subspace.fingerprint(rest), fingerprint, 1e-5, 0.0)
 
     # -- the pretrained weight -----------------------------------------------------------------
@@ -382,13 +315,13 @@ class BaseWeight:
     def copy(self) -> Tensor | None:
         """The exact pretrained weight (out, in), where it is kept."""
         if isinstance(self.kept, WeightFile):
-            return self._rows_of(self.view.as_matrix(self.kept.read()))
+            return self.rows_of(self.view.as_matrix(self.kept.read()))
         return self.kept
 
     @torch.no_grad()
     def pretrained(self) -> Tensor:
         """W_0 (out, in) in `work_dtype`: a copy, whatever stands in the weight."""
-        return self._gathered(self._pretrained_here())
+        return self.gathered(self._pretrained_here())
 
     def _pretrained_here(self) -> Tensor:
         if (exact := self.copy) is not None:
@@ -400,7 +333,7 @@ class BaseWeight:
         rest = self.matrix.to(self.work_dtype, copy=True)
         for change in standing.values():
             if change.rank:
-                rest -= _rounded(self._here(change), rest)
+                rest -= _rounded(self.here(change), rest)
         return rest
 
     @torch.no_grad()

@@ -1,0 +1,146 @@
+"""A weight's memory in this process: all of it, or the rows that `fully_shard` has left here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rosa.algebra.lowrank import LowRank
+from rosa.errors import UserError
+from rosa.layers.sharding import (
+    cut_as,
+    is_dtensor,
+    is_fully_sharded,
+    is_in_rows,
+    own_part,
+    whole,
+)
+from rosa.layers.versions import Versions
+from rosa.layers.views import MatrixView
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of a parameter this process holds.
+
+    Attributes:
+        of: the parameter in parts.
+    """
+
+    of: Tensor
+
+    @cached_property
+    def here(self) -> slice:
+        """The rows."""
+        every = torch.arange(self.of.shape[0], device=own_part(self.of).device)
+        mine = own_part(cut_as(every, self.of))
+        return slice(int(mine[0]), int(mine[-1]) + 1) if len(mine) else slice(0, 0)
+
+    def change(self, change: LowRank, transposed: bool) -> LowRank:
+        """What of a change of the weight as ([n,] out, in) is in these rows.
+
+        Args:
+            change: of the whole weight.
+            transposed: whether the parameter is stored as ([n,] in, out).
+        """
+        b, a = change.B, change.A
+        if b.dim() > 2:  # a stack: some of the matrices
+            return LowRank(b[self.here], a[self.here])
+        return LowRank(b, a[:, self.here]) if transposed else LowRank(b[self.here], a)
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """These rows, in the shape they are stored in, as a tensor like the parameter."""
+        from torch.distributed.tensor import DTensor
+
+        how: Any = self.of
+        return DTensor.from_local(
+            rows.contiguous(),
+            how.device_mesh,
+            how.placements,
+            run_check=False,
+            shape=how.shape,
+            stride=how.stride(),
+        )
+
+
+class WeightMemory:
+    """Where a weight lies, and which rows of it.
+
+    Args:
+        name: the layer's, for messages.
+        view: the weight as a matrix ([n,] out, in).
+    """
+
+    def __init__(self, name: str, view: MatrixView) -> None:
+        self.name = name
+        self.view = view
+        self._versions = Versions()
+        self._rows: Rows | None = None
+        self._is_spread = False  # over processes, whenever it is not whole
+
+    @property
+    def parameter(self) -> Tensor:
+        """The parameter that the weight in memory is."""
+        return self.view.parameter
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight in memory as (out, in): a view, without gradient history."""
+        if self.rows is None:
+            return self.view.matrix
+        return self.view.as_matrix(self.memory.detach())
+
+    @property
+    def memory(self) -> Tensor:
+        """The parameter, or the rows of it that are here.
+
+        Raises:
+            UserError: it is whole for the passes alone: what is written into it then is lost.
+        """
+        if self.is_lent:
+            raise UserError(
+                f"the weight of {self.name} is whole for a forward or backward pass (FSDP) and "
+                "cannot be changed now: wait for the end of the step, or call reshard() of the "
+                "outermost module that fully_shard was called on"
+            )
+        return self.parameter if self.rows is None else own_part(self.parameter)
+
+    @property
+    def rows(self) -> Rows | None:
+        """Which rows of the weight are here; None for all of it."""
+        if self._rows is None and is_in_rows(self.parameter):
+            self._rows, self._is_spread = Rows(self.parameter), True
+            self.cut()
+        return self._rows
+
+    @property
+    def is_lent(self) -> bool:
+        """Whether a weight in rows is whole just now, for a pass of the model."""
+        if is_dtensor(self.parameter):
+            return False
+        if not self._is_spread and self._versions.replaced(self.parameter):
+            self._is_spread = is_fully_sharded(self.view.module)  # since it was last looked at
+        return self._is_spread
+
+    def here(self, change: LowRank) -> LowRank:
+        """What of a change is in the memory."""
+        return change if self.rows is None else self.rows.change(change, self.view.transposed)
+
+    def rows_of(self, matrix: Tensor) -> Tensor:
+        """What of a whole matrix (out, in) is in the memory."""
+        if self.rows is None:
+            return matrix
+        return self.view.as_matrix(self.view.as_stored(matrix)[self.rows.here])
+
+    def gathered(self, matrix: Tensor) -> Tensor:
+        """All of a matrix (out, in) that is held as the weight is."""
+        if self.rows is None:
+            return matrix
+        return self.view.as_matrix(whole(self.rows.spread(self.view.as_stored(matrix))))
+
+    def cut(self) -> None:
+        """Take note that the memory is some rows from now on."""
