@@ -246,6 +246,15 @@ def guard(rank, size):
     with pytest.raises(ValueError, match="cpu_ram_efficient_loading"):
         adapted("bert").to("meta")
 
+    # Nor do the processes draw other adapters of a model that they share.
+    model = adapted("bert", directions="orthonormal")
+    model.add_adapter("second", RosaConfig(r=2, target_modules=["query"]))
+    shard(model, size, blocks=True)
+    if rank == 1:
+        model.set_adapter("second")
+    with pytest.raises(ValueError, match="make the same ones active in all"):
+        resample(model)
+
     # A module that is sharded by itself is not whole yet when its adapter asks for its weight.
     model = adapted("pictures", directions="orthonormal")
     fully_shard(
@@ -257,6 +266,95 @@ def guard(rank, size):
 
 def test_what_would_go_wrong_is_told(tmp_path):
     in_processes(2, tmp_path, guard, 2)
+
+
+class Scored(nn.Module):
+    """With a head of one row, which one process alone holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.score = nn.Linear(6, 7), nn.Linear(7, 1)
+
+    def forward(self, x):
+        return self.score(self.first(x).tanh())
+
+
+def writes(rank, size, dtype):
+    """What others write is found out in rows as in a whole weight; one process has none of one."""
+
+    def scored():
+        torch.manual_seed(0)
+        config = RosaConfig(r=1, directions="orthonormal", target_modules=["first", "score"])
+        return get_peft_model(Scored().to(dtype), config)
+
+    one, model = scored(), scored()
+    fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
+    x = torch.randn(4, 6, dtype=dtype)
+    near = {"rtol": 1e-6, "atol": 1e-7} if dtype == torch.float64 else {"rtol": 2e-2, "atol": 2e-2}
+
+    def same():
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), one(x), **near)
+        model.reshard()  # else an optimizer would be made of whole weights
+
+    def weights(each):
+        return [m.get_base_layer().weight for _, m in rosa_layers(each)]
+
+    for each in (one, model):  # inside disable_adapter they are a part of the pretrained weight
+        resample(each)
+        with each.disable_adapter(), torch.no_grad():
+            for weight in weights(each):
+                weight.mul_(3)
+    same()
+    for each in (one, model):
+        resample(each)
+    same()
+    norms = [[m.base_weight.norm for _, m in rosa_layers(each)] for each in (one, model)]
+    torch.testing.assert_close(*norms, rtol=1e-3, atol=0)
+    for each in (one, model) if dtype == torch.float64 else ():  # a base weight that is trained
+        for weight in weights(each):
+            weight.requires_grad_(True)
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.1)
+        for _ in range(3):
+            each(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        resample(each)
+    same()
+    for each in (one, model):
+        for weight in weights(each):
+            weight.requires_grad_(False)
+        with torch.no_grad():
+            weights(each)[0].mul_(2)
+        with pytest.raises(ValueError, match="was changed while ROSA's offset stood in it"):
+            resample(each)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_others_write_is_found_out(tmp_path, dtype):
+    in_processes(2, tmp_path, writes, 2, dtype)
+
+
+def switched_after_a_pass(rank, size):
+    """Deleting and unloading, with the outermost weights whole from a pass before."""
+    one, model = adapted("bert"), adapted("bert")
+    for each in (one, model):
+        each.add_adapter("second", RosaConfig(r=2, target_modules=["query", "dense"], seed=1))
+    pretrained = copy.deepcopy(one).unload()
+    base = model.get_base_model()
+    shard(base, size, blocks=True)
+    x = inputs_of("bert", None)
+    with torch.no_grad():
+        for each in (one, model):
+            outputs(each, x)
+            each.delete_adapter("second")
+        torch.testing.assert_close(outputs(model, x), outputs(one, x))
+        plain = model.unload()
+        torch.testing.assert_close(outputs(plain, x), outputs(pretrained, x))
+
+
+def test_adapters_leave_after_a_pass(tmp_path):
+    in_processes(2, tmp_path, switched_after_a_pass, 2)
 
 
 def by_accelerate(rank, folder, kind):

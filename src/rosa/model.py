@@ -277,6 +277,15 @@ class RosaModel(BaseTuner):
         reshard(self.model)
         super().merge_adapter(adapter_names, safe_merge)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter from all layers; nothing of it stays."""
+        reshard(self.model)
+        super().delete_adapter(adapter_name)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        reshard(self.model)
+        return super()._unload_and_optionally_merge(*args, **kwargs)
+
     def unmerge_adapter(self) -> None:
         """Take what is merged out of the weights."""
         reshard(self.model)

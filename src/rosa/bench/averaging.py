@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils._pytree import tree_leaves
 from transformers import Trainer
 
@@ -129,7 +129,8 @@ class MeanTrainer(Trainer):
         norm = get_total_norm(list(grads.values()))
         if math.isfinite(float(norm)):
             self._skipped = 0
-            return super()._clip_grad_norm(model)
+            clip_grads_with_norm_(model.parameters(), self.args.max_grad_norm, norm)
+            return norm
         found = [name for name, grad in grads.items() if not _is_finite(grad)]
         what = (
             f"the gradient became NaN or infinite in step {self.state.global_step + 1}, in "

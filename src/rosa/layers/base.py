@@ -25,7 +25,7 @@ from rosa.layers.effective import effective_weight
 from rosa.layers.front import Front
 from rosa.layers.kind import Kind
 from rosa.layers.offset import OffsetDict
-from rosa.layers.sharding import check_alone
+from rosa.layers.sharding import check_kept
 from rosa.layers.tracing import is_traced
 from rosa.layers.weight import BaseWeight
 
@@ -205,8 +205,7 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
         """Move or cast the layer; a cast is of the pretrained weight, with nothing else in it."""
         parameter = self.base_weight.parameter
         moved = fn(torch.empty(0, dtype=parameter.dtype, device=parameter.device))
-        if moved.is_meta and not parameter.is_meta:
-            check_alone()
+        check_kept(parameter, moved)
         dtype = moved.dtype
         if dtype == parameter.dtype or self.arrived is not None:
             super()._apply(fn, recurse)
@@ -241,6 +240,11 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
 
     def _in_use(self, x: Tensor, traced: bool) -> list[Adapter]:
         """The adapters whose s B A the forward pass adds, after what has to be done before it."""
+        if self.arrived is not None and self.base_weight.is_lent:
+            raise UserError(
+                f"a state dict has come to layer {self.name}, and is not in its weight yet: call "
+                "model.set_adapter(name) before the next forward pass of a sharded model"
+            )
         if self.arrived is not None or (not traced and self.base_weight.is_written()):
             self.synchronize()
         if not traced and not self.was_called:
@@ -348,6 +352,7 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
         """The weight, its norm, what was learned: all processes must ask for a sharded layer's."""
         self.settle()
         base = self.base_weight
+        base.refresh()
         return base.present(), base.norm, self.adapters[adapter].learned()
 
     @torch.no_grad()

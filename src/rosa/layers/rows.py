@@ -19,7 +19,7 @@ from rosa.layers.sharding import (
     own_part,
     whole,
 )
-from rosa.layers.versions import Versions
+from rosa.layers.versions import State, Versions
 from rosa.layers.views import MatrixView
 
 
@@ -52,6 +52,14 @@ class Rows:
             return LowRank(b[self.here], a[self.here])
         return LowRank(b, a[:, self.here]) if transposed else LowRank(b[self.here], a)
 
+    def any(self, here: bool) -> bool:
+        """Whether something is so in any process; all must ask for it."""
+        how: Any = self.of
+        found = torch.tensor(float(here), device=own_part(self.of).device)
+        for dim in range(how.device_mesh.ndim):
+            torch.distributed.all_reduce(found, group=how.device_mesh.get_group(dim))
+        return bool(found)
+
     def spread(self, rows: Tensor) -> Tensor:
         """These rows, in the shape they are stored in, as a tensor like the parameter."""
         from torch.distributed.tensor import DTensor
@@ -81,6 +89,7 @@ class WeightMemory:
         self._versions = Versions()
         self._rows: Rows | None = None
         self._is_spread = False  # over processes, whenever it is not whole
+        self._changes = 0  # of all rows together, that torch had counted when it was last noted
 
     @property
     def parameter(self) -> Tensor:
@@ -90,7 +99,7 @@ class WeightMemory:
     @property
     def matrix(self) -> Tensor:
         """The weight in memory as (out, in): a view, without gradient history."""
-        if self.rows is None:
+        if self.rows is None and not is_dtensor(self.parameter):
             return self.view.matrix
         return self.view.as_matrix(self.memory.detach())
 
@@ -107,14 +116,22 @@ class WeightMemory:
                 "cannot be changed now: wait for the end of the step, or call reshard() of the "
                 "outermost module that fully_shard was called on"
             )
+        if self.rows is None and is_dtensor(self.parameter):
+            raise UserError(
+                f"the weight of {self.name} is sharded over processes, and not by its first "
+                "dimension (fully_shard's shard_placement_fn, tensor parallelism): leave that out"
+            )
         return self.parameter if self.rows is None else own_part(self.parameter)
 
     @property
     def rows(self) -> Rows | None:
         """Which rows of the weight are here; None for all of it."""
-        if self._rows is None and is_in_rows(self.parameter):
-            self._rows, self._is_spread = Rows(self.parameter), True
-            self.cut()
+        parameter = self.parameter
+        if (self._rows is None or self._rows.of is not parameter) and is_in_rows(parameter):
+            first = self._rows is None
+            self._rows, self._is_spread = Rows(parameter), True
+            if first:
+                self.cut()
         return self._rows
 
     @property
@@ -125,6 +142,18 @@ class WeightMemory:
         if not self._is_spread and self._versions.replaced(self.parameter):
             self._is_spread = is_fully_sharded(self.view.module)  # since it was last looked at
         return self._is_spread
+
+    def _note(self, state: State) -> None:
+        """Take note that the weight is now of a state; what others write is told from that on."""
+        self._versions.arrived(self.memory, state)
+        self._changes = 0 if self.rows is None else self.parameter._version
+
+    def _is_written(self) -> bool:
+        """Whether others have written into it: into these rows, or into all as one tensor."""
+        if self._versions.written(self.memory):
+            return True
+        known = self.rows is not None and not self._versions.replaced(self.memory)
+        return known and self.parameter._version != self._changes
 
     def here(self, change: LowRank) -> LowRank:
         """What of a change is in the memory."""

@@ -21,9 +21,9 @@ def are_several() -> bool:
     return there and torch.distributed.get_world_size() > 1
 
 
-def check_alone() -> None:
-    """Raise UserError if one of several processes gives its weights away."""
-    if are_several():
+def check_kept(weight: Tensor, moved: Tensor) -> None:
+    """Raise UserError if one of several processes gives its weights away, to the meta device."""
+    if moved.is_meta and not weight.is_meta and are_several():
         raise UserError(
             "the model's weights are taken away to be sent anew (FSDP's "
             "cpu_ram_efficient_loading), which ROSA's offsets, that are no parameters, do not live "

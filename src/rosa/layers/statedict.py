@@ -144,7 +144,8 @@ def before_load(layer: Stateful, state_dict: dict[str, Any], prefix: str, *_: An
     if in_place and base.is_newly_sharded():  # and nobody has counted what is written since
         brings_weight = not base.holds(base.standing, base.fingerprint() or (0.0, 0.0))
     elif in_place:
-        brings_weight &= base.is_written()
+        written = base.is_written()
+        brings_weight &= written if base.rows is None else base.rows.any(written)
     arrived = layer.arrived or Arrived()
     for name, adapter in layer.adapters.items():
         _check_of_one_time(layer.name, adapter, state_dict, prefix)
@@ -156,7 +157,7 @@ def before_load(layer: Stateful, state_dict: dict[str, Any], prefix: str, *_: An
                 into = arrived.perhaps if known else arrived.parts
                 into.setdefault(name, set()).add(part)
         mark = state_dict.get(f"{prefix}rosa_offset.{name}.in_weight")
-        if mark is not None:
+        if mark is not None and (base.rows is None or brings_weight or not in_place):
             arrived.marks[name] = Mark(int(mark))
     if brings_weight and not arrived.weight:
         arrived.before = base.fingerprint()
@@ -199,10 +200,9 @@ def after_load(layer: Stateful, _: Any) -> None:
     base = layer.base_weight
     if base.expects_write():
         base.arrived()
-    if base.rows is not None:
-        base.fingerprint()  # here, where all processes come by
     if layer.arrived is not None and layer.arrived.is_whole(list(layer.adapters)):
         layer.synchronize()
+    base.refresh()  # here, where all processes come by
 
 
 def take_all(layer: Stateful, arrived: Arrived, leaving: str | None = None) -> None:

@@ -55,6 +55,7 @@ class BaseWeight(WeightMemory):
         self, name: str, view: MatrixView, fingerprint: tuple[float, float] | None = None
     ) -> None:
         super().__init__(name, view)
+        self._of_rows: tuple[float, float] | None = None  # the fingerprint of those here alone
         self.shape = view.shape
         self.standing: dict[str, LowRank] = {}
         self.kept: Tensor | WeightFile | None = None
@@ -96,10 +97,22 @@ class BaseWeight(WeightMemory):
 
     def fingerprint(self) -> tuple[float, float] | None:
         """See `subspace.fingerprint`, of the pretrained weight; None on the meta device."""
-        if self._fingerprint is None and not self.parameter.is_meta:
-            weight = self.pretrained() if self.standing else self.gathered(self.matrix)
+        if self._fingerprint is None and not self.parameter.is_meta and self.rows is None:
+            weight = self.pretrained() if self.standing else self.matrix
             self._fingerprint = subspace.fingerprint(weight)
         return self._fingerprint
+
+    def refresh(self) -> None:
+        """Find the fingerprint of a weight in rows anew where it is not known any more.
+
+        All processes must ask for it; `fingerprint` alone asks nobody.
+        """
+        if self.rows is None:
+            return
+        if self._of_rows is None:
+            self._of_rows = subspace.fingerprint(self._pretrained_here())
+        if self.rows.any(self._fingerprint is None):
+            self._fingerprint = subspace.fingerprint(self.pretrained())
 
     def recall(self, fingerprint: tuple[float, float]) -> None:
         """Take note of the fingerprint of a weight that is on the meta device."""
@@ -146,7 +159,7 @@ class BaseWeight(WeightMemory):
                 self._versions.leaving(self.memory, before)
                 _write_sum(weight, exact, map(self.here, wanted.values()))
             self.standing = dict(wanted)
-            self._versions.arrived(self.memory, self.standing)
+            self._note(self.standing)
         if not wanted:
             self.kept = None  # the weight itself is the copy
 
@@ -165,9 +178,9 @@ class BaseWeight(WeightMemory):
         self.file = file
         if self.standing:
             before, self.kept = self.standing, file
-            self._versions.leaving(self.parameter, before)
+            self._versions.leaving(self.memory, before)
             _write_sum(self.matrix, self.view.as_matrix(file.read()), before.values())
-            self._versions.arrived(self.parameter, before)
+            self._note(before)
         return True
 
     def _exact(self) -> Tensor | WeightFile:
@@ -195,7 +208,7 @@ class BaseWeight(WeightMemory):
         with full_precision():
             add_product(self.matrix, here.B, here.A)
         self.standing = {**self.standing, name: now}
-        self._versions.arrived(self.memory, self.standing)
+        self._note(self.standing)
         return True
 
     def _needs_a_copy(self, wanted: Mapping[str, LowRank], several: bool) -> bool:
@@ -220,7 +233,7 @@ class BaseWeight(WeightMemory):
 
     def is_written(self) -> bool:
         """Whether someone else has written into the weight in memory."""
-        return not self.is_lent and self._versions.written(self.memory)
+        return not self.is_lent and self._is_written()
 
     def is_changed(self) -> bool:
         """Whether someone else has written into it, or put another in its place."""
@@ -243,7 +256,7 @@ class BaseWeight(WeightMemory):
     def arrived(self) -> None:
         """Take note of the weight as it now is: what is said to stand in it does."""
         if not self.is_lent:
-            self._versions.arrived(self.memory, self.standing)
+            self._note(self.standing)
 
     def copied(self) -> None:
         """Take note of a copy of the weight, in another module's memory."""
@@ -252,7 +265,7 @@ class BaseWeight(WeightMemory):
     def overwritten(self) -> None:
         """Forget all about a weight that is about to be overwritten."""
         self.standing = {}
-        self.kept = self._fingerprint = None
+        self._forget()
         self.expect_write()
 
     def account_for_writes(self, accept: bool) -> None:
@@ -264,12 +277,14 @@ class BaseWeight(WeightMemory):
         Raises:
             UserError: a change stood in it, so that it is not known any more what it holds.
         """
-        weight = self.matrix
-        is_whole = not weight.is_meta and tuple(weight.shape) == self.shape
-        sharded_or_offloaded = not is_whole or hasattr(self.view.module, "_hf_hook")
-        if not sharded_or_offloaded:
+        weight, rows = self.matrix, self.rows
+        is_whole = not weight.is_meta and (rows is not None or tuple(weight.shape) == self.shape)
+        in_part_or_offloaded = not is_whole or hasattr(self.view.module, "_hf_hook")
+        if self.is_newly_sharded():  # and else as it was
+            self._of_rows = subspace.fingerprint(self._without(self.standing))
+        elif not in_part_or_offloaded:
             if self.parameter.requires_grad or not self.standing:
-                self.kept = self._fingerprint = None  # what was written is part of it
+                self._forget()  # what was written is part of it
             elif self._is_pretrained_with({}):
                 self.standing = {}
             elif not self._is_pretrained_with(self.standing):
@@ -290,18 +305,24 @@ class BaseWeight(WeightMemory):
             f"{happened}: what was written is taken for a change of the pretrained weight",
             stacklevel=3,
         )
-        self.kept = self._fingerprint = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Of the pretrained weight nothing is known but what is in memory."""
+        self.kept = self._fingerprint = self._of_rows = None
 
     def _is_pretrained_with(self, standing: Mapping[str, LowRank]) -> bool:
         """Whether the weight in memory is W_0 with this in it, as far as one can tell."""
         weight = self.matrix
         if (exact := self.copy) is not None:
             expected = torch.empty_like(weight)
-            _write_sum(expected, exact, standing.values())
+            _write_sum(expected, exact, map(self.here, standing.values()))
             return torch.equal(weight, expected)
-        if self._fingerprint is None:
+        known = self._fingerprint if self.rows is None else self._of_rows
+        if known is None:
             return bool(standing)  # nobody knows: what was believed
-        return self.holds(standing, self._fingerprint)
+        found = subspace.fingerprint(self._without(standing))
+        return subspace.same_fingerprint(found, known, 1e-5, 0.0)
 
     @torch.no_grad()
     def holds(self, standing: Mapping[str, LowRank], fingerprint: tuple[float, float]) -> bool:

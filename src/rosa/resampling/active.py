@@ -17,6 +17,7 @@ from rosa.layers.files import WeightFile
 from rosa.layers.kinds import rosa_layers
 from rosa.layers.sharding import (
     check_shards,
+    is_dtensor,
     is_fully_sharded,
     is_in_rows,
     is_sharded,
@@ -60,7 +61,7 @@ class Active:
 
     def lend(self) -> None:
         """Help another process to draw: it needs what of the layer is here."""
-        if self.layer.base_weight.rows is not None:
+        if self.layer.base_weight.rows is not None or any(map(is_dtensor, self.factors)):
             self.layer.whole(self.adapter.name)
 
     def resample(self, drawn: Factors) -> None:

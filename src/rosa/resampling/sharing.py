@@ -30,6 +30,12 @@ def team_of(found: list[Active]) -> Iterator[Team]:
     """
     everyone = processes.everyone()
     words = everyone.told((_names(found), _states(found)))
+    others = [rank for rank, (names, _) in enumerate(words) if names != words[everyone.place][0]]
+    if others and any(active.layer.base_weight.rows is not None for active in found):
+        raise UserError(
+            f"the processes share one model's weights, and process {everyone.place} draws other "
+            f"adapters than process {others[0]}: make the same ones active in all"
+        )
     for rank, (names, states) in enumerate(words):
         first, others = next((i, s) for i, (n, s) in enumerate(words) if n == names)
         if states != others:
@@ -95,11 +101,12 @@ def drawn(found: list[Active], team: Team) -> Iterable[tuple[Active, Factors]]:
     with team.failing_together():
         for active in found:
             active.layer.settle()
+    with team.failing_together():
         factors, failures = [], []
         for active, owner in zip(found, owners, strict=True):
             try:
                 its = active.draw() if owner == team.place else _to_come(active)
-            except UserError as error:  # the others still need what is here of sharded weights
+            except Exception as error:  # the others still need what is here of sharded weights
                 failures.append(error)
             else:
                 factors.append(its)
