@@ -22,7 +22,7 @@ SHOWN = {
     RANDOM: ("ROSA, random directions", PINK, "^"),
     "full": ("full fine-tuning", BLACK, "v"),
 }
-LENGTHS = {length: f"shift-german-default-{length}" for length in (500, 1500, 3000)}
+LENGTHS = {length: f"shift-german-default-{length}" for length in (500, 1500, 3000, 5000)}
 
 
 def scores(folder: str, method: str, rank: int | None) -> dict[int, float]:
@@ -124,7 +124,8 @@ def tasks() -> None:
             x, value, error, color=colour, marker=marker, capsize=3, label=label if first else None
         )
         if method == ROSA:
-            place = (-6, -14) if code else (-58, -4) if text == "3,000 steps" else (6, -4)
+            late = text in ("3,000 steps", "5,000 steps")
+            place = (8, -3) if code else (-58, -4) if late else (6, -4)
             bottom.annotate(text, (x, value), place, textcoords="offset points", fontsize=8)
     for rank in (1, 16):
         value, error = lead("shift-german-ranks", ROSA, rank)
