@@ -39,9 +39,7 @@ class _TrlTrainer(SurvivingTrainer):
         for parameter, before in trained:  # on quantized weights TRL rounds them to bfloat16
             if parameter.dtype != before.dtype:
                 parameter.data = before.to(parameter.device)
-        with blame(
-            f"TRL cannot train {name} so", AttributeError
-        ):  # a head with a wrapper of PEFT's
+        with blame(f"TRL cannot train {name} so", AttributeError):  # a head in a wrapper of PEFT's
             computes = self._computes_the_loss()
         if not computes:
             raise UserError(

@@ -17,8 +17,11 @@ from rosa.errors import UserError
 
 def are_several() -> bool:
     """Whether this process is one of a group of several."""
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return there and torch.distributed.get_world_size() > 1
+    return _is_in_a_group() and torch.distributed.get_world_size() > 1
+
+
+def _is_in_a_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def check_kept(weight: Tensor, moved: Tensor) -> None:
@@ -121,7 +124,7 @@ def is_fully_sharded(model: nn.Module) -> bool:
 
 
 def _fully_sharded(model: nn.Module) -> list[tuple[str, Any]]:
-    if not torch.distributed.is_available():
+    if not _is_in_a_group():  # which each switch of adapters asks first
         return []
     from torch.distributed.fsdp import FSDPModule
 
@@ -130,7 +133,7 @@ def _fully_sharded(model: nn.Module) -> list[tuple[str, Any]]:
 
 def _around(module: nn.Module) -> list[Any]:
     """The modules that `fully_shard` was called on and that this one is in, as torch knows them."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+    if not _is_in_a_group():
         return []
     from torch.distributed._composable_state import _module_state_mapping
     from torch.distributed.fsdp import FSDPModule
