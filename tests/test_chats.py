@@ -86,7 +86,10 @@ def test_texts_in_one_row_do_not_see_each_other(model, tmp_path, rows):
 
 
 TEXT_PART = {"type": "text", "text": "good"}
-TURN = [{"role": "user", "content": "good"}, {"role": "assistant", "content": "film"}]
+USER, ASSISTANT, TOOL, SYSTEM = (
+    {"role": role, "content": "good"} for role in ("user", "assistant", "tool", "system")
+)
+TURN = [USER, ASSISTANT]
 
 
 @pytest.mark.parametrize(
@@ -106,6 +109,14 @@ TURN = [{"role": "user", "content": "good"}, {"role": "assistant", "content": "f
         ({"messages": TURN, "tools": [{"type": "function"}]}, "row 2 has tools, which are not put"),
         (["no", "object"], "row 2 is no object of columns with values"),
         ({"messages": ["a"]}, "row 2: the role of message 1 is None"),
+        ({"messages": [ASSISTANT, USER, ASSISTANT]}, "message 1 is the assistant's, at the beg"),
+        ({"messages": [TOOL, ASSISTANT]}, "message 1 is the tool's, at the beginning, where the"),
+        ({"messages": [USER, *TURN]}, "2 is the user's, after the user's, where the assistant's"),
+        ({"messages": [*TURN, ASSISTANT]}, "where the user's or the tool's belongs: join the two"),
+        ({"messages": [*TURN, SYSTEM, *TURN]}, "message 3 is the system's, after the assistant's"),
+        ({"messages": [SYSTEM, ASSISTANT]}, "where the user's belongs: leave it out, or put one"),
+        ({"messages": [*TURN, USER]}, "row 2 ends with the user's message, which nothing answers"),
+        ({"messages": [*TURN, TOOL]}, "row 2 ends with the tool's message, which nothing answers"),
     ],
 )
 def test_rows_that_are_no_chats_are_named(model, tmp_path, capsys, row, message):
@@ -113,6 +124,17 @@ def test_rows_that_are_no_chats_are_named(model, tmp_path, capsys, row, message)
     out = tmp_path / "run"
     assert message in fails(capsys, "train", "--model", model, "--train", path, "--output", out)
     assert not out.exists()
+
+
+def test_chats_in_every_right_order_are_learned(model, tmp_path):
+    rows = [
+        [SYSTEM, *TURN],
+        [*TURN, *TURN],
+        [*TURN, TOOL, ASSISTANT],
+        [*TURN, TOOL, TOOL, *TURN[1:]],
+    ]
+    path = write_chats(tmp_path / "t.jsonl", [{"messages": row} for row in rows * 5])
+    run("train", "--model", model, "--train", path, "--output", tmp_path / "run", *QUICK)
 
 
 def test_chats_that_cannot_be_learned_are_refused_before_any_work(model, tmp_path, capsys):
@@ -182,6 +204,7 @@ def test_what_is_cut_is_told(model, tmp_path, capsys):
     run("train", "--model", model, *files, *QUICK, "--output", tmp_path / "run")
     printed = capsys.readouterr().out
     assert "10 of 20 texts have nothing to learn within the first 32 tokens" in printed
+    assert "rows of the file: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10" in " ".join(printed.split())
     assert "10 of 10 training texts reach 32 tokens" in printed
 
 

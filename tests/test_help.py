@@ -55,6 +55,14 @@ def test_every_command_takes_a_file_of_its_options(capsys, tmp_path, command):
     assert "is not there" in fails(capsys, command, "--config", tmp_path / "none.yaml")
 
 
+@pytest.mark.parametrize("line", ["seed: one", "steps: [1, 2]", "lr: {a: 1}"])
+def test_a_wrong_value_in_a_file_is_told_with_the_file(basics, tmp_path, capsys, line):
+    (tmp_path / "c.yaml").write_text(line + "\n")
+    said = fails(capsys, "train", *basics, "--config", tmp_path / "c.yaml")
+    assert f"c.yaml: {line.partition(':')[0]}: Input should be a valid" in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_a_file_says_is_taken_and_what_is_given_wins(basics, tmp_path, capsys):
     run("train", *basics, "--rank", 2)
     (tmp_path / "c.yaml").write_text(

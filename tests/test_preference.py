@@ -157,6 +157,10 @@ BAD = {
         "row 1, chosen: the role of message 1 is 'robot'",
     ),
     "the user answers": ([{**CHATS, "chosen": message("user", "x")}], "begins with the user"),
+    "no order": (
+        [{**CHATS, "prompt": CHATS["prompt"] + message("assistant", "x")}],
+        "row 1, chosen after its prompt: message 3 is the assistant's, after the assistant's",
+    ),
     "no prompt": (
         [{n: message("assistant", t) for n, t in (("chosen", "x"), ("rejected", "y"))}],
         "row 1 has no prompt, and its answers do not both begin with one",

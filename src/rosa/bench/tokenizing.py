@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
+from itertools import chain, compress, count
+from operator import not_
 from typing import Any
 
 from jinja2 import TemplateError  # comes with torch
@@ -20,6 +21,8 @@ from rosa.errors import UserError
 
 ANSWER_IDS = ("chosen_ids", "rejected_ids")
 _BATCH = 1000
+_NAMED = 10
+"""Of the rows that are left out, how many are named."""
 
 
 def tokenize(
@@ -155,6 +158,7 @@ def _tokenize_language(
     encoded = rows.map(cut, remove_columns=rows.column_names, desc="Tokenizing")
     return _only(
         encoded,
+        rows,
         lambda row: any(label != -100 for label in row["labels"]),
         f"no completion or answer is within the first {longest} tokens: {way_out}",
         f"texts have nothing to learn within the first {longest} tokens: they are left out; "
@@ -162,14 +166,22 @@ def _tokenize_language(
     )
 
 
-def _only(rows: Any, is_learned: Callable[[dict[str, Any]], bool], none: str, some_not: str) -> Any:
-    """The rows of which something is learned; an error if there are none, else how many go."""
-    learned = [i for i, row in enumerate(rows) if is_learned(row)]
-    if not learned:
+def _only(
+    encoded: Any, rows: Any, is_learned: Callable[[dict[str, Any]], bool], none: str, some_not: str
+) -> Any:
+    """The rows of which something is learned; an error if there are none, else which ones go."""
+    learned = [is_learned(row) for row in encoded]
+    if not any(learned):
         raise UserError(none)
-    if len(learned) < len(rows):
-        say(f"{len(rows) - len(learned)} of {len(rows)} {some_not}")
-    return rows if len(learned) == len(rows) else rows.select(learned)
+    if all(learned):
+        return encoded
+    lost = list(compress(count(), map(not_, learned)))
+    if "row" in rows.column_names:
+        names = sorted(rows[lost[:_NAMED]]["row"])
+        some_not += f"; rows of the file: {', '.join(map(str, names))}"
+        some_not += ", ..." if len(lost) > _NAMED else ""
+    say(f"{len(lost)} of {len(rows)} {some_not}")
+    return encoded.select(list(compress(count(), learned)))
 
 
 def _encode_text(tokenizer: Any, row: dict[str, str]) -> Encoded:
@@ -231,6 +243,7 @@ def _tokenize_preferences(tokenizer: Any, way_out: str, rows: Any, longest: int)
     encoded = rows.map(cut, remove_columns=rows.column_names, desc="Tokenizing")
     return _only(
         encoded,
+        rows,
         lambda row: row["chosen_ids"] != row["rejected_ids"],
         f"no two answers differ within the first {longest} tokens: {way_out}",
         f"preferences do not differ within the first {longest} tokens: they are left out; "

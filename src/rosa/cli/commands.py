@@ -16,7 +16,7 @@ from rosa.bench import processes
 from rosa.bench.methods import METHODS
 from rosa.bench.options import OPTIONS, option, settings_of, some, takes
 from rosa.bench.settings import DATA, METHOD, OUTPUT, PLAN, TRAINING
-from rosa.cli.helping import Command
+from rosa.cli.helping import FILE, Command
 from rosa.errors import UserError
 
 app = typer.Typer(
@@ -68,6 +68,7 @@ def _read_recipe(context: typer.Context, recipe: Path | None) -> Path | None:
         for name, value in found.items()
     }
     context.default_map = {**(context.default_map or {}), **found}
+    context.meta[FILE] = recipe
     return recipe
 
 

@@ -1,4 +1,7 @@
-"""Help that fits a screen: everyday options by `--help`, all of them by `--help-all`."""
+"""Help that fits a screen: everyday options by `--help`, all of them by `--help-all`.
+
+A wrong value is told with the file that it is from, if it is from one.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,11 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
+from rosa.errors import UserError
+
 ALL = "--help-all"
+FILE = "rosa.file"
+"""Where a command's context keeps the path of the file that gives defaults of its options."""
 
 
 class Command(TyperCommand):
@@ -26,7 +33,14 @@ class Command(TyperCommand):
                 parameter.hidden = False  # type: ignore[attr-defined]  # arguments too
             typer.echo(super().get_help(ctx))
             ctx.exit()
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            name = error.param and error.param.name
+            source = ctx.get_parameter_source(name) if name else None
+            if source is None or source.name != "DEFAULT_MAP":
+                raise
+            raise UserError(f"{ctx.meta[FILE]}: {name}: {error.message}") from error
 
     def get_help(self, ctx: Any) -> str:
         """The help for every day: a line or two an option, with its default and without its type.

@@ -13,7 +13,14 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 COLUMN = "messages"
-ROLES = ("system", "user", "assistant", "tool")
+FOLLOWED_BY = {
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+"""Whose message may follow whose. Some templates take others too, and make a text of no sense."""
+ROLES = tuple(FOLLOWED_BY)
 USUAL_LENGTH, LENGTH_OF_A_CHAT = 128, 1024
 """Tokens of the longest text where nothing else is said, and of the longest chat."""
 
@@ -70,6 +77,12 @@ def read_chats(path: Path) -> Dataset:
             raise UserError(
                 f"{path}: row {row} has no message of the assistant: there is nothing to learn"
             )
+        check_order(f"{path}: row {row}", chat)
+        if chat[-1]["role"] != "assistant":
+            raise UserError(
+                f"{path}: row {row} ends with the {chat[-1]['role']}'s message, which nothing "
+                "answers: leave it out, or add the answer"
+            )
     return Dataset.from_dict({COLUMN: plain, "row": list(rows)})
 
 
@@ -86,8 +99,24 @@ def read_prompts(path: Path) -> list[list[dict[str, str]]]:
             messages.pop()
         if not messages:
             raise UserError(f"{path}: row {row} has nothing to answer: the assistant alone speaks")
+        check_order(f"{path}: row {row}", messages)
         chats.append(messages)
     return chats
+
+
+def check_order(row: str, chat: list[dict[str, str]]) -> None:
+    """Raise UserError unless user and assistant take turns, from the user on."""
+    last, allowed = "", ("system", "user")
+    for number, role in enumerate((message["role"] for message in chat), start=1):
+        if role not in allowed:
+            place = f"after the {last}'s" if last else "at the beginning"
+            way_out = "join the two" if role == last else "leave it out, or put one before it"
+            expected = "'s or the ".join(allowed)
+            raise UserError(
+                f"{row}: message {number} is the {role}'s, {place}, where the {expected}'s "
+                f"belongs: {way_out}"
+            )
+        last, allowed = role, FOLLOWED_BY[role]
 
 
 def _no_text(message: dict[str, Any]) -> str:

@@ -50,7 +50,8 @@ def load_language(settings: DataSettings) -> Task:
 
         def read(path: Path) -> Dataset:
             rows = read_table(path, columns, FORMS).select_columns(list(columns))
-            return rows.rename_columns(dict(zip(columns, names, strict=True)))
+            rows = rows.rename_columns(dict(zip(columns, names, strict=True)))
+            return rows.add_column("row", list(range(1, len(rows) + 1)))  # type: ignore[call-arg]
 
     train = read(settings.train)
     if settings.validation is not None:

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rosa.bench.tasks.chat import plain_messages
+from rosa.bench.tasks.chat import check_order, plain_messages
 from rosa.bench.tasks.files import read_columns
 from rosa.errors import UserError
 
@@ -85,6 +85,7 @@ def _preference(where: str, given: dict[str, Any]) -> dict[str, Any]:
                 f"{where}: what was {name} begins with the {row[name][0]['role']}, not with the "
                 "assistant's answer"
             )
+        check_order(f"{where}, {name} after its prompt", row["prompt"] + row[name])
     return {name: row[name] for name in COLUMNS}
 
 
