@@ -24,7 +24,7 @@ from transformers import AutoModelForSequenceClassification
 
 from rosa import RosaConfig, resample
 from rosa.bench.quantizing import quantize, quantized
-from rosa.layers.kinds import rosa_layers
+from rosa.layers.in_model import rosa_layers
 
 DRAWS = (0, 1, 2, 5, 10, 20, 40)
 TEXTS, TOKENS, ROUNDS = 16, 64, 7

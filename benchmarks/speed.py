@@ -38,7 +38,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 import rosa
-from rosa.layers.kinds import rosa_layers
+from rosa.layers.in_model import rosa_layers
 
 RANK = 8
 ATTENTION = ["query", "key", "value", "attention.output.dense"]

@@ -17,7 +17,7 @@ from rosa import RosaConfig, export_lora, export_merged, export_rosa, resample, 
 from rosa.errors import ExportError
 from rosa.export.lazily import mapped_lazily
 from rosa.export.merged import write_plain
-from rosa.layers.kinds import rosa_layers
+from rosa.layers.in_model import rosa_layers
 from rosa.targeting.matching import is_trained_in_full
 from tests.architectures import ARCHITECTURES, Architecture, loss_of, outputs_of
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rosa import RosaConfig, export_lora, export_merged, resample, watch
 from rosa.errors import ExportError
-from rosa.layers.kinds import rosa_layers
+from rosa.layers.in_model import rosa_layers
 from tests.helpers import moved
 
 WIDTH = 16

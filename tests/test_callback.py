@@ -15,7 +15,7 @@ from torch import nn
 from transformers import BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 from rosa import RosaCallback, RosaConfig, map_pretrained, watch
-from rosa.layers.kinds import rosa_layers
+from rosa.layers.in_model import rosa_layers
 from rosa.resampling.counting import ItemCounter
 from tests.models import tiny_bert, tiny_gpt2
 

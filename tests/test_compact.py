@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from rosa import RosaConfig, export_rosa, resample
 from rosa.errors import ExportError
 from rosa.export import compact
-from rosa.layers.kinds import rosa_layers
+from rosa.layers.in_model import rosa_layers
 from tests.helpers import fails, moved, run, trained_run
 from tests.models import Mlp
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from rosa import RosaConfig, export_lora, export_merged, resample, watch
 from rosa.errors import ExportError
-from rosa.layers.conv import RosaConv
-from rosa.layers.kinds import rosa_layers
+from rosa.kinds.conv import RosaConv
+from rosa.layers.in_model import rosa_layers
 
 CONVS: list[tuple[type[nn.Module], dict[str, Any]]] = [
     (nn.Conv1d, {"kernel_size": 3}),

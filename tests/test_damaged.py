@@ -21,7 +21,7 @@ from rosa import RosaConfig
 from rosa.bench.runs import load_trained
 from rosa.errors import UserError
 from rosa.export.lazily import mapped_lazily
-from rosa.layers.kinds import rosa_layers
+from rosa.layers.in_model import rosa_layers
 from tests.helpers import fails, moved, trained_run
 from tests.models import save_with_tokenizer, tiny_bert, tiny_gpt2
 

@@ -11,7 +11,7 @@ from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from rosa import RosaCallback, RosaConfig, resample
-from rosa.layers.kinds import rosa_layers
+from rosa.layers.in_model import rosa_layers
 from rosa.resampling.decay import DecayTowardDrawn
 from tests.helpers import adapters_of
 from tests.models import Mlp, tiny_bert

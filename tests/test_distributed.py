@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 from rosa import RosaCallback, RosaConfig, resample, watch
 from rosa.algebra import subspace
 from rosa.layers import drawing
-from rosa.layers.kinds import rosa_layers
+from rosa.layers.in_model import rosa_layers
 from rosa.resampling.sharing import shares
 from tests.models import Mlp, tiny_bert
 from tests.processes import all_equal, in_processes, without_gloo

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from rosa import RosaCallback, RosaConfig, resample, watch
-from rosa.layers.kinds import rosa_layers
+from rosa.layers.in_model import rosa_layers
 from tests.helpers import seen_by
 
 

@@ -18,8 +18,8 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import rosa
 from rosa import RosaConfig, resample, watch
-from rosa.layers.kinds import rosa_layers
-from rosa.layers.sharding import own_part
+from rosa.layers.in_model import rosa_layers
+from rosa.pretrained.sharding import own_part
 from tests.models import tiny_bert, tiny_gpt2
 from tests.processes import all_equal, in_processes, without_gloo
 

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from rosa import RosaConfig
 from rosa.layers import fused
 from rosa.layers.fused import adapted_linear, can_fuse
-from rosa.layers.kinds import rosa_layers
+from rosa.layers.in_model import rosa_layers
 
 SHAPES = [(4, 6), (2, 3, 6), (2, 3, 2, 6), (0, 6)]
 

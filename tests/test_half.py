@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rosa import RosaConfig, export_lora, resample
 from rosa.layers.base import RosaLayer
-from rosa.layers.kinds import rosa_layers
+from rosa.layers.in_model import rosa_layers
 
 NAMES = ["words", "images", "linear"]
 HALVES = [torch.float16, torch.bfloat16]

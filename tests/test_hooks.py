@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rosa import RosaConfig, resample, watch
-from rosa.layers.kinds import rosa_layers
+from rosa.layers.in_model import rosa_layers
 
 LAYERS = {
     "linear": lambda: nn.Linear(6, 5),

@@ -12,7 +12,7 @@ from torch import nn
 
 from rosa import RosaConfig, resample
 from rosa.algebra import subspace
-from rosa.layers.kinds import rosa_layers
+from rosa.layers.in_model import rosa_layers
 from tests.models import Mlp
 from tests.reference import ReferenceRosa
 

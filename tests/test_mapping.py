@@ -10,8 +10,8 @@ import torch
 from peft import get_peft_model
 
 from rosa import RosaConfig, map_pretrained, resample
-from rosa.layers.files import WeightFile
-from rosa.layers.kinds import rosa_layers
+from rosa.layers.in_model import rosa_layers
+from rosa.pretrained.files import WeightFile
 from tests.architectures import ARCHITECTURES
 from tests.helpers import moved
 from tests.models import Mlp, tiny_bert, tiny_gpt2

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from rosa import RosaConfig, resample
-from rosa.layers.memory import make_private, tenants
+from rosa.pretrained.memory import make_private, tenants
 from tests.models import Mlp, tiny_bert, tiny_gpt2
 
 IDS = torch.randint(1, 50, (3, 9))

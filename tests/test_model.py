@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from rosa import RosaConfig, resample, watch
-from rosa.layers.kinds import rosa_layers
+from rosa.layers.in_model import rosa_layers
 from rosa.registration import check_peft_version
 from tests.architectures import ARCHITECTURES
 from tests.models import Mlp, tiny_bert, tiny_gpt2

@@ -9,7 +9,7 @@ import torch
 from peft import get_peft_model
 
 from rosa import RosaConfig, resample
-from rosa.layers.kinds import rosa_layers
+from rosa.layers.in_model import rosa_layers
 from tests.models import Mlp
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rosa import RosaConfig, export_lora, export_merged, export_rosa, resample
 from rosa.errors import UserError
-from rosa.layers.kinds import layers_of
+from rosa.layers.in_model import layers_of
 from tests.helpers import moved
 from tests.models import tiny_gpt2
 

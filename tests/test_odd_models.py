@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from rosa import RosaConfig, export_lora, export_merged, export_rosa, resample, watch
 from rosa.errors import ExportError, UserError
-from rosa.layers.kinds import rosa_layers
+from rosa.layers.in_model import rosa_layers
 from tests.helpers import moved
 from tests.models import tiny_gpt2
 

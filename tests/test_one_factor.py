@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rosa import RosaCallback, RosaConfig, export_lora, resample, watch
 from rosa.layers.fused import adapted_linear
-from rosa.layers.kinds import rosa_layers
+from rosa.layers.in_model import rosa_layers
 from rosa.resampling.decay import DecayTowardDrawn
 from tests.helpers import adapters_of
 from tests.models import Mlp, tiny_bert

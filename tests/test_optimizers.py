@@ -19,7 +19,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from rosa import RosaCallback, RosaConfig, resample
-from rosa.layers.kinds import rosa_layers
+from rosa.layers.in_model import rosa_layers
 from rosa.resampling.decay import DecayTowardDrawn
 from rosa.resampling.optimizers import states_of
 from tests.helpers import adapters_of

@@ -19,7 +19,7 @@ from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state
 from torch import Tensor, nn
 
 from rosa import RosaConfig, resample
-from rosa.layers.kinds import rosa_layers
+from rosa.layers.in_model import rosa_layers
 from tests.models import Mlp
 from tests.test_parameters import EXPERTS, IN, OUT, Mixture
 

@@ -23,8 +23,8 @@ from transformers import (
 from rosa import RosaConfig, export_lora, export_merged, resample, watch
 from rosa.algebra import subspace
 from rosa.algebra.lowrank import LowRank
-from rosa.layers.kinds import rosa_layers
-from rosa.layers.parameter import ParamWrapper
+from rosa.kinds.parameter import ParamWrapper
+from rosa.layers.in_model import rosa_layers
 from tests.helpers import moved
 
 EXPERTS, OUT, IN, RANK = 4, 10, 6, 3

@@ -20,8 +20,8 @@ from peft import (
 from torch import Tensor, nn
 
 from rosa import RosaConfig, export_lora, export_merged, resample, watch
-from rosa.layers.kinds import rosa_layers
-from rosa.layers.quantized import RosaQuantizedLinear
+from rosa.kinds.quantized import RosaQuantizedLinear
+from rosa.layers.in_model import rosa_layers
 from tests.helpers import moved
 from tests.models import tiny_bert
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rosa import RosaConfig, export_lora, resample
 from rosa.algebra.lowrank import LowRank
 from rosa.export.ranks import Budget, relative_error, within
-from rosa.layers.kinds import rosa_layers
+from rosa.layers.in_model import rosa_layers
 from tests.helpers import fails, moved, run, trained_run
 
 SHAPES = {"a": (12, 8), "b": (6, 10), "c": (3, 7, 5)}

@@ -11,7 +11,7 @@ from torch import nn
 from rosa import RosaConfig, resample, watch
 from rosa.algebra import subspace
 from rosa.algebra.lowrank import LowRank
-from rosa.layers.kinds import rosa_layers
+from rosa.layers.in_model import rosa_layers
 from tests.models import Mlp
 from tests.reference import best_rank_r
 

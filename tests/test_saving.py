@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from rosa import RosaConfig, export_lora, resample
-from rosa.layers.kinds import rosa_layers
+from rosa.layers.in_model import rosa_layers
 from tests.models import Mlp, tiny_bert, tiny_gpt2
 
 TARGETS = ["first", "middle", "last"]

@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from rosa import RosaCallback, RosaConfig, resample, watch
-from rosa.layers.kinds import rosa_layers
+from rosa.layers.in_model import rosa_layers
 from tests.models import Mlp, tiny_bert
 
 pytestmark = pytest.mark.skipif(

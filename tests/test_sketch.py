@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from rosa import RosaConfig, resample, watch
 from rosa.algebra.sketch import Sketch
 from rosa.algebra.subspace import generator
-from rosa.layers.kinds import rosa_layers
+from rosa.layers.in_model import rosa_layers
 from tests.helpers import seen_by
 from tests.models import Mlp, tiny_bert
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from rosa import RosaConfig, resample
 from rosa.algebra.lowrank import LowRank
-from rosa.layers.kinds import rosa_layers
+from rosa.layers.in_model import rosa_layers
 from tests.models import Mlp, tiny_gpt2, tiny_llama
 
 IDS = torch.randint(1, 50, (3, 9))

@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from rosa import RosaConfig, resample
-from rosa.layers.kinds import rosa_layers
+from rosa.layers.in_model import rosa_layers
 from tests.helpers import moved
 from tests.models import Mlp
 

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from rosa.errors import UserError
-from rosa.layers.files import WeightFile
-from rosa.layers.kinds import rosa_layers
-from rosa.layers.sharding import check_unsharded
+from rosa.layers.in_model import rosa_layers
+from rosa.pretrained.files import WeightFile
+from rosa.pretrained.sharding import check_unsharded
 
 Files = dict[tuple[torch.dtype, torch.Size], list[tuple[Tensor, WeightFile]]]
 """By dtype and shape, since names may differ: the first numbers of each tensor, and where it is."""

@@ -34,12 +34,13 @@ from rosa.files.checkpoint import (
     warn_of_another_base,
 )
 from rosa.files.loading import as_before, guard
+from rosa.kinds.parameter import ParamWrapper
+from rosa.kinds.registry import kind_of
 from rosa.layers.base import RosaLayer
-from rosa.layers.kinds import base_of, kind_of, layers_of, rosa_layers
-from rosa.layers.memory import make_private, owners_of, tenants, weight_owners
-from rosa.layers.parameter import ParamWrapper
-from rosa.layers.sharding import check_unsharded, reshard, whole
+from rosa.layers.in_model import base_of, layers_of, rosa_layers
 from rosa.layers.statedict import give_pretrained
+from rosa.pretrained.memory import make_private, owners_of, tenants, weight_owners
+from rosa.pretrained.sharding import check_unsharded, reshard, whole
 from rosa.switching import or_as_before
 from rosa.targeting.matching import has_embeddings, is_target, resolve_all_linear
 from rosa.targeting.names import COMPILED, check_adapter_name, check_modules_to_save

@@ -9,7 +9,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 
-from rosa.layers.kinds import rosa_layers
+from rosa.layers.in_model import rosa_layers
 
 
 @contextlib.contextmanager

@@ -12,9 +12,9 @@ from peft.utils import AuxiliaryTrainingWrapper
 from rosa.algebra.lowrank import LowRank, are_finite
 from rosa.config import RosaConfig, as_rosa_config
 from rosa.errors import UserError
+from rosa.kinds.parameter import ParamWrapper
 from rosa.layers.base import RosaLayer
-from rosa.layers.kinds import layers_of
-from rosa.layers.parameter import ParamWrapper
+from rosa.layers.in_model import layers_of
 
 
 def check_weighted(

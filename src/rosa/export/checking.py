@@ -12,7 +12,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from rosa.algebra.lowrank import LowRank
-from rosa.layers.kinds import rosa_layers
+from rosa.layers.in_model import rosa_layers
 
 
 def without_weights(base: nn.Module) -> nn.Module:

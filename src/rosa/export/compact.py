@@ -17,7 +17,7 @@ from rosa.errors import ExportError
 from rosa.export.checking import load_on_meta, same, without_weights
 from rosa.export.ranks import ALL, Budget, changes_within
 from rosa.export.staging import rosa_adapter, staged
-from rosa.layers.kinds import layers_of
+from rosa.layers.in_model import layers_of
 
 
 def export_rosa(

@@ -23,8 +23,8 @@ from rosa.errors import UserError
 from rosa.export.checking import load_on_meta
 from rosa.files.checkpoint import warn_of_another_base
 from rosa.layers.base import RosaLayer
-from rosa.layers.kinds import layers_of, rosa_layers
-from rosa.layers.weight import with_change
+from rosa.layers.in_model import layers_of, rosa_layers
+from rosa.pretrained.weight import with_change
 
 Weights = Mapping[str, Callable[[], Tensor]]
 """The weights of a plain model that are on the meta device, by name: what each is."""

@@ -30,8 +30,8 @@ from rosa.export.ranks import ALL, Budget, changes_within
 from rosa.export.running import see_one_run
 from rosa.export.staging import rosa_adapter, staged
 from rosa.files.checkpoint import is_rosa_key
-from rosa.layers.kinds import layers_of
-from rosa.layers.parameter import ParamWrapper
+from rosa.kinds.parameter import ParamWrapper
+from rosa.layers.in_model import layers_of
 
 _PREFIX = "base_model.model."
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from rosa.errors import ExportError, UserError, is_out_of_memory
 from rosa.export.lazily import Weights, merged_lazily
 from rosa.export.staging import rosa_adapter, staged
-from rosa.layers.kinds import rosa_layers
+from rosa.layers.in_model import rosa_layers
 
 MAX_SHARD_SIZE = "5GB"
 """Of a file of the weights."""

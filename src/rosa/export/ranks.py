@@ -14,7 +14,7 @@ from rosa.algebra.lowrank import LowRank, are_finite, transposed
 from rosa.checks import check_rank
 from rosa.errors import UserError
 from rosa.layers.base import RosaLayer
-from rosa.layers.weight import SUPPORTED_DTYPES
+from rosa.pretrained.weight import SUPPORTED_DTYPES
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from rosa.layers.kinds import layers_of
+from rosa.layers.in_model import layers_of
 
 
 def see_one_run(model: PeftModel, adapter: str) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 
 from rosa.config import RosaConfig
 from rosa.errors import UserError, UserTypeError
-from rosa.layers.sharding import check_unsharded
+from rosa.pretrained.sharding import check_unsharded
 
 # What a folder must not hold already: loading would take it for a part of the export.
 _MODEL_FILES = re.compile(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rosa.algebra.lowrank import are_finite
 from rosa.errors import UserError, UserTypeError, shown
-from rosa.layers.weight import SUPPORTED_DTYPES
+from rosa.pretrained.weight import SUPPORTED_DTYPES
 
 _SHARDED = "_fsdp_wrapped_module."
 _MISSIZED: ContextVar[bool] = ContextVar("_MISSIZED", default=False)

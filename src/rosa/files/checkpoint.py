@@ -13,7 +13,7 @@ from rosa.algebra.subspace import same_fingerprint
 from rosa.errors import UserError, shown
 from rosa.layers.base import RosaLayer
 from rosa.layers.statedict import PARTS
-from rosa.layers.weight import SUPPORTED_DTYPES
+from rosa.pretrained.weight import SUPPORTED_DTYPES
 
 _FLOATS = {str(dtype) for dtype in SUPPORTED_DTYPES}
 _COUNTS = (torch.int64, torch.int32)

@@ -35,7 +35,7 @@ from rosa.config import RosaConfig
 from rosa.errors import UserError, shown
 from rosa.files.beside import check_tensors, check_whole_modules, leaving_missized
 from rosa.layers.drawing import from_file
-from rosa.layers.kinds import rosa_layers
+from rosa.layers.in_model import rosa_layers
 from rosa.registration import ROSA
 
 

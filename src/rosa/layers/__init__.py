@@ -1,1 +1,1 @@
-"""One weight's life: what stands in memory, its adapters, what it computes, what is saved."""
+"""An adapted layer: its adapters, what it computes, what of it is saved. Kinds are in `kinds`."""

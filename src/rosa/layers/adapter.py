@@ -13,7 +13,7 @@ from rosa.algebra import subspace
 from rosa.algebra.lowrank import LowRank
 from rosa.algebra.sketch import Sketch, Watch
 from rosa.config import RosaConfig
-from rosa.layers.sharding import whole
+from rosa.pretrained.sharding import whole
 
 
 class Adapter:

@@ -25,9 +25,9 @@ from rosa.layers.effective import effective_weight
 from rosa.layers.front import Front
 from rosa.layers.kind import Kind
 from rosa.layers.offset import OffsetDict
-from rosa.layers.sharding import check_kept
 from rosa.layers.tracing import is_traced
-from rosa.layers.weight import BaseWeight
+from rosa.pretrained.sharding import check_kept
+from rosa.pretrained.weight import BaseWeight
 
 
 class RosaLayer(Front, BaseTunerLayer, Kind):

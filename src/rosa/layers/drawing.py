@@ -18,7 +18,7 @@ from rosa.algebra.lowrank import LowRank
 from rosa.config import RosaConfig
 from rosa.errors import UserError
 from rosa.layers.adapter import Adapter
-from rosa.layers.sharding import cut_as
+from rosa.pretrained.sharding import cut_as
 
 Factors = tuple[Tensor, Tensor]
 """A ([n,] r, in) and B ([n,] out, r)."""

@@ -17,10 +17,10 @@ from rosa.algebra.lowrank import full_precision, transposed
 from rosa.algebra.sketch import Sketch
 from rosa.errors import UserError
 from rosa.layers.adapter import Adapter
-from rosa.layers.sharding import is_dtensor
 from rosa.layers.tracing import is_traced
-from rosa.layers.versions import unpack
-from rosa.layers.views import MatrixView
+from rosa.pretrained.sharding import is_dtensor
+from rosa.pretrained.versions import unpack
+from rosa.pretrained.views import MatrixView
 
 
 def effective_weight(

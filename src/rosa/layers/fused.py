@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from rosa.algebra.sketch import Sketch
 from rosa.errors import UserError
 from rosa.layers.tracing import is_traced
-from rosa.layers.versions import unpack
+from rosa.pretrained.versions import unpack
 
 
 def can_fuse(base: nn.Module, x: Tensor, factor: Tensor) -> bool:

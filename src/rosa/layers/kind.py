@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from rosa.algebra.lowrank import LowRank
-from rosa.layers.views import MatrixView
+from rosa.pretrained.views import MatrixView
 
 
 class Kind:

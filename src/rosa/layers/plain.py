@@ -13,7 +13,7 @@ from rosa.algebra.sketch import Sketch
 from rosa.layers.adapter import Adapter, watched
 from rosa.layers.base import RosaLayer
 from rosa.layers.tracing import is_traced
-from rosa.layers.versions import Unchanged
+from rosa.pretrained.versions import Unchanged
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 

@@ -20,8 +20,8 @@ from rosa.algebra.lowrank import LowRank
 from rosa.errors import UserError
 from rosa.layers import offset
 from rosa.layers.adapter import Adapter
-from rosa.layers.sharding import is_dtensor, own_part
-from rosa.layers.weight import BaseWeight
+from rosa.pretrained.sharding import is_dtensor, own_part
+from rosa.pretrained.weight import BaseWeight
 
 PARTS = ("rosa_A.{}", "rosa_B.{}", *(f"rosa_offset.{{}}.{part}" for part in offset.PARTS))
 """The keys of an adapter in a layer's state dict, but for its name."""

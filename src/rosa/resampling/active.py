@@ -13,9 +13,9 @@ from rosa.errors import UserError
 from rosa.layers.adapter import Adapter
 from rosa.layers.base import RosaLayer
 from rosa.layers.drawing import Factors
-from rosa.layers.files import WeightFile
-from rosa.layers.kinds import rosa_layers
-from rosa.layers.sharding import (
+from rosa.layers.in_model import rosa_layers
+from rosa.pretrained.files import WeightFile
+from rosa.pretrained.sharding import (
     check_shards,
     is_dtensor,
     is_fully_sharded,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from rosa.layers.adapter import Adapter
-from rosa.layers.sharding import cut_as
+from rosa.pretrained.sharding import cut_as
 from rosa.resampling.optimizers import stepping
 
 

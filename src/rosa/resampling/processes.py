@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rosa.errors import UserError
-from rosa.layers.sharding import are_several
+from rosa.pretrained.sharding import are_several
 
 T = TypeVar("T")
 BUCKET = 64 << 20

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rosa.errors import UserError
 from rosa.layers.adapter import Adapter
-from rosa.layers.sharding import reshard
+from rosa.pretrained.sharding import reshard
 from rosa.resampling.active import Active, active_adapters
 
 

@@ -18,9 +18,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rosa.config import RosaConfig, as_rosa_config
-from rosa.layers.kinds import base_of, kind_of, rosa_layers
-from rosa.layers.linear import RosaLinear
-from rosa.layers.parameter import ParamWrapper
+from rosa.kinds.linear import RosaLinear
+from rosa.kinds.parameter import ParamWrapper
+from rosa.kinds.registry import kind_of
+from rosa.layers.in_model import base_of, rosa_layers
 from rosa.targeting.names import COMPILED
 
 # The heads that PEFT's classes for a task train in full; some add them to the config only once the

@@ -9,7 +9,7 @@ from torch import nn
 
 from rosa.config import RosaConfig
 from rosa.errors import UserError
-from rosa.layers.kinds import layers_of
+from rosa.layers.in_model import layers_of
 
 # Names that files and layers use: of ROSA's own, and of what stands beside adapters in a model.
 _OURS = {"A", "B", "draws", "in_weight", "rosa", "rosa_A", "rosa_B", "rosa_offset", "rosa_dropout"}

@@ -14,9 +14,10 @@ from torch import nn
 
 from rosa.config import RosaConfig
 from rosa.errors import UserError
+from rosa.kinds.parameter import ParamWrapper
+from rosa.kinds.registry import kind_of
 from rosa.layers.base import RosaLayer
-from rosa.layers.kinds import base_of, kind_of
-from rosa.layers.parameter import ParamWrapper
+from rosa.layers.in_model import base_of
 from rosa.targeting.matching import is_target, is_trained_in_full
 
 

@@ -23,13 +23,14 @@ from rosa.algebra.lowrank import are_finite
 from rosa.algebra.subspace import fingerprint
 from rosa.config import RosaConfig
 from rosa.errors import UserError
+from rosa.kinds.parameter import ParamWrapper
+from rosa.kinds.registry import KINDS, kind_of
 from rosa.layers.base import RosaLayer
-from rosa.layers.kinds import KINDS, base_of, kind_of, rosa_layers
-from rosa.layers.memory import check_in_memory
-from rosa.layers.parameter import ParamWrapper
-from rosa.layers.sharding import is_sharded
-from rosa.layers.views import MatrixView
-from rosa.layers.weight import SUPPORTED_DTYPES
+from rosa.layers.in_model import base_of, rosa_layers
+from rosa.pretrained.memory import check_in_memory
+from rosa.pretrained.sharding import is_sharded
+from rosa.pretrained.views import MatrixView
+from rosa.pretrained.weight import SUPPORTED_DTYPES
 from rosa.targeting.matching import is_target, is_trained_in_full
 
 

@@ -23,8 +23,8 @@ from rosa.errors import UserError
 from rosa.layers.base import RosaLayer
 from rosa.layers.plain import linear_product, plain_sum
 from rosa.layers.tracing import is_traced
-from rosa.layers.views import MatrixView
-from rosa.layers.weight import BaseWeight
+from rosa.pretrained.views import MatrixView
+from rosa.pretrained.weight import BaseWeight
 
 _LIBRARIES = ("bitsandbytes", "hqq", "torchao")
 

@@ -11,7 +11,7 @@ from rosa.config import RosaConfig
 from rosa.layers.base import RosaLayer
 from rosa.layers.changed import check_no_dropout, with_changed_weight
 from rosa.layers.tracing import is_traced
-from rosa.layers.views import MatrixView
+from rosa.pretrained.views import MatrixView
 
 
 class ParamWrapper(RosaLayer):

@@ -16,7 +16,7 @@ from rosa.layers.base import RosaLayer
 from rosa.layers.changed import check_no_dropout, is_patched, with_changed_weight
 from rosa.layers.plain import plain_sum
 from rosa.layers.tracing import is_traced
-from rosa.layers.views import MatrixView
+from rosa.pretrained.views import MatrixView
 
 _PLAIN: tuple[type[_ConvNd], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

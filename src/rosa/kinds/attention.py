@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from rosa.algebra.lowrank import LowRank
-from rosa.layers.parameter import ParamWrapper
+from rosa.kinds.parameter import ParamWrapper
 
 
 class RosaMultiheadAttention(ParamWrapper):

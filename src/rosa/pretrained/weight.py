@@ -12,12 +12,12 @@ from torch import Tensor
 from rosa.algebra import subspace
 from rosa.algebra.lowrank import LowRank, add_product, full_precision
 from rosa.errors import UserError
-from rosa.layers.files import WeightFile
-from rosa.layers.memory import check_in_memory
-from rosa.layers.rows import WeightMemory
-from rosa.layers.sharding import is_sharded
-from rosa.layers.versions import Versions, same_state
-from rosa.layers.views import MatrixView
+from rosa.pretrained.files import WeightFile
+from rosa.pretrained.memory import check_in_memory
+from rosa.pretrained.rows import WeightMemory
+from rosa.pretrained.sharding import is_sharded
+from rosa.pretrained.versions import Versions, same_state
+from rosa.pretrained.views import MatrixView
 
 HALF = (torch.float16, torch.bfloat16)
 """The precisions in which an exact copy of a changed weight is kept."""

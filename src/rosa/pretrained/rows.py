@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rosa.algebra.lowrank import LowRank
 from rosa.errors import UserError
-from rosa.layers.sharding import (
+from rosa.pretrained.sharding import (
     cut_as,
     is_dtensor,
     is_fully_sharded,
@@ -19,8 +19,8 @@ from rosa.layers.sharding import (
     own_part,
     whole,
 )
-from rosa.layers.versions import State, Versions
-from rosa.layers.views import MatrixView
+from rosa.pretrained.versions import State, Versions
+from rosa.pretrained.views import MatrixView
 
 
 @dataclass(frozen=True)

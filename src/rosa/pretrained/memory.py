@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from rosa.errors import UserError
-from rosa.layers.sharding import is_sharded
+from rosa.pretrained.sharding import is_sharded
 
 Owners = dict[int, list[tuple[str, Tensor]]]
 """The parameters and buffers of a model with their names, by the block of memory they lie in."""

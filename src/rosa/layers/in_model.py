@@ -1,7 +1,4 @@
-"""The kinds of layers that can be adapted, and where a model has them.
-
-A new kind is a file beside this one, and a name here.
-"""
+"""Where a model has adapted layers."""
 
 from __future__ import annotations
 
@@ -9,25 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from rosa.layers.attention import RosaMultiheadAttention
 from rosa.layers.base import RosaLayer
-from rosa.layers.conv import RosaConv
-from rosa.layers.embedding import RosaEmbedding
-from rosa.layers.linear import RosaLinear
-from rosa.layers.quantized import RosaQuantizedLinear
-
-KINDS: tuple[type[RosaLayer], ...] = (
-    RosaQuantizedLinear,  # bitsandbytes' are linear layers too
-    RosaLinear,
-    RosaEmbedding,
-    RosaConv,
-    RosaMultiheadAttention,
-)
-
-
-def kind_of(module: nn.Module) -> type[RosaLayer] | None:
-    """The kind of layer that a module would become; None if it cannot be adapted."""
-    return next((kind for kind in KINDS if kind.matches(module)), None)
 
 
 def base_of(module: nn.Module) -> nn.Module:

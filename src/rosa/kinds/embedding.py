@@ -12,7 +12,7 @@ from rosa.layers.base import RosaLayer
 from rosa.layers.changed import is_patched, with_changed_weight
 from rosa.layers.plain import plain_sum
 from rosa.layers.tracing import is_traced
-from rosa.layers.views import MatrixView
+from rosa.pretrained.views import MatrixView
 
 
 class RosaEmbedding(RosaLayer):

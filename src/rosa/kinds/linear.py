@@ -15,8 +15,8 @@ from rosa.layers.changed import is_patched, with_changed_weight
 from rosa.layers.fused import adapted_linear, can_fuse
 from rosa.layers.plain import guarded, linear_product, plain_sum
 from rosa.layers.tracing import is_traced
-from rosa.layers.views import MatrixView
-from rosa.layers.weight import SUPPORTED_DTYPES
+from rosa.pretrained.views import MatrixView
+from rosa.pretrained.weight import SUPPORTED_DTYPES
 
 
 class RosaLinear(RosaLayer):
