@@ -21,6 +21,17 @@ from tests.models import Mlp
 FILE = "adapter_model.safetensors"
 
 
+class Wide(torch.nn.Module):
+    """A weight of which a few rounds do not fill the rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(40, 30)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x)
+
+
 def attach(base: Any, **options: Any) -> Any:
     config = {"r": 2, "target_modules": ["first", "middle"], "modules_to_save": ["last"]}
     return get_peft_model(copy.deepcopy(base), RosaConfig(**(config | options))).eval()
@@ -72,6 +83,19 @@ def test_it_is_the_same_model_and_training_goes_on(tmp_path, learns, directions)
     torch.testing.assert_close(small(x), before, rtol=0, atol=1e-4)
     moved(small)
     resample(small)
+
+
+@pytest.mark.parametrize("learns", ["both", "A", "B"])
+@pytest.mark.parametrize("rounds", [1, 2, 3, 5])
+def test_no_file_is_longer_than_the_one_that_was_trained(tmp_path, learns, rounds):
+    base, x = Wide(), torch.randn(5, 40)
+    model = trained(base, rounds, trained=learns, target_modules=["first"], modules_to_save=None)
+    model.save_pretrained(tmp_path / "whole")
+    export_rosa(model, tmp_path / "small")
+    sizes = [(tmp_path / name / FILE).stat().st_size for name in ("small", "whole")]
+    assert sizes[0] <= sizes[1]
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "small").eval()
+    torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

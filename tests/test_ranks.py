@@ -53,6 +53,15 @@ def test_those_of_a_rank_are_the_best_of_each(rank):
         assert relative_error(whole[name], change) == pytest.approx(float(error), abs=1e-7)
 
 
+def test_a_rank_above_that_of_every_change_pads_nothing():
+    whole = changes()
+    most = max(change.rank for change in whole.values())
+    full = max(min(SHAPES[name][-2:]) for name in whole)
+    assert most < full
+    for change in within(Budget(full), whole).values():
+        assert change.rank == most
+
+
 @pytest.mark.parametrize("energy", [0.3, 0.9, 0.999, 1.0])
 def test_an_energy_is_kept_by_few_numbers(energy):
     whole = changes()

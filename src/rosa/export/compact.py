@@ -33,7 +33,8 @@ def export_rosa(
 
     So it has as many terms as the change has rank, and may be rounded, or cut to fewer, without
     harm to the part of the pretrained weight that factors else hold. Their product is zero: A is as
-    it was and B is zero (with ``trained="A"`` the other way round); training goes on from there.
+    it was and B is zero (with ``trained="A"`` the other way round); training goes on from there. A
+    layer that this would make larger is written as it is, where nothing is cut or rounded.
 
     Args:
         model: a `PeftModel` with ROSA, wrapped or not; left as it is.
@@ -72,6 +73,8 @@ def write_rosa(
         offset = kept[name]
         if one.drawn() is not None:  # the last terms are what was drawn: nothing of the weight
             offset = offset + LowRank(-b.to(offset.dtype), a.to(offset.dtype))
+        if budget.is_all and offset.rank > state[f"{name}.rosa_offset.A"].shape[-2]:
+            continue  # a short training's is as short as it can be
         for key, value in (
             *(("rosa_A", a), ("rosa_B", b)),
             *(("rosa_offset.A", offset.A), ("rosa_offset.B", offset.B)),
