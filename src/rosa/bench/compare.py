@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from rosa.bench import runs
-from rosa.bench.cells import Job, run_all
+from rosa.bench.cell import Job
+from rosa.bench.cells import run_all
 from rosa.bench.checking import check
+from rosa.bench.executors import Executor, find_executor
 from rosa.bench.methods import METHODS, find_method
 from rosa.bench.record import best_record, read_record
 from rosa.bench.settings import RunSettings, convert
@@ -156,6 +158,7 @@ def compare(
     jobs: int = 1,
     console: Console | None = None,
     before: Mapping[str, float] | None = None,
+    executor: str = "processes",
 ) -> dict[str, str]:
     """Train every cell that is not finished; returns the reasons of those that failed, by name.
 
@@ -165,6 +168,7 @@ def compare(
         jobs: cells that train at a time, each in a process of its own with its share of the cores.
         console: where progress is shown; None makes one.
         before: metrics of the pretrained model, for the report to show beside the trained ones.
+        executor: where they train: in processes of this machine, or as tasks of ray.
 
     Raises:
         ValueError, FileNotFoundError: a setting is of no use, or the folder holds something else
@@ -176,6 +180,7 @@ def compare(
     console = console or Console()
     if jobs < 1:
         raise UserError(f"jobs must be at least 1, got {jobs}")
+    made_by = find_executor(executor)
     longest = base.max_length or usual_length(base.train)
     base = replace(base, hold_out=True, max_length=longest)
     cells = [
@@ -201,7 +206,8 @@ def compare(
         about = _shared(base) if before is None else {**_shared(base), "before": dict(before)}
         runs.write_json(base.output / COMPARISON, about)
         tuning = [cell for cell in cells if cell.seed == grid.seeds[0]]
-        failures = _train_all(base, tuning, jobs, "tuning", console)
+        maker = made_by(jobs)
+        failures = _train_all(base, tuning, maker, "tuning", console)
         chosen = {}
         for cell in tuning:
             chosen.setdefault(cell.group, []).append(cell)
@@ -209,7 +215,9 @@ def compare(
         rest = [
             cell for cell in cells if cell.seed != grid.seeds[0] and cell.lr == best[cell.group]
         ]
-        return {**failures, **_train_all(base, rest, jobs, "seeds", console)}
+        failures |= _train_all(base, rest, maker, "seeds", console)
+        maker.close()
+        return failures
     finally:
         lock.release()
 
@@ -252,11 +260,11 @@ def _best(folder: Path, cells: list[Cell]) -> float | None:
 
 
 def _train_all(
-    base: RunSettings, cells: list[Cell], jobs: int, title: str, console: Console
+    base: RunSettings, cells: list[Cell], executor: Executor, title: str, console: Console
 ) -> dict[str, str]:
     """Train what is not finished; returns why cells failed, by name."""
     todo = [cell for cell in cells if not runs.is_done(base.output / cell.name)]
     done = len(cells) - len(todo)
     console.print(f"{title}: {len(cells)} cells, {done} of them finished before")
     made = [Job(_settings_of(base, cell), cell.variant.name) for cell in todo]
-    return run_all(made, jobs, title, console)
+    return run_all(made, executor, title, console)

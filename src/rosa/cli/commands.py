@@ -201,6 +201,17 @@ def train(
         print(f"pushed to {push(trained_place(given['output']), push_to_hub)}")
 
 
+Executor = Annotated[
+    str,
+    option(
+        TRAINING,
+        "Where cells train: processes (of this machine), or ray (tasks of a cluster that is "
+        "running, else of a local one).",
+        everyday=False,
+    ),
+]
+
+
 @command()
 @takes(*SHARED)
 def compare(
@@ -223,6 +234,7 @@ def compare(
     ] = [],  # noqa: B006
     seeds: Annotated[str, option(TRAINING, "Seeds, with commas.")] = "0,1,2",
     jobs: Annotated[int, option(TRAINING, "Cells to train at a time.")] = 1,
+    executor: Executor = "processes",
     **given: Any,
 ) -> None:
     """Compare methods, ranks and rates on one task, with equal tuning.
@@ -241,7 +253,8 @@ def compare(
     from rosa.bench.report.writing import write_report
 
     grid = make_grid(_words(methods), _integers("ranks", ranks), lrs, _integers("seeds", seeds))
-    failures = run(replace(settings_of(given), record_changes=True), grid, jobs)
+    settings = replace(settings_of(given), record_changes=True)
+    failures = run(settings, grid, jobs, executor=executor)
     write_report(given["output"], Console())
     _complain_of(failures)
 
@@ -295,6 +308,7 @@ def shift(
     ] = [],  # noqa: B006
     seeds: Annotated[str, option(TRAINING, "Seeds, with commas.")] = "0",
     jobs: Annotated[int, option(TRAINING, "Cells to train at a time.")] = 2,
+    executor: Executor = "processes",
     config: Config = None,
     **given: Any,
 ) -> None:
@@ -315,8 +329,10 @@ def shift(
     from rosa.bench import shift as world
     from rosa.bench.compare import compare as run
     from rosa.bench.compare import make_grid
+    from rosa.bench.executors import find_executor
     from rosa.bench.report.writing import write_report
 
+    find_executor(executor)
     names = _words(methods)
     rates = lrs or world.rates_for(names)
     grid = make_grid(names, _integers("ranks", ranks), rates, _integers("seeds", seeds))
@@ -334,7 +350,7 @@ def shift(
         {**given, "model": found.model, "task": "corpus", "data": found.data}
         | {"target_modules": target_modules, "record_changes": True}
     )
-    failures = run(settings, grid, jobs, console, before=found.start)
+    failures = run(settings, grid, jobs, console, found.start, executor)
     write_report(output, console)
     _complain_of(failures)
 

@@ -42,7 +42,10 @@ def main() -> None:
         interrupt = _interrupt_of(stop)
         if interrupt is None:
             raise
-        saved = "stopped; with --resume, `rosa train` goes on from its last checkpoint"
+        saved = (
+            "stopped; `rosa train` goes on from its last checkpoint with --resume, a comparison by "
+            "the same command"
+        )
         _complain(str(interrupt) or saved)
         sys.exit(getattr(interrupt, "code", 130))
     except Exception as error:

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from rosa.bench import runs
-from rosa.bench.cells import ERROR
+from rosa.bench.cell import ERROR
 from rosa.bench.compare import COMPARISON
 from rosa.bench.record import Record, best_record, read_record
 from rosa.errors import UserError
