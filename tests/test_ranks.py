@@ -53,13 +53,15 @@ def test_those_of_a_rank_are_the_best_of_each(rank):
         assert relative_error(whole[name], change) == pytest.approx(float(error), abs=1e-7)
 
 
-def test_a_rank_above_that_of_every_change_pads_nothing():
+def test_a_rank_above_that_of_every_change_pads_nothing_unless_told_to():
     whole = changes()
     most = max(change.rank for change in whole.values())
     full = max(min(SHAPES[name][-2:]) for name in whole)
     assert most < full
     for change in within(Budget(full), whole).values():
         assert change.rank == most
+    for change in within(Budget(full, uniform=True), whole).values():
+        assert change.rank == full
 
 
 @pytest.mark.parametrize("energy", [0.3, 0.9, 0.999, 1.0])

@@ -428,7 +428,7 @@ def export(
         bool,
         typer.Option(
             "--uniform-rank",
-            help="An adapter: one rank for all layers, the smallest that keeps as much.",
+            help="An adapter: one rank for all layers, the smallest that keeps as much, or --rank.",
         ),
     ] = False,
     dtype: Annotated[

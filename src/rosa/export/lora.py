@@ -60,7 +60,7 @@ def export_lora(
         energy: or keep this share of the changes' squared norms over all weights, by as few numbers
             as that takes.
         uniform_rank: let all weights have one rank, as some servers ask for: the smallest one that
-            keeps as much.
+            keeps as much; with `rank` that one, even if zeros are added to reach it.
         dtype: of the numbers in the file; None leaves them in the offset's, which is exact.
 
     Returns:

@@ -22,8 +22,8 @@ class Budget:
     """How much of the changes is kept.
 
     Attributes:
-        rank: so many terms for every weight, or as many as the change of most terms has; None for
-            no such bound.
+        rank: so many terms for every weight, or as many as the change of most terms has if those
+            are fewer and not `uniform`; None for no such bound.
         energy: the share of the changes' squared Frobenius norms, over all weights, that is kept by
             as few numbers as that takes; None for no such bound.
         uniform: all weights have one rank, the smallest that keeps as much.
@@ -85,8 +85,9 @@ def within(budget: Budget, changes: Mapping[str, LowRank]) -> dict[str, LowRank]
                 f"rank {budget.rank} is beyond that of any weight here ({full}): give a smaller "
                 "one, or none for the exact export"
             )
-        most = max(1, *(change.rank for change in changes.values()))  # of no use beyond
-        ranks = dict.fromkeys(changes, min(budget.rank, most))
+        most = max(1, *(change.rank for change in changes.values()))
+        # Terms beyond are zeros, which only adapters that must be of one rank have a use for.
+        ranks = dict.fromkeys(changes, budget.rank if budget.uniform else min(budget.rank, most))
     elif budget.energy is not None and budget.uniform:
         ranks = dict.fromkeys(changes, _rank_keeping(budget.energy, changes))
     elif budget.energy is not None:
