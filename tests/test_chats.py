@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -113,8 +114,14 @@ TURN = [USER, ASSISTANT]
         ({"messages": [TOOL, ASSISTANT]}, "message 1 is the tool's, at the beginning, where the"),
         ({"messages": [USER, *TURN]}, "2 is the user's, after the user's, where the assistant's"),
         ({"messages": [*TURN, ASSISTANT]}, "where the user's or the tool's belongs: join the two"),
-        ({"messages": [*TURN, SYSTEM, *TURN]}, "message 3 is the system's, after the assistant's"),
+        (
+            {"messages": [*TURN, SYSTEM, *TURN]},
+            "where the user's or the tool's belongs: put it first",
+        ),
         ({"messages": [SYSTEM, ASSISTANT]}, "where the user's belongs: leave it out, or put one"),
+        ({"messages": [USER, {**ASSISTANT, "tool_calls": [1]}]}, "message 2 has tool_calls, which"),
+        ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, "message 2 has weight 0"),
+        ({"messages": [{**USER, "content": "a \ud800"}, ASSISTANT]}, "row 2 has half of a char"),
         ({"messages": [*TURN, USER]}, "row 2 ends with the user's message, which nothing answers"),
         ({"messages": [*TURN, TOOL]}, "row 2 ends with the tool's message, which nothing answers"),
     ],
@@ -203,9 +210,41 @@ def test_what_is_cut_is_told(model, tmp_path, capsys):
     files += ["--validation", write_chats(tmp_path / "v.jsonl")]
     run("train", "--model", model, *files, *QUICK, "--output", tmp_path / "run")
     printed = capsys.readouterr().out
-    assert "10 of 20 texts have nothing to learn within the first 32 tokens" in printed
-    assert "rows of the file: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10" in " ".join(printed.split())
+    said = " ".join(printed.split())
+    assert "t.jsonl: 10 of 20 texts have nothing to learn within the first 32 tokens" in said
+    assert "(rows 1, 2, 3, 4, 5, 6, 7, 8, 9, 10)" in said
     assert "10 of 10 training texts reach 32 tokens" in printed
+
+
+def test_of_many_rows_the_first_ten_are_named_and_of_which_file(model, tmp_path, capsys):
+    long = {"messages": [{"role": "user", "content": words(30, 30)}, ASSISTANT]}
+    path = write_chats(tmp_path / "t.jsonl", [long] * 30 + [chat() for _ in range(30)])
+    other = write_chats(tmp_path / "v.jsonl", [chat(), long])
+    files = ["--train", path, "--validation", other]
+    run("train", "--model", model, *files, *QUICK, "--output", tmp_path / "run")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "t.jsonl: 30 of 60 texts have" in said
+    assert "(rows 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, ...)" in said
+    assert "v.jsonl: 1 of 2 texts have" in said
+    assert "(row 2)" in said
+    write_chats(other, [long])
+    how = ["--model", model, *files, *QUICK, "--output", tmp_path / "other"]
+    said = " ".join(fails(capsys, "train", *how).split())
+    assert "v.jsonl (row 1): no completion or answer is within the first 32 tokens" in said
+    rows = [{"messages": [*TURN]} for _ in range(9)] + [long]
+    path, seen = write_chats(path, rows), set()
+    for seed in range(30):  # which row is held out
+        how = ["--model", model, "--train", path, *QUICK, "--seed", seed, "--dry-run"]
+        with contextlib.suppress(SystemExit):
+            run("train", *how, "--output", tmp_path / "dry")
+        captured = capsys.readouterr()
+        said = " ".join((captured.out + captured.err).split())
+        seen |= {
+            text
+            for text in ("the rows held out to validate (row 10): no", "1 of 9")
+            if text in said
+        }
+    assert len(seen) == 2
 
 
 def test_a_given_template_and_trls_own_form_of_a_known_one(tmp_path, capsys):

@@ -102,6 +102,13 @@ def test_what_cannot_write_is_told(folder, tmp_path, capsys):
     bare = save_with_tokenizer(tiny_gpt2(), tmp_path / "bare")
     empty = tmp_path / "empty.jsonl"
     empty.write_text(json.dumps({"prompt": ""}))
+    long = tmp_path / "long.jsonl"
+    long.write_text("\n".join(json.dumps({"prompt": "film " * n}) for n in (1, 40)))
+    user, system, own = ({"role": r, "content": "a"} for r in ("user", "system", "assistant"))
+    chats = {}
+    for name, messages in {"system": [system], "twice": [user, own, own], "own": [own]}.items():
+        chats[name] = tmp_path / f"{name}.jsonl"
+        chats[name].write_text(json.dumps({"messages": messages}))
     out = folder / "run"
     for how, message in [
         ([encoder, "--prompt", "a"], "writes no text, as a classifier"),
@@ -111,6 +118,12 @@ def test_what_cannot_write_is_told(folder, tmp_path, capsys):
         ([out, "--prompt", "a", "--system", "b"], "--system is of a chat"),
         ([bare, "--message", "a"], "has no chat template: give a --prompt"),
         ([out, "--file", empty], "row 1 has no prompt"),
+        ([out, "--file", long], "long.jsonl: row 2: the prompt has 40 tokens, the model reads 32"),
+        ([out, "--file", chats["system"]], "row 1 has nothing to answer: no message of the user"),
+        ([out, "--file", chats["twice"]], "row 1: message 3 is the assistant's, after the"),
+        ([out, "--file", chats["own"]], "row 1: message 1 is the assistant's, at the beginning"),
+        ([out, "--message", " "], "--message is empty"),
+        ([out, "--message", "a", "--system", ""], "--system is empty"),
         ([out, "--prompt", "film " * 40], "has 40 tokens, the model reads 32 in all"),
         ([out, "--prompt", " "], "the prompt has no words"),
         ([out, "--prompt", "a", "--temperature", -1], "temperature must not be negative"),

@@ -55,12 +55,36 @@ def test_every_command_takes_a_file_of_its_options(capsys, tmp_path, command):
     assert "is not there" in fails(capsys, command, "--config", tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize("line", ["seed: one", "steps: [1, 2]", "lr: {a: 1}"])
+@pytest.mark.parametrize("line", ["seed: one", "steps: 1.5", "lr: fast"])
 def test_a_wrong_value_in_a_file_is_told_with_the_file(basics, tmp_path, capsys, line):
     (tmp_path / "c.yaml").write_text(line + "\n")
     said = fails(capsys, "train", *basics, "--config", tmp_path / "c.yaml")
     assert f"c.yaml: {line.partition(':')[0]}: Input should be a valid" in said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("model: [m]", "model takes one value, got ['m']"),
+        ("precision: no", "precision takes one value, got False: quote a word"),
+        ("rank: true", "rank takes one value, got True"),
+        ("lr: {a: 1}", "lr takes one value, got {'a': 1}"),
+        ("batch_size: 4\nbatch-size: 2", "has batch_size twice"),
+    ],
+)
+def test_a_value_of_another_kind_is_told_with_the_file(basics, tmp_path, capsys, content, said):
+    (tmp_path / "c.yaml").write_text(content + "\n")
+    told = fails(capsys, "train", *basics, "--config", tmp_path / "c.yaml")
+    assert f"c.yaml: {said}" in told or f"c.yaml {said}" in told
+
+
+def test_several_values_may_be_a_list_and_null_is_no_value(capsys, tmp_path):
+    (tmp_path / "c.yaml").write_text(
+        "methods: [rosa, no_such]\nmodel: m\nranks: [2, 4]\nseeds: null\n"
+    )
+    said = fails(capsys, "compare", "--config", tmp_path / "c.yaml", "--output", tmp_path / "o")
+    assert "unknown method 'no_such'" in said
 
 
 def test_what_a_file_says_is_taken_and_what_is_given_wins(basics, tmp_path, capsys):

@@ -157,6 +157,11 @@ BAD = {
         "row 1, chosen: the role of message 1 is 'robot'",
     ),
     "the user answers": ([{**CHATS, "chosen": message("user", "x")}], "begins with the user"),
+    "the user last": (
+        [{**CHATS, "chosen": CHATS["chosen"] + message("user", "x")}],
+        "row 1, chosen, ends with the user's message, which nothing answers",
+    ),
+    "a prompt missing": ([GOOD, {**GOOD, "prompt": None}], "row 2 has nothing in column 'prompt'"),
     "no order": (
         [{**CHATS, "prompt": CHATS["prompt"] + message("assistant", "x")}],
         "row 1, chosen after its prompt: message 3 is the assistant's, after the assistant's",
@@ -175,6 +180,18 @@ def test_rows_that_are_no_preferences_are_named(model, tmp_path, capsys, case):
     how = ["--model", model, "--train", path, *QUICK, "--output", tmp_path / "run"]
     assert text in fails(capsys, "train", *how)
     assert not (tmp_path / "run").exists()
+
+
+def test_files_of_two_forms_are_refused(model, tmp_path, capsys):
+    texts, chats = (
+        write(tmp_path / f"{kind}.jsonl", [preference(kind) for _ in range(20)])
+        for kind in ("texts", "chats")
+    )
+    for one, other in ((texts, chats), (chats, texts)):
+        how = ["--train", one, "--validation", other, *QUICK, "--output", tmp_path / "run"]
+        said = " ".join(fails(capsys, "train", "--model", model, *how).split())
+        assert f"{other.name}: row 1 is a" in said
+        assert "write both alike" in said
 
 
 def test_what_preferences_do_not_go_with_is_said(model, tmp_path, capsys):

@@ -224,7 +224,7 @@ def test_gpt2s_path(name, tmp_path, trainers, monkeypatch):
 def test_a_recipe_is_compared_with_lora(name, settings_by, monkeypatch, tmp_path):
     settings, taken = settings_by(name), []
     monkeypatch.setattr(
-        "rosa.bench.compare.compare", lambda base, grid, jobs: taken.append((base, grid)) or {}
+        "rosa.bench.compare.compare", lambda base, grid, *_, **__: taken.append((base, grid)) or {}
     )
     monkeypatch.setattr("rosa.bench.report.writing.write_report", lambda *_: None)
     run("compare", "--recipe", RECIPES / name, "--output", tmp_path / "cmp")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from abc import ABC, abstractmethod
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -130,11 +132,14 @@ class Ray(Executor):
         import ray
 
         self._is_ours = not ray.is_initialized()
+        ended = signal.getsignal(signal.SIGTERM)
         if self._is_ours:
             try:
                 ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise UserError(f"--executor ray: no cluster can be reached: {error}") from error
+        if threading.current_thread() is threading.main_thread() and callable(ended):
+            signal.signal(signal.SIGTERM, ended)  # Ray's own would abort this process
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         cores = [int(node.get("CPU", 0)) for node in nodes if node.get("CPU", 0) >= 1]
         has_gpus = any(node.get("GPU", 0) >= 1 for node in nodes)

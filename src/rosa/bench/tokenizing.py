@@ -10,13 +10,17 @@ from itertools import chain, compress, count
 from operator import not_
 from typing import Any
 
-from jinja2 import TemplateError  # comes with torch
-
+from rosa.bench.encoding import (
+    Encoded,
+    chat_encoder,
+    encode_text,
+    pair_of_chats,
+    pair_of_texts,
+)
 from rosa.bench.processes import say
 from rosa.bench.settings import RunSettings
 from rosa.bench.tasks.chat import usual_length
 from rosa.bench.tasks.task import Task
-from rosa.bench.templates import learned_template
 from rosa.errors import UserError
 
 ANSWER_IDS = ("chosen_ids", "rejected_ids")
@@ -36,7 +40,8 @@ def tokenize(
         ValueError: a text is shorter than one piece; no completion is within the longest length.
     """
     asked = settings.max_length or usual_length(settings.train)
-    longest = min(asked, reads or asked, tokenizer.model_max_length)
+    most = min(reads or tokenizer.model_max_length, tokenizer.model_max_length)
+    longest = min(asked, most)
     if longest < 1:
         raise UserError(
             f"method {settings.method} leaves no place for a text: the model has {-longest} too "
@@ -45,19 +50,23 @@ def tokenize(
     way_out = "raise --max-length"
     if longest < asked:
         say(f"the model reads {longest} tokens at most: longer texts are cut there")
+    if longest == most:
         way_out = "the model reads no more, so shorten what comes before, or take one that does"
     if task.packed:
         return {name: _packed(name, part, tokenizer, longest) for name, part in _parts(task)}
     if task.is_preference:
         encode = partial(_tokenize_preferences, tokenizer, way_out)
     elif task.kind == "language":
-        chat = _encode_chat(tokenizer, settings.loss_on) if task.is_chat else None
+        chat = chat_encoder(tokenizer, settings.loss_on) if task.is_chat else None
         encode = partial(
-            _tokenize_language, encode=chat or partial(_encode_text, tokenizer), way_out=way_out
+            _tokenize_language, encode=chat or partial(encode_text, tokenizer), way_out=way_out
         )
     else:
         encode = partial(_tokenize, task, tokenizer)
-    rows = {name: encode(part, longest) for name, part in _parts(task)}
+    if task.kind == "language":
+        rows = {n: encode(part, longest, _place(settings, n)) for n, part in _parts(task)}
+    else:
+        rows = {name: encode(part, longest) for name, part in _parts(task)}
     cut = sum(length >= longest for length in lengths(rows["train"]))
     if cut:
         say(f"{cut} of {len(rows['train'])} training texts reach {longest} tokens (--max-length)")
@@ -142,12 +151,8 @@ def _no_warning_of_length(tokenizer: Any) -> Iterator[None]:
         tokenizer.model_max_length = before
 
 
-Encoded = tuple[list[int], list[int]]
-"""Token ids and labels of a whole text; a label of -100 is left out of the loss."""
-
-
 def _tokenize_language(
-    rows: Any, longest: int, encode: Callable[[dict[str, Any]], Encoded], way_out: str
+    rows: Any, longest: int, place: str, encode: Callable[[dict[str, Any]], Encoded], way_out: str
 ) -> Any:
     """Token ids with labels, cut at the longest length; rows with nothing left to learn go."""
 
@@ -160,6 +165,7 @@ def _tokenize_language(
         encoded,
         rows,
         lambda row: any(label != -100 for label in row["labels"]),
+        place,
         f"no completion or answer is within the first {longest} tokens: {way_out}",
         f"texts have nothing to learn within the first {longest} tokens: they are left out; "
         f"{way_out}",
@@ -167,64 +173,44 @@ def _tokenize_language(
 
 
 def _only(
-    encoded: Any, rows: Any, is_learned: Callable[[dict[str, Any]], bool], none: str, some_not: str
+    encoded: Any,
+    rows: Any,
+    is_learned: Callable[[dict[str, Any]], bool],
+    place: str,
+    none: str,
+    some_not: str,
 ) -> Any:
     """The rows of which something is learned; an error if there are none, else which ones go."""
     learned = [is_learned(row) for row in encoded]
-    if not any(learned):
-        raise UserError(none)
     if all(learned):
         return encoded
     lost = list(compress(count(), map(not_, learned)))
+    named = ""
     if "row" in rows.column_names:
-        names = sorted(rows[lost[:_NAMED]]["row"])
-        some_not += f"; rows of the file: {', '.join(map(str, names))}"
-        some_not += ", ..." if len(lost) > _NAMED else ""
-    say(f"{len(lost)} of {len(rows)} {some_not}")
+        numbers = sorted(rows["row"][i] for i in lost)
+        more = ", ..." if len(lost) > _NAMED else ""
+        named = f" (row{'s' * (len(lost) > 1)} {', '.join(map(str, numbers[:_NAMED]))}{more})"
+    if not any(learned):
+        raise UserError(f"{place}{named}: {none}")
+    say(f"{place}: {len(lost)} of {len(rows)} {some_not}{named}")
     return encoded.select(list(compress(count(), learned)))
 
 
-def _encode_text(tokenizer: Any, row: dict[str, str]) -> Encoded:
-    """A text, or a prompt with a completion, of which the completion alone is learned."""
-    prompt, text = row.get("prompt", ""), row.get("text", row.get("completion", ""))
-    if prompt and not prompt[-1].isspace() and not text[:1].isspace():
-        text = " " + text
-    before = tokenizer(prompt)["input_ids"] if prompt else []
-    if before and before[-1] == tokenizer.eos_token_id:
-        before = before[:-1]
-    after = tokenizer(text, add_special_tokens=not before)["input_ids"]
-    if not after or after[-1] != tokenizer.eos_token_id:
-        after = [*after, tokenizer.eos_token_id]
-    return [*before, *after], [*[-100] * len(before), *after]
+def _place(settings: RunSettings, name: str) -> str:
+    """Where the rows of a part are from."""
+    files = {"train": settings.train, "validation": settings.validation}
+    if settings.hold_out:
+        files = {"train": settings.train, "test": settings.validation}
+    if (file := files.get(name)) is not None:
+        return str(file)
+    if name == "validation" and settings.train is not None:
+        return f"{settings.train}, the rows held out to validate"
+    return f"the {name} data"
 
 
-def _encode_chat(tokenizer: Any, loss_on: str) -> Callable[[dict[str, Any]], Encoded]:
-    """What makes tokens of a chat, by its template."""
-    template, answers = learned_template(tokenizer, loss_on), loss_on == "answers"
-
-    def encode(row: dict[str, Any]) -> Encoded:
-        how = {"chat_template": template, "return_assistant_tokens_mask": answers}
-        found = _by_template(tokenizer, row, row["messages"], **how)
-        ids = found["input_ids"]
-        learned = found["assistant_masks"] if answers else [1] * len(ids)
-        return ids, [i if own else -100 for i, own in zip(ids, learned, strict=True)]
-
-    return encode
-
-
-def _by_template(tokenizer: Any, row: dict[str, Any], messages: Any, **how: Any) -> Any:
-    """What a tokenizer makes of messages by its template; if it cannot, the row is named."""
-    try:
-        return tokenizer.apply_chat_template(messages, return_dict=True, **how)
-    except TemplateError as error:
-        raise UserError(
-            f"the chat template cannot take the chat in row {row['row']}: {error}"
-        ) from error
-
-
-def _tokenize_preferences(tokenizer: Any, way_out: str, rows: Any, longest: int) -> Any:
+def _tokenize_preferences(tokenizer: Any, way_out: str, rows: Any, longest: int, place: str) -> Any:
     """Ids of prompts and of both answers, cut at the longest length; rows without a choice go."""
-    encode = _pair_of_chats if isinstance(rows[0]["prompt"], list) else _pair_of_texts
+    encode = pair_of_chats if isinstance(rows[0]["prompt"], list) else pair_of_texts
 
     def cut(row: dict[str, Any]) -> dict[str, list[int]]:
         (prompt, chosen), (other, rejected) = (
@@ -245,28 +231,11 @@ def _tokenize_preferences(tokenizer: Any, way_out: str, rows: Any, longest: int)
         encoded,
         rows,
         lambda row: row["chosen_ids"] != row["rejected_ids"],
+        place,
         f"no two answers differ within the first {longest} tokens: {way_out}",
         f"preferences do not differ within the first {longest} tokens: they are left out; "
         f"{way_out}",
     )
-
-
-def _pair_of_texts(tokenizer: Any, row: dict[str, Any], answer: str) -> Encoded:
-    """A prompt's ids, and those of an answer."""
-    ids, labels = _encode_text(tokenizer, {"prompt": row["prompt"], "completion": answer})
-    start = sum(label == -100 for label in labels)
-    return ids[:start], ids[start:]
-
-
-def _pair_of_chats(tokenizer: Any, row: dict[str, Any], answer: list[dict[str, str]]) -> Encoded:
-    """A prompt's ids, and those of an answer, by the chats' template."""
-    asked = _by_template(tokenizer, row, row["prompt"], add_generation_prompt=True)["input_ids"]
-    whole = _by_template(tokenizer, row, row["prompt"] + answer)["input_ids"]
-    start = next(
-        (i for i, (a, b) in enumerate(zip(asked, whole, strict=False)) if a != b),
-        min(len(asked), len(whole)),
-    )
-    return whole[:start], whole[start:]
 
 
 def _together(rows: Any, longest: int) -> Any:

@@ -83,13 +83,19 @@ class Writer:
         inputs = self._inputs(prompt)
         length = inputs["input_ids"].shape[1]
         room = self.reads - length
-        if room < 1:
-            raise UserError(f"the prompt has {length} tokens, the model reads {self.reads} in all")
         with torch.no_grad():
             found = self.model.generate(
                 **inputs, generation_config=self._config(room), streamer=streamer
             )
         return self.tokenizer.decode(found[0, length:], skip_special_tokens=True)
+
+    def check(self, path: Path, prompts: list[Prompt]) -> None:
+        """Raise UserError, which names the row of the file, if one cannot be gone on with."""
+        for row, prompt in enumerate(prompts, start=1):
+            try:
+                self._inputs(prompt)
+            except UserError as error:
+                raise UserError(f"{path}: row {row}: {error}") from error
 
     def check_chats(self) -> None:
         """Raise UserError if the tokenizer makes no texts of chats."""
@@ -117,6 +123,9 @@ class Writer:
                 )
             except TemplateError as error:
                 raise UserError(f"the chat template cannot take these messages: {error}") from error
+        length = found["input_ids"].shape[1]
+        if length >= self.reads:
+            raise UserError(f"the prompt has {length} tokens, the model reads {self.reads} in all")
         return {n: v.to(self.model.device) for n, v in found.items()}
 
     def _config(self, room: int) -> GenerationConfig:

@@ -55,7 +55,10 @@ def _read_recipe(context: typer.Context, recipe: Path | None) -> Path | None:
         raise UserError(f"{recipe} is not YAML: {reason}") from error
     if not isinstance(found, dict):
         raise UserError(f"{recipe} holds no options: write a line each, as batch_size: 16")
-    found = {str(name).replace("-", "_"): value for name, value in found.items()}
+    names = [str(name).replace("-", "_") for name in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"{recipe} has {twice} twice")
+    found = {n: v for n, v in zip(names, found.values(), strict=True) if v is not None}
     known = {parameter.name: parameter for parameter in context.command.params}
     if "recipe" in known and "methods" in known:
         found = _as_comparison(found)
@@ -63,13 +66,27 @@ def _read_recipe(context: typer.Context, recipe: Path | None) -> Path | None:
     if unknown:
         names = ", ".join(map(repr, unknown))
         raise UserError(f"{recipe}: not among the options of this command: {names}")
-    found = {
-        name: _as_list(value) if getattr(known[name], "multiple", False) else value
-        for name, value in found.items()
-    }
+    found = {name: _as_given(recipe, known[name], value) for name, value in found.items()}
     context.default_map = {**(context.default_map or {}), **found}
     context.meta[FILE] = recipe
     return recipe
+
+
+WITH_COMMAS = ("methods", "ranks", "seeds", "models", "lrs")
+"""Options of several values in one text, which in a file may be a list."""
+
+
+def _as_given(recipe: Path, option: Any, value: Any) -> Any:
+    """A file's value as the command line would have it; UserError if it is of another kind."""
+    if getattr(option, "multiple", False):
+        return _as_list(value)
+    if option.name in WITH_COMMAS and isinstance(value, list):
+        return ",".join(map(str, value))
+    is_switch = getattr(option, "is_flag", False)
+    if isinstance(value, (list, dict)) or (isinstance(value, bool) and not is_switch):
+        hint = ": quote a word such as yes, no or true" if isinstance(value, bool) else ""
+        raise UserError(f"{recipe}: {option.name} takes one value, got {value!r}{hint}")
+    return value
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -250,13 +267,11 @@ def compare(
     """
     from rosa.bench.compare import compare as run
     from rosa.bench.compare import make_grid
-    from rosa.bench.report.writing import write_report
 
     grid = make_grid(_words(methods), _integers("ranks", ranks), lrs, _integers("seeds", seeds))
     settings = replace(settings_of(given), record_changes=True)
     failures = run(settings, grid, jobs, executor=executor)
-    write_report(given["output"], Console())
-    _complain_of(failures)
+    _end(given["output"], failures, Console())
 
 
 @command()
@@ -330,7 +345,6 @@ def shift(
     from rosa.bench.compare import compare as run
     from rosa.bench.compare import make_grid
     from rosa.bench.executors import find_executor
-    from rosa.bench.report.writing import write_report
 
     find_executor(executor)
     names = _words(methods)
@@ -351,8 +365,7 @@ def shift(
         | {"target_modules": target_modules, "record_changes": True}
     )
     failures = run(settings, grid, jobs, console, found.start, executor)
-    write_report(output, console)
-    _complain_of(failures)
+    _end(output, failures, console)
 
 
 @command()
@@ -608,10 +621,14 @@ def generate(
         raise UserError("give one of --prompt, --message and --file")
     if system is not None and (prompt is not None or file is not None):
         raise UserError("--system is of a chat: a file's messages have their own, a prompt none")
+    for name, text in (("--message", message), ("--system", system)):
+        if text is not None and not text.strip():
+            raise UserError(f"{name} is empty: say something, or leave it out")
     sampling = writing.Sampling(max_new_tokens, temperature, top_p, seed)
     prompts = None if file is None else writing.prompts_of(file)
     writer = writing.Writer(folder, model, sampling)
-    if prompts is not None:
+    if file is not None and prompts is not None:
+        writer.check(file, prompts)
         for each in prompts:
             row = {"prompt": each, "text": writer.write(each)}
             print(json.dumps(row, ensure_ascii=False), flush=True)
@@ -651,7 +668,15 @@ def demo(
     run(output, seed, overwrite, Console())
 
 
-def _complain_of(failures: dict[str, str]) -> None:
+def _end(folder: Path, failures: dict[str, str], console: Console) -> None:
+    """Write a comparison's report, and say which cells failed, if all of them did too."""
+    from rosa.bench.report.writing import write_report
+
+    try:
+        write_report(folder, console)
+    except UserError:
+        if not failures:
+            raise
     if failures:
         raise UserError(
             f"{len(failures)} cells failed; the same command tries them again: "

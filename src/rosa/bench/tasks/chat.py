@@ -21,6 +21,7 @@ FOLLOWED_BY = {
 }
 """Whose message may follow whose. Some templates take others too, and make a text of no sense."""
 ROLES = tuple(FOLLOWED_BY)
+UNLEARNED = ("tool_calls", "function_call")
 USUAL_LENGTH, LENGTH_OF_A_CHAT = 128, 1024
 """Tokens of the longest text where nothing else is said, and of the longest chat."""
 
@@ -78,11 +79,7 @@ def read_chats(path: Path) -> Dataset:
                 f"{path}: row {row} has no message of the assistant: there is nothing to learn"
             )
         check_order(f"{path}: row {row}", chat)
-        if chat[-1]["role"] != "assistant":
-            raise UserError(
-                f"{path}: row {row} ends with the {chat[-1]['role']}'s message, which nothing "
-                "answers: leave it out, or add the answer"
-            )
+        check_end(f"{path}: row {row}", chat)
     return Dataset.from_dict({COLUMN: plain, "row": list(rows)})
 
 
@@ -95,11 +92,11 @@ def read_prompts(path: Path) -> list[list[dict[str, str]]]:
     chats = []
     for row, chat in enumerate(read_columns(path)[COLUMN], start=1):
         messages = plain_messages(f"{path}: row {row}", chat)
+        check_order(f"{path}: row {row}", messages)
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
-        if not messages:
-            raise UserError(f"{path}: row {row} has nothing to answer: the assistant alone speaks")
-        check_order(f"{path}: row {row}", messages)
+        if messages[-1]["role"] == "system":
+            raise UserError(f"{path}: row {row} has nothing to answer: no message of the user")
         chats.append(messages)
     return chats
 
@@ -111,12 +108,22 @@ def check_order(row: str, chat: list[dict[str, str]]) -> None:
         if role not in allowed:
             place = f"after the {last}'s" if last else "at the beginning"
             way_out = "join the two" if role == last else "leave it out, or put one before it"
+            way_out = "put it first, or leave it out" if role == "system" else way_out
             expected = "'s or the ".join(allowed)
             raise UserError(
                 f"{row}: message {number} is the {role}'s, {place}, where the {expected}'s "
                 f"belongs: {way_out}"
             )
         last, allowed = role, FOLLOWED_BY[role]
+
+
+def check_end(row: str, chat: list[dict[str, str]]) -> None:
+    """Raise UserError unless the assistant has the last word."""
+    if (role := chat[-1]["role"]) != "assistant":
+        raise UserError(
+            f"{row} ends with the {role}'s message, which nothing answers: leave it out, or add "
+            "the answer"
+        )
 
 
 def _no_text(message: dict[str, Any]) -> str:
@@ -149,5 +156,15 @@ def plain_messages(row: str, chat: Any) -> list[dict[str, str]]:
         if not isinstance(content, str) or not content.strip():
             raise UserError(
                 f"{row}: the content of message {number} ({given['role']}) {_no_text(given)}"
+            )
+        if unlearned := next((name for name in UNLEARNED if given.get(name)), None):
+            raise UserError(
+                f"{row}: message {number} has {unlearned}, which are not trained here: leave the "
+                "row out, or write them into the content"
+            )
+        if given.get("weight") == 0:
+            raise UserError(
+                f"{row}: message {number} has weight 0, and all that the assistant says is "
+                "learned here: leave the row out"
             )
     return [{name: message[name] for name in ("role", "content")} for message in chat]

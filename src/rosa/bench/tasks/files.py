@@ -38,15 +38,18 @@ def read_table(path: Path, columns: tuple[str, ...], forms: str = "") -> Dataset
     table = read_columns(path)
     for column in columns:
         if column not in table:
-            chats = " (chats are for a decoder)" if "messages" in table and not forms else ""
+            chats = ""
+            if "messages" in table:
+                chats = " (chats are JSON lines)" if forms else " (chats are for a decoder)"
             raise UserError(
                 f"{path} has no column {column!r}; there are: {', '.join(table)}{chats}. "
                 + (forms or "Name yours with --text-column and --label-column")
             )
         for number, value in enumerate(table[column], start=1):
-            if value is None or not str(value).strip():
+            if value is None or value != value or not str(value).strip():  # NaN is none
                 raise UserError(f"{path}: row {number} has nothing in column {column!r}")
-            if isinstance(value, (list, dict)):
+            is_learned = isinstance(value, bool) and forms  # as a label it is one
+            if isinstance(value, (list, dict)) or is_learned:
                 raise UserError(f"{path}: row {number} has no plain text in column {column!r}")
     return Dataset.from_dict({name: [str(v) for v in table[name]] for name in table})
 
@@ -119,7 +122,7 @@ def _objects(path: Path, content: str) -> dict[str, list[Any]]:
             for number, line in enumerate(content.split("\n"), start=1):  # noqa: B007
                 if line.strip():
                     rows.append(json.loads(line))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path} cannot be read as JSON, one object a line: line {number}: {error}"
         ) from error
@@ -129,5 +132,12 @@ def _objects(path: Path, content: str) -> dict[str, list[Any]]:
                 f"{path}: row {number} is no object of columns with values, as "
                 '{"text": "..."} or {"messages": [...]}'
             )
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])
+            raise UserError(
+                f"{path}: row {number} has half of a character ({half}): write it as UTF-8"
+            ) from error
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}

@@ -56,6 +56,8 @@ def load_language(settings: DataSettings) -> Task:
     train = read(settings.train)
     if settings.validation is not None:
         validation = read(settings.validation)
+        if settings.preference:
+            preference.check_alike(settings.train, train, settings.validation, validation)
     elif len(train) < 2:
         raise UserError(f"{settings.train} has one text only: give a --validation file")
     else:

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rosa.bench.tasks.chat import check_order, plain_messages
+from rosa.bench.tasks.chat import check_end, check_order, plain_messages
 from rosa.bench.tasks.files import read_columns
 from rosa.errors import UserError
 
@@ -51,6 +51,15 @@ def read_preferences(path: Path) -> Dataset:
     return Dataset.from_list(rows)
 
 
+def check_alike(path: Path, rows: Dataset, other: Path, others: Dataset) -> None:
+    """Raise UserError unless two files' preferences are both texts, or both chats."""
+    kinds = _kind(rows[0]), _kind(others[0])
+    if kinds[0] != kinds[1]:
+        raise UserError(
+            f"{other}: row 1 is {kinds[1]}, and those of {path} {kinds[0]}: write both alike"
+        )
+
+
 def _kind(row: dict[str, Any]) -> str:
     return "a text" if isinstance(row["prompt"], str) else "a chat"
 
@@ -58,6 +67,8 @@ def _kind(row: dict[str, Any]) -> str:
 def _preference(where: str, given: dict[str, Any]) -> dict[str, Any]:
     """A row's prompt and answers; UserError if it is no preference."""
     row: dict[str, Any]
+    if (empty := next((name for name in given if given[name] is None), None)) is not None:
+        raise UserError(f"{where} has nothing in column {empty!r}, which other rows have")
     kinds = {name: isinstance(value, list) for name, value in given.items()}
     if len(set(kinds.values())) > 1:
         raise UserError(f"{where}: of {', '.join(given)} some are texts and some are messages")
@@ -86,6 +97,7 @@ def _preference(where: str, given: dict[str, Any]) -> dict[str, Any]:
                 "assistant's answer"
             )
         check_order(f"{where}, {name} after its prompt", row["prompt"] + row[name])
+        check_end(f"{where}, {name},", row[name])
     return {name: row[name] for name in COLUMNS}
 
 
