@@ -21,6 +21,9 @@ from rosa.bench.cell import Job, make
 from rosa.bench.record import Record
 from rosa.errors import UserError
 
+_PATIENCE = 60
+"""Seconds that a stopped cell has to save the step that it is in."""
+
 _trained: Any = None
 """In a cell's process: the share of its steps that are done, seen by the parent."""
 
@@ -165,9 +168,11 @@ class Ray(Executor):
     def stop(self) -> None:
         import ray
 
-        for task in self.running.values():
+        tasks = [*self.running.values()]
+        for task in tasks:
             ray.cancel(task)
-        ray.wait(list(self.running.values()), num_returns=len(self.running), timeout=60)
+        if tasks:
+            ray.wait(tasks, num_returns=len(tasks), timeout=_PATIENCE)
         self.close()
 
     @override
