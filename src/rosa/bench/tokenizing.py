@@ -54,19 +54,10 @@ def tokenize(
         way_out = "the model reads no more, so shorten what comes before, or take one that does"
     if task.packed:
         return {name: _packed(name, part, tokenizer, longest) for name, part in _parts(task)}
-    if task.is_preference:
-        encode = partial(_tokenize_preferences, tokenizer, way_out)
-    elif task.kind == "language":
-        chat = chat_encoder(tokenizer, settings.loss_on) if task.is_chat else None
-        encode = partial(
-            _tokenize_language, encode=chat or partial(encode_text, tokenizer), way_out=way_out
-        )
-    else:
-        encode = partial(_tokenize, task, tokenizer)
-    if task.kind == "language":
-        rows = {n: encode(part, longest, _place(settings, n)) for n, part in _parts(task)}
-    else:
-        rows = {name: encode(part, longest) for name, part in _parts(task)}
+    rows = {
+        name: _tokenized(settings, task, tokenizer, name, part, longest, way_out)
+        for name, part in _parts(task)
+    }
     cut = sum(length >= longest for length in lengths(rows["train"]))
     if cut:
         say(f"{cut} of {len(rows['train'])} training texts reach {longest} tokens (--max-length)")
@@ -103,6 +94,26 @@ def _parts(task: Task) -> list[tuple[str, Any]]:
     parts = [("train", task.train), ("validation", task.validation), ("test", task.test)]
     parts += task.more.items()
     return [(name, part) for name, part in parts if part is not None]
+
+
+def _tokenized(
+    settings: RunSettings,
+    task: Task,
+    tokenizer: Any,
+    name: str,
+    part: Any,
+    longest: int,
+    way_out: str,
+) -> Any:
+    """One part of a task."""
+    place = _place(settings, name)
+    if task.is_preference:
+        return _tokenize_preferences(tokenizer, way_out, part, longest, place)
+    if task.kind == "language":
+        chat = chat_encoder(tokenizer, settings.loss_on) if task.is_chat else None
+        encode = chat or partial(encode_text, tokenizer)
+        return _tokenize_language(part, longest, place, encode, way_out)
+    return _tokenize(task, tokenizer, part, longest)
 
 
 def _tokenize(task: Task, tokenizer: Any, rows: Any, longest: int) -> Any:
