@@ -18,8 +18,9 @@ from rich.console import Console
 from rosa.bench import runs
 from rosa.bench.cell import ERROR, Job
 from rosa.bench.cells import run_all
-from rosa.bench.executors import EXECUTORS
+from rosa.bench.executors import EXECUTORS, _make_there
 from rosa.bench.settings import RunSettings
+from rosa.errors import UserError
 from tests.helpers import fails, write_csv
 from tests.models import save_with_tokenizer, tiny_bert
 
@@ -131,6 +132,13 @@ def test_a_killed_cell_takes_no_other_with_it(executor):
             }
     finally:
         made.close()
+
+
+def test_a_machine_that_does_not_see_the_folder_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    job = Job(RunSettings(model="m", output=Path("cmp/cell")), "v")
+    with pytest.raises(UserError, match=r"does not see .*cmp: run from a folder that all of Ray's"):
+        _make_there(job, 1, str(tmp_path))
 
 
 def test_an_executor_that_is_none_or_not_installed_is_refused_first(
