@@ -31,7 +31,7 @@ pytest.importorskip("ray")
 @pytest.fixture(autouse=True)
 def _as_fast_as_others(monkeypatch):
     monkeypatch.setenv("RAY_worker_niceness", "0")
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_ADDRESS", "local")  # whatever cluster is begun here
     paths = [str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
