@@ -54,10 +54,11 @@ def tokenize(
         way_out = "the model reads no more, so shorten what comes before, or take one that does"
     if task.packed:
         return {name: _packed(name, part, tokenizer, longest) for name, part in _parts(task)}
-    rows = {
-        name: _tokenized(settings, task, tokenizer, name, part, longest, way_out)
-        for name, part in _parts(task)
-    }
+    if task.kind == "language":
+        learn = _learner(settings, task, tokenizer, way_out)
+        rows = {n: learn(part, longest, _place(settings, n)) for n, part in _parts(task)}
+    else:
+        rows = {n: _tokenize(task, tokenizer, part, longest) for n, part in _parts(task)}
     cut = sum(length >= longest for length in lengths(rows["train"]))
     if cut:
         say(f"{cut} of {len(rows['train'])} training texts reach {longest} tokens (--max-length)")
@@ -96,24 +97,15 @@ def _parts(task: Task) -> list[tuple[str, Any]]:
     return [(name, part) for name, part in parts if part is not None]
 
 
-def _tokenized(
-    settings: RunSettings,
-    task: Task,
-    tokenizer: Any,
-    name: str,
-    part: Any,
-    longest: int,
-    way_out: str,
-) -> Any:
-    """One part of a task."""
-    place = _place(settings, name)
+def _learner(
+    settings: RunSettings, task: Task, tokenizer: Any, way_out: str
+) -> Callable[[Any, int, str], Any]:
+    """What makes token ids of rows, given the longest length and where the rows are from."""
     if task.is_preference:
-        return _tokenize_preferences(tokenizer, way_out, part, longest, place)
-    if task.kind == "language":
-        chat = chat_encoder(tokenizer, settings.loss_on) if task.is_chat else None
-        encode = chat or partial(encode_text, tokenizer)
-        return _tokenize_language(part, longest, place, encode, way_out)
-    return _tokenize(task, tokenizer, part, longest)
+        return partial(_tokenize_preferences, tokenizer, way_out)
+    chat = chat_encoder(tokenizer, settings.loss_on) if task.is_chat else None
+    encode = chat or partial(encode_text, tokenizer)
+    return partial(_tokenize_language, encode=encode, way_out=way_out)
 
 
 def _tokenize(task: Task, tokenizer: Any, rows: Any, longest: int) -> Any:
@@ -198,7 +190,7 @@ def _only(
     lost = list(compress(count(), map(not_, learned)))
     named = ""
     if "row" in rows.column_names:
-        numbers = sorted(rows["row"][i] for i in lost)
+        numbers = sorted(rows[lost]["row"])
         more = ", ..." if len(lost) > _NAMED else ""
         named = f" (row{'s' * (len(lost) > 1)} {', '.join(map(str, numbers[:_NAMED]))}{more})"
     if not any(learned):

@@ -36,6 +36,7 @@ def read_table(path: Path, columns: tuple[str, ...], forms: str = "") -> Dataset
     from datasets import Dataset
 
     table = read_columns(path)
+    no_text = (list, dict, bool) if forms else (list, dict)  # a label may be true or false
     for column in columns:
         if column not in table:
             chats = ""
@@ -48,8 +49,7 @@ def read_table(path: Path, columns: tuple[str, ...], forms: str = "") -> Dataset
         for number, value in enumerate(table[column], start=1):
             if value is None or value != value or not str(value).strip():  # NaN is none
                 raise UserError(f"{path}: row {number} has nothing in column {column!r}")
-            is_learned = isinstance(value, bool) and forms  # as a label it is one
-            if isinstance(value, (list, dict)) or is_learned:
+            if isinstance(value, no_text):
                 raise UserError(f"{path}: row {number} has no plain text in column {column!r}")
     return Dataset.from_dict({name: [str(v) for v in table[name]] for name in table})
 
