@@ -27,13 +27,13 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, TrainerCallback, set_seed
 
-from rosa.bench.building import adapt, load_base
-from rosa.bench.reading import longest_input
-from rosa.bench.settings import RunSettings, check
+from rosa.bench.setup.settings import RunSettings, check
 from rosa.bench.tasks.demo import model_folder
-from rosa.bench.tokenizing import tokenize
-from rosa.bench.trainer import build_trainer
-from rosa.bench.training import load_task
+from rosa.bench.tokens.reading import longest_input
+from rosa.bench.tokens.tokenizing import tokenize
+from rosa.bench.train.building import adapt, load_base
+from rosa.bench.train.trainer import build_trainer
+from rosa.bench.train.training import load_task
 
 VARIANTS = {
     "LoRA": {"method": "lora"},

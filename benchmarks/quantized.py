@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from rosa import RosaConfig, resample
-from rosa.bench.quantizing import quantize, quantized
+from rosa.bench.setup.quantizing import quantize, quantized
 from rosa.layers.in_model import rosa_layers
 
 DRAWS = (0, 1, 2, 5, 10, 20, 40)

@@ -22,8 +22,9 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,7 @@ def attach_jobs() -> Jobs:
 
 
 def step_jobs(half: bool = False, trained: str = "both", peer_fa: bool = False) -> Jobs:
-    """Forward, backward and AdamW, batch 16 x 64; the floor is the frozen model's own share.
+    """Forward, backward and AdamW, batch 16 x 64; the floor: the frozen model, and `products`.
 
     Args:
         half: under autocast to bfloat16.
@@ -157,10 +158,36 @@ def step_jobs(half: bool = False, trained: str = "both", peer_fa: bool = False) 
     frozen = BertForSequenceClassification(base).train().requires_grad_(False)
     embeddings = frozen.get_input_embeddings()(ids).detach().requires_grad_()
 
+    multiply = products(ids.numel(), base.hidden_size, torch.bfloat16 if half else torch.float32)
+
     def floor() -> None:
         pass_through(frozen, inputs_embeds=embeddings)
+        multiply(48, "AB" if trained == "both" else trained)
 
     return {**jobs, "floor": floor}
+
+
+def products(rows: int, width: int, dtype: torch.dtype) -> Callable[[int, str], None]:
+    """The products of low-rank factors with what a layer reads and gives, alone.
+
+    What is returned multiplies for so many layers of (width, width), forward and backward: what no
+    method does without that trains the factors named beside weights that stay as they are.
+    """
+    x, y = (torch.randn(rows, width).to(dtype) for _ in range(2))  # near, as after the layer's own
+    a, b = (torch.randn(*shape).to(dtype) for shape in ((RANK, width), (width, RANK)))
+
+    def multiply(layers: int, trained: str) -> None:
+        for _ in range(layers):
+            hidden = a @ x.T
+            y.T.addmm_(b, hidden, alpha=1e-6)
+            inner = b.T.contiguous() @ y.T
+            x.T.addmm_(a.T, inner, alpha=1e-6)
+            if "A" in trained:
+                inner @ x
+            if "B" in trained:
+                hidden @ y
+
+    return multiply
 
 
 def merged_jobs() -> Jobs:
@@ -241,13 +268,20 @@ def train_and_tell(method: str) -> None:
     torch.manual_seed(0)
     ids, labels = torch.randint(1000, (16, 64)), torch.randint(2, (16,))
     options = {"target_modules": ATTENTION, "task_type": "SEQ_CLS"}
-    config = (
-        rosa.RosaConfig(r=RANK, **options) if method == "rosa" else LoraConfig(r=RANK, **options)
-    )
-    model = get_peft_model(BertForSequenceClassification(BertConfig()), config).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    configs = {
+        "rosa": partial(rosa.RosaConfig, r=RANK),
+        "rosa-b": partial(rosa.RosaConfig, r=RANK, trained="B"),
+        "lora": partial(LoraConfig, r=RANK),
+        "lora-fa": partial(LoraConfig, r=RANK),
+    }
+    base = BertForSequenceClassification(BertConfig())
+    model = get_peft_model(base, configs[method](**options)).train()
+    if method == "lora-fa":
+        optimizer = create_lorafa_optimizer(model, r=RANK, lora_alpha=8, lr=1e-3)
+    else:
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     for step in range(11):
-        if step and method == "rosa":
+        if step and method.startswith("rosa"):
             rosa.resample(model, optimizer)
         optimizer.zero_grad()
         model(input_ids=ids, labels=labels).loss.backward()
@@ -269,11 +303,19 @@ def in_a_process(*arguments: str) -> float:
     return float(found.stdout.split()[-1])
 
 
-def measure_memory(rounds: int) -> dict[str, list[float]]:
-    """Peak process memory in MiB of training with ten resamples, ROSA's and LoRA's."""
+MEMORY = {
+    "memory": ("rosa", "lora", 1.01, "both factors; peer: PEFT's LoRA"),
+    "memory-b": ("rosa-b", "lora", 1.0, "B alone; peer: PEFT's LoRA"),
+    "memory-b-fa": ("rosa-b", "lora-fa", 1.01, "B alone; peer: LoRA-FA by PEFT's optimizer"),
+}
+"""Rows of peak memory: ROSA's method and the peer's, the target of their ratio, and what it is."""
+
+
+def measure_memory(methods: Sequence[str], rounds: int) -> dict[str, list[float]]:
+    """Peak process memory in MiB of training with ten resamples, ROSA's and the peer's."""
     found: dict[str, list[float]] = {"rosa": [], "peer": []}
     for _ in track(range(rounds), "peak memory"):
-        for name, method in (("rosa", "rosa"), ("peer", "lora")):
+        for name, method in zip(found, methods, strict=True):
             found[name].append(in_a_process(__file__, "--train", method))
     return found
 
@@ -344,7 +386,7 @@ ROWS = {
 }
 
 
-ALL = (*ROWS, "memory", "import", "growth")
+ALL = (*ROWS, *MEMORY, "import", "growth")
 
 
 # -- how cost grows --------------------------------------------------------------------------------
@@ -480,10 +522,11 @@ def main() -> None:
         row = ROWS[name]
         values = measure(row, row.rounds or options.rounds)
         record.keep(name, values, line_of(row.about, values, row.target, "ms"))
-    if "memory" in wanted:
-        values = measure_memory(2)
-        about = "peak process memory, eleven steps with ten resamples; peer: PEFT's LoRA"
-        record.keep("memory", values, line_of(about, values, 1.01, "MiB"))
+    for name in (n for n in MEMORY if n in wanted):
+        *methods, target, what = MEMORY[name]
+        values = measure_memory(methods, 2)
+        about = f"peak process memory, eleven steps with ten resamples, {what}"
+        record.keep(name, values, line_of(about, values, target, "MiB"))
     if "import" in wanted:
         times = measure_import(options.rounds)
         middle = statistics.median(times)

@@ -11,7 +11,7 @@ from latex2mathml.converter import convert
 from typer.main import get_command
 
 from rosa import RosaConfig
-from rosa.bench.methods import METHODS
+from rosa.bench.setup.methods import METHODS
 from rosa.cli.commands import app
 
 COMMANDS, SETTINGS, METHODS_MARK = "<!-- commands -->", "<!-- settings -->", "<!-- methods -->"

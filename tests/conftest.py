@@ -3,10 +3,12 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from torch import distributed
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -29,6 +31,19 @@ def _no_accelerator_left() -> Iterator[None]:
     yield
     if AcceleratorState._shared_state:
         AcceleratorState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def _environment_as_found() -> Iterator[None]:
+    """A rank that one test sets opens a group of processes in another, whichever comes next."""
+    with mock.patch.dict(os.environ):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _no_group_left() -> Iterator[None]:
+    yield
+    assert not (distributed.is_available() and distributed.is_initialized())
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -32,18 +32,18 @@ KILLED, TERMINATED = -signal.SIGKILL, 128 + signal.SIGTERM
 
 BEFORE, AFTER = "before", "after"
 PLACES = [
-    ("rosa.bench.surviving.SurvivingTrainer.training_step", 11),
+    ("rosa.bench.train.surviving.SurvivingTrainer.training_step", 11),
     ("rosa.layers.base.RosaLayer.resample", 2),
     ("rosa.layers.base.RosaLayer.resample", 5),
-    ("rosa.bench.checkpoints.begin", 2),
+    ("rosa.bench.storage.checkpoints.begin", 2),
     ("transformers.trainer.Trainer.save_model", 2),
     ("transformers.trainer.Trainer._save_optimizer_and_scheduler", 2),
     ("transformers.trainer_callback.TrainerState.save_to_json", 2),
-    ("rosa.bench.checkpoints.finish", 2),
-    ("rosa.bench.checkpoints.finish", 5),
-    ("rosa.bench.checkpoints.rotate_checkpoints", 3),
-    ("rosa.bench.training.save_trained", 1),
-    ("rosa.bench.runs.write_json", 2),
+    ("rosa.bench.storage.checkpoints.finish", 2),
+    ("rosa.bench.storage.checkpoints.finish", 5),
+    ("rosa.bench.storage.checkpoints.rotate_checkpoints", 3),
+    ("rosa.bench.train.training.save_trained", 1),
+    ("rosa.bench.storage.runs.write_json", 2),
 ]
 """Where a run is killed, and at which call of that: before it and after it."""
 

@@ -8,6 +8,6 @@ import transformers.trainer  # noqa: F401
 
 import rosa.bench.exporting
 import rosa.bench.report.tables
-import rosa.bench.surviving
-import rosa.bench.training
+import rosa.bench.train.surviving
+import rosa.bench.train.training
 import rosa.cli.commands  # noqa: F401

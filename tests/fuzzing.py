@@ -33,8 +33,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rosa import RosaConfig
-from rosa.bench import runs
 from rosa.bench.exporting import export_folder
+from rosa.bench.storage import runs
 from rosa.errors import UserError
 from tests.helpers import moved
 from tests.models import save_with_tokenizer, tiny_bert, tiny_gpt2, tiny_llama

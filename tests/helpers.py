@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import nn
 
 from rosa import cli
 from rosa.algebra.sketch import Sketch
+from rosa.bench.grid.cell import make
+from rosa.bench.grid.executors import Executor
 from rosa.layers.adapter import Adapter
 from rosa.layers.base import RosaLayer
 from rosa.resampling.active import active_adapters
@@ -80,3 +83,25 @@ def trained_run(folder: Path, steps: int) -> None:
     base = save_with_tokenizer(tiny_bert(), folder / "base")
     how = ["--model", base, "--train", write_csv(folder / "t.csv"), "--output", folder / "run"]
     run("train", *how, "--steps", steps, "--lr", 0.01, "--resample-every", 2, "--rank", 2)
+
+
+class Here(Executor):
+    """Makes the cells of a comparison in this process, one after the other."""
+
+    def begin(self, job):
+        made: Future = Future()
+        try:
+            made.set_result(make(job, 0, True, lambda share: None))
+        except Exception as error:
+            made.set_exception(error)
+        return made
+
+    def stop(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    @staticmethod
+    def cause(error):
+        return error

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from rosa.bench.methods import check_packages
+from rosa.bench.setup.methods import check_packages
 from rosa.errors import UserError
 
 
@@ -40,6 +40,33 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(torch.tanh(self.middle(torch.tanh(self.first(x)))))
+
+
+EXPERTS, OUT, IN = 4, 10, 6
+
+
+class Experts(nn.Module):
+    """Experts of which each token takes one, and a gate that is a plain matrix."""
+
+    def __init__(self, is_transposed: bool) -> None:
+        super().__init__()
+        self.is_transposed = is_transposed
+        shape = (EXPERTS, IN, OUT) if is_transposed else (EXPERTS, OUT, IN)
+        self.up = nn.Parameter(torch.randn(shape, dtype=torch.float64) / 3)
+        self.mix = nn.Parameter(torch.randn(IN, OUT, dtype=torch.float64) / 3)
+
+    def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
+        up = self.up.mT if self.is_transposed else self.up
+        return torch.tanh(torch.einsum("toi,ti->to", up[chosen], x)) @ self.mix.T
+
+
+class Mixture(nn.Module):
+    def __init__(self, is_transposed: bool) -> None:
+        super().__init__()
+        self.experts = Experts(is_transposed)
+
+    def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
+        return x + self.experts(x, chosen)
 
 
 def tiny_bert(labels: int = 2, width: int = 16) -> BertForSequenceClassification:

@@ -6,13 +6,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from rosa.bench import runs
 from rosa.bench.exporting import export_folder
 from rosa.bench.report import pictures
 from rosa.bench.report import tables as report
-from rosa.bench.settings import RunSettings
+from rosa.bench.setup.settings import RunSettings
+from rosa.bench.storage import runs
 from rosa.bench.tasks.demo import model_folder
-from rosa.bench.training import train
+from rosa.bench.train.training import train
 
 METHODS = {"rosa": "ROSA, rank 8", "lora": "LoRA, rank 8", "head": "new head only"}
 EPOCHS, MAX_LENGTH, LR = 3.0, 28, 3e-3  # minutes on two cores

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from rosa.bench import runs
+from rosa.bench.storage import runs
 from rosa.errors import ExportError, UserError
 from rosa.export.compact import write_rosa
 from rosa.export.lazily import mapped_lazily

@@ -16,19 +16,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rosa.bench import runs
-from rosa.bench.building import Base, adapt
-from rosa.bench.checking import check, parse_period
-from rosa.bench.methods import find_method
-from rosa.bench.quantizing import HEADS
-from rosa.bench.settings import RunSettings, in_bf16
-from rosa.bench.training import is_decoder
+from rosa.bench.setup.checking import check, parse_period
+from rosa.bench.setup.methods import find_method
+from rosa.bench.setup.quantizing import HEADS
+from rosa.bench.setup.settings import RunSettings, in_bf16
+from rosa.bench.storage import runs
+from rosa.bench.train.building import Base, adapt
+from rosa.bench.train.training import is_decoder
 from rosa.errors import UserError, blame
 
 if TYPE_CHECKING:
     from torch import nn
 
-PLANNED = ("rosa", "lora", "rslora", "lora_fa", "full", "head")
+PLANNED = ("rosa", "lora", "rslora", "lora_fa", "full", "targets", "head")
 GIB = 2**30
 USABLE = 0.9
 """Of a device's memory: the rest is the libraries' own, and lost between pieces."""
@@ -296,7 +296,7 @@ def kept_bytes(model: nn.Module, compute: Callable[[], Any]) -> tuple[int, Any]:
         storage = tensor.untyped_storage()
         if storage._cdata not in parameters:
             found[storage._cdata] = storage
-        return tensor
+        return tensor.detach()  # itself, an operation's own output would hold that for ever
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = compute()

@@ -30,8 +30,8 @@ def join() -> Any:
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1"):
             raise UserError(
                 f"this trains data-parallel, and Accelerate is set up for {name}: launch it with "
-                "torchrun, or another --config_file. For models that need FSDP 2 use transformers' "
-                "Trainer with rosa.RosaCallback, or a loop of your own"
+                "torchrun, or another --config_file. For FSDP 2 or DeepSpeed's ZeRO use "
+                "transformers' Trainer with rosa.RosaCallback, or a loop of your own"
             )
     alone = {} if count() == 1 else {"timeout": PATIENCE}
     return PartialState(cpu=not torch.accelerator.is_available(), **alone)
@@ -64,3 +64,19 @@ def cleaning_up() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def peak_memory_mib() -> float:
+    """The most memory so far in MiB: of the device if there is one, else of this process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    if sys.platform == "win32":
+        import psutil  # comes with accelerate
+
+        return psutil.Process().memory_info().peak_wset / 2**20
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

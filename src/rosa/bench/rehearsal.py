@@ -9,14 +9,14 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from rosa.bench import runs
-from rosa.bench.checking import RESAMPLED, check, schedule
 from rosa.bench.processes import join
-from rosa.bench.settings import RunSettings
+from rosa.bench.setup.checking import RESAMPLED, check, schedule
+from rosa.bench.setup.settings import RunSettings
+from rosa.bench.storage import runs
 from rosa.bench.tasks.task import Task
-from rosa.bench.tokenizing import ANSWER_IDS, lengths
-from rosa.bench.trainer import steps_of
-from rosa.bench.training import prepare
+from rosa.bench.tokens.tokenizing import ANSWER_IDS, lengths
+from rosa.bench.train.trainer import steps_of
+from rosa.bench.train.training import prepare
 
 COLUMNS = ("trained", "layers", "weight", "by", "numbers")
 SHOWN_DRAWS = 8
@@ -25,7 +25,7 @@ SHOWN_DRAWS = 8
 def rehearse(settings: RunSettings, resume: bool, overwrite: bool) -> tuple[list[list[str]], dict]:
     """The rows of a table of what is trained (see `COLUMNS`), and the run in numbers.
 
-    Nothing is written, and nothing trained; raises as `rosa.bench.training.train` does.
+    Nothing is written, and nothing trained; raises as `rosa.bench.train.training.train` does.
     """
     settings = check(settings)
     runs.check_model(settings.model)

@@ -18,12 +18,15 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rosa.bench import runs
-from rosa.bench.settings import RunSettings
+from rosa.bench.setup.methods import METHODS
+from rosa.bench.setup.settings import RunSettings
+from rosa.bench.storage import runs
 from rosa.bench.tasks.corpus import read_text
 from rosa.errors import UserError
 
@@ -84,7 +87,8 @@ def rates_for(methods: list[str]) -> list[str]:
     """
     if set(methods) <= set(BEST):
         return [f"{name}={BEST[name]:g}" for name in methods]
-    return ["3e-3,1e-2,3e-2", *(["full=7e-4,2e-3,6e-3"] if "full" in methods else [])]
+    in_full = [name for name, method in METHODS.items() if name in methods and method.in_full]
+    return ["3e-3,1e-2,3e-2", *(f"{name}=7e-4,2e-3,6e-3" for name in in_full)]
 
 
 def load_texts(source: Path | None, target: Path | None) -> tuple[str, str]:
@@ -128,8 +132,6 @@ def prepare(
         UserError: a text is too short, the model is no decoder or cannot read the target, or
             another process writes to the folder. Nothing was trained then.
     """
-    from filelock import FileLock, Timeout
-
     parts = [
         split(name, text, context) for name, text in zip(("source", "target"), texts, strict=True)
     ]
@@ -143,6 +145,23 @@ def prepare(
     about = {"texts": digests, "context": context, "model": of_model}
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache / name
+    place = str(folder / "model") if model is None else model
+    if not (folder / START).is_file():  # what is finished nobody writes to
+        with _alone_in(folder):
+            if not (folder / START).is_file():
+                _write_texts(folder, *parts)
+                if pretraining is not None:
+                    _pretrain(folder, context, pretraining, say)
+                say("the pretrained model's losses on both texts")
+                start = _start(place, folder / "adaptation", folder / "start", context)
+                runs.write_json(folder / START, start)
+    return World(place, folder / "adaptation", runs.read_json(folder / START))
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
@@ -152,15 +171,7 @@ def prepare(
             f"another process is preparing {folder}: wait for it, or name another --cache"
         ) from None
     try:
-        place = str(folder / "model") if model is None else model
-        if not (folder / START).is_file():
-            _write_texts(folder, *parts)
-            if pretraining is not None:
-                _pretrain(folder, context, pretraining, say)
-            say("the pretrained model's losses on both texts")
-            start = _start(place, folder / "adaptation", folder / "start", context)
-            runs.write_json(folder / START, start)
-        return World(place, folder / "adaptation", runs.read_json(folder / START))
+        yield
     finally:
         lock.release()
 
@@ -198,7 +209,7 @@ def _write_texts(folder: Path, source: dict[str, str], target: dict[str, str]) -
 
 
 def _check_decoder(model: str, text: str) -> None:
-    from rosa.bench.training import is_decoder
+    from rosa.bench.train.training import is_decoder
 
     runs.check_model(model)
     if not is_decoder(runs.load_config(model)):
@@ -215,7 +226,7 @@ def _check_decoder(model: str, text: str) -> None:
 
 def _pretrain(folder: Path, context: int, how: Pretraining, say: Any) -> None:
     """Make the decoder and its tokenizer; goes on where an earlier call was stopped."""
-    from rosa.bench.training import train
+    from rosa.bench.train.training import train
 
     run, initial = folder / "pretraining-run", folder / "initial"
     resume = bool(runs.settings_of(run))
@@ -283,7 +294,7 @@ def _make_decoder(place: Path, text: Path, context: int, how: Pretraining) -> No
 
 
 def _start(model: str, data: Path, output: Path, context: int) -> dict[str, float]:
-    from rosa.bench.training import evaluate_base
+    from rosa.bench.train.training import evaluate_base
 
     settings = RunSettings(
         model=model, output=output, method="full", task="corpus", data=data, max_length=context

@@ -11,10 +11,10 @@ import torch
 from jinja2 import TemplateError  # comes with torch
 from transformers import GenerationConfig, TextStreamer, set_seed
 
-from rosa.bench import runs
-from rosa.bench.reading import longest_input
+from rosa.bench.storage import runs
 from rosa.bench.tasks.chat import holds_chats, read_prompts
 from rosa.bench.tasks.files import read_columns
+from rosa.bench.tokens.reading import longest_input
 from rosa.errors import UserError
 
 Prompt = str | list[dict[str, str]]

@@ -13,9 +13,9 @@ import typer
 from rich.console import Console
 
 from rosa.bench import processes
-from rosa.bench.methods import METHODS
-from rosa.bench.options import OPTIONS, option, settings_of, some, takes
-from rosa.bench.settings import DATA, METHOD, OUTPUT, PLAN, TRAINING
+from rosa.bench.setup.methods import METHODS
+from rosa.bench.setup.options import OPTIONS, option, settings_of, some, takes
+from rosa.bench.setup.settings import DATA, METHOD, OUTPUT, PLAN, TRAINING
 from rosa.cli.helping import FILE, Command
 from rosa.errors import UserError
 
@@ -195,11 +195,11 @@ def train(
 
     rosa train --recipe recipes/paper/glue/cola.yaml --output runs/cola
     """
-    from rosa.bench.checking import check
-    from rosa.bench.hub import check_hub, push
     from rosa.bench.report.tables import comparison_table, metrics_table
-    from rosa.bench.runs import trained_place
-    from rosa.bench.training import train as run
+    from rosa.bench.setup.checking import check
+    from rosa.bench.storage.hub import check_hub, push
+    from rosa.bench.storage.runs import trained_place
+    from rosa.bench.train.training import train as run
 
     if dry_run:
         from rosa.bench.rehearsal import COLUMNS, rehearse
@@ -218,6 +218,15 @@ def train(
         print(f"pushed to {push(trained_place(given['output']), push_to_hub)}")
 
 
+Widen = Annotated[
+    bool,
+    option(
+        TRAINING,
+        "Where a best rate is the lowest or highest tried, try one beyond it.",
+        "--widen",
+        everyday=False,
+    ),
+]
 Executor = Annotated[
     str,
     option(
@@ -250,6 +259,7 @@ def compare(
         ),
     ] = [],  # noqa: B006
     seeds: Annotated[str, option(TRAINING, "Seeds, with commas.")] = "0,1,2",
+    widen: Widen = False,
     jobs: Annotated[int, option(TRAINING, "Cells to train at a time.")] = 1,
     executor: Executor = "processes",
     **given: Any,
@@ -265,12 +275,12 @@ def compare(
 
         rosa compare --recipe recipes/glue/cola.yaml --output runs/cola-compared
     """
-    from rosa.bench.compare import compare as run
-    from rosa.bench.compare import make_grid
+    from rosa.bench.grid.compare import compare as run
+    from rosa.bench.grid.grid import make_grid
 
     grid = make_grid(_words(methods), _integers("ranks", ranks), lrs, _integers("seeds", seeds))
     settings = replace(settings_of(given), record_changes=True)
-    failures = run(settings, grid, jobs, executor=executor)
+    failures = run(settings, grid, jobs, executor=executor, widen=widen)
     _end(given["output"], failures, Console())
 
 
@@ -311,7 +321,7 @@ def shift(
     ] = None,
     max_length: Annotated[int, option(DATA, "Tokens of a piece of text.")] = 64,
     methods: Annotated[str, option(METHOD, "With commas, as in rosa compare.")] = "rosa,lora,full",
-    ranks: Annotated[str, option(METHOD, "Ranks, with commas.")] = "4",
+    ranks: Annotated[str, option(METHOD, "Ranks, with commas; default: 4.")] = "",
     target_modules: Annotated[
         list[str], option(METHOD, "all-linear, attention, or names (repeat it).")
     ] = ["all-linear"],  # noqa: B006
@@ -321,6 +331,7 @@ def shift(
         list[str],
         option(TRAINING, "Learning rates, as in rosa compare."),
     ] = [],  # noqa: B006
+    widen: Widen = False,
     seeds: Annotated[str, option(TRAINING, "Seeds, with commas.")] = "0",
     jobs: Annotated[int, option(TRAINING, "Cells to train at a time.")] = 2,
     executor: Executor = "processes",
@@ -342,14 +353,14 @@ def shift(
         1,4,16 --steps 1500 --seeds 0,1,2 --output runs/german
     """
     from rosa.bench import shift as world
-    from rosa.bench.compare import compare as run
-    from rosa.bench.compare import make_grid
-    from rosa.bench.executors import find_executor
+    from rosa.bench.grid.compare import compare as run
+    from rosa.bench.grid.executors import find_executor
+    from rosa.bench.grid.grid import make_grid
 
     find_executor(executor)
     names = _words(methods)
     rates = lrs or world.rates_for(names)
-    grid = make_grid(names, _integers("ranks", ranks), rates, _integers("seeds", seeds))
+    grid = make_grid(names, _integers("ranks", ranks), rates, _integers("seeds", seeds), [4])
     given |= {"output": output, "max_length": max_length, "batch_size": batch_size, "steps": steps}
     console = Console()
     found = world.prepare(
@@ -364,54 +375,69 @@ def shift(
         {**given, "model": found.model, "task": "corpus", "data": found.data}
         | {"target_modules": target_modules, "record_changes": True}
     )
-    failures = run(settings, grid, jobs, console, found.start, executor)
+    failures = run(settings, grid, jobs, console, found.start, executor, widen)
     _end(output, failures, console)
 
 
 @command()
+@takes("moments")
 def synthetic(
-    output: Annotated[Path, typer.Option(help="Folder for the numbers and the pictures.")] = Path(
+    output: Annotated[Path, option(OUTPUT, "Folder for a comparison of each model.")] = Path(
         "runs/synthetic"
     ),
-    models: Annotated[str, typer.Option(help="linear, mlp, or both with a comma.")] = "linear,mlp",
-    ranks: Annotated[str, typer.Option(help="Ranks from 1 to 32, with commas.")] = "1,2,4,8,16,24",
+    models: Annotated[
+        str, option(DATA, "linear, mlp (two layers), or both with a comma.")
+    ] = "linear,mlp",
+    methods: Annotated[
+        str, option(METHOD, "With commas, as in rosa compare; default: LoRA, ROSA's ways, full.")
+    ] = "",
+    ranks: Annotated[str, option(METHOD, "Ranks from 1 to 32, with commas; default: 1,4,24.")] = "",
+    resample_every: Annotated[
+        str, option(METHOD, "ROSA's draws: epoch, 5epochs, 200 (steps), never, auto.")
+    ] = "epoch",
+    epochs: Annotated[int, option(TRAINING, "Passes over the 5,000 examples.")] = 100,
     lrs: Annotated[
-        str | None,
-        typer.Option(help="Learning rates to choose from; without it they are searched."),
-    ] = None,
-    seeds: Annotated[str, typer.Option(help="Seeds, with commas.")] = "0,1,2,3,4",
-    epochs: Annotated[int, typer.Option(help="Passes over the 5,000 examples.")] = 100,
-    resample_every: Annotated[int, typer.Option(help="Epochs between ROSA's resamples.")] = 1,
-    jobs: Annotated[int, typer.Option(help="Runs to train at a time.")] = 2,
+        list[str],
+        option(TRAINING, "Learning rates, as in rosa compare; without them they are searched."),
+    ] = [],  # noqa: B006
+    seeds: Annotated[str, option(TRAINING, "Seeds, with commas.")] = "0,1,2,3,4",
+    jobs: Annotated[int, option(TRAINING, "Cells to train at a time.")] = 2,
+    executor: Executor = "processes",
     config: Config = None,
+    **given: Any,
 ) -> None:
     """The paper's regression: LoRA stalls below the true rank of the change, ROSA does not.
 
-    One linear layer and a two-layer MLP are to learn a change of rank 24; LoRA, ROSA and full
-    fine-tuning, each at its best learning rate. Stopped, it goes on where it was. For a quick look:
+    One linear layer and a two-layer MLP are to learn a change of rank 24, each method at its best
+    learning rate. Stopped, it goes on where it was. For a quick look:
 
         rosa synthetic --models linear --ranks 4,24 --seeds 0
     """
-    from rosa.bench import synthetic as task
-    from rosa.bench.report.tables import comparison_table
+    from rosa.bench import synthetic as regression
+    from rosa.bench.grid.compare import compare as run
+    from rosa.bench.grid.grid import make_grid
 
-    found = task.experiment(
-        output,
-        models=_words(models),
-        ranks=_integers("ranks", ranks),
-        lrs=None if lrs is None else _floats("lrs", lrs),
-        seeds=_integers("seeds", seeds),
-        epochs=epochs,
-        resample_every=resample_every,
-        jobs=jobs,
-        say=Console(),
-    )
-    for model in _words(models):
-        rows = task.shown_rows(found, model)
-        Console().print(comparison_table(f"{model}: test loss", task.COLUMNS, rows))
-    Console().print(task.NOTE)
-    for path in task.pictures(found, output):
-        Console().print(f"picture: {path}")
+    names = _words(methods or regression.VARIANTS)
+    rates = lrs or [regression.LRS]
+    usual = regression.RANKS
+    grid = make_grid(names, _integers("ranks", ranks), rates, _integers("seeds", seeds), usual)
+    regression.check_grid(grid)
+    if not _words(models):
+        raise UserError(f"no models: name some of {', '.join(regression.MODELS)}")
+    given |= {"resample_every": resample_every, "epochs": epochs}
+    values = settings_of({**given, "model": "", "output": output})
+    every = [regression.settings_for(name, values) for name in _words(models)]
+    for settings in every:
+        failures = run(
+            settings,
+            grid,
+            jobs,
+            executor=executor,
+            before={"test_loss": 1.0},
+            widen=not lrs,
+            kind=regression.KIND,
+        )
+        _end(settings.output, failures, Console())
 
 
 @command()
@@ -481,8 +507,8 @@ def export(
     import torch
 
     from rosa.bench.exporting import export_folder
-    from rosa.bench.hub import check_hub, push
     from rosa.bench.report.tables import metrics_table
+    from rosa.bench.storage.hub import check_hub, push
     from rosa.export.ranks import Budget
 
     precision: Any = getattr(torch, dtype or "", dtype)  # what is none is refused there
@@ -526,7 +552,7 @@ def evaluate(
     """
     from rosa.bench.report.tables import metrics_table
     from rosa.bench.tasks.task import DataSettings
-    from rosa.bench.training import evaluate as run
+    from rosa.bench.train.training import evaluate as run
 
     given["text_columns"] = tuple(given.pop("text_column"))
     settings = DataSettings(validation=validation, **given)
@@ -693,10 +719,3 @@ def _integers(name: str, text: str) -> list[int]:
         return [int(word) for word in _words(text)]
     except ValueError:
         raise UserError(f"--{name} takes whole numbers with commas, got {text!r}") from None
-
-
-def _floats(name: str, text: str) -> list[float]:
-    try:
-        return [float(word) for word in _words(text)]
-    except ValueError:
-        raise UserError(f"--{name} takes numbers with commas, got {text!r}") from None

@@ -1,7 +1,7 @@
 """PEFT's loading of adapters: all of one or nothing, where it is ROSA's.
 
-PEFT asks `RosaModel` about a file's tensors, but nobody before it reads a folder, nor when it has
-failed. So its functions are wrapped; for other methods they do what they did.
+PEFT asks `RosaModel` about a file's tensors, but nobody before it reads or writes a folder, nor
+when it has failed. So its functions are wrapped; for other methods they do what they did.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from peft.utils import (
     TrainableTokensWrapper,
 )
 from torch import nn
+from transformers.integrations.peft import PeftAdapterMixin
 
 from rosa.config import RosaConfig
 from rosa.errors import UserError, shown
@@ -66,7 +67,8 @@ def as_before(model: nn.Module, adapter_name: str) -> Iterator[None]:
         yield
     except BaseException:
         ours = [layer for _, layer in rosa_layers(model) if adapter_name in layer.adapters]
-        if not ours:
+        known: Any = getattr(model, "peft_config", None) or {}
+        if not ours and not isinstance(known.get(adapter_name), RosaConfig):
             raise
         for layer in reversed(ours):  # what lies inside first
             layer.delete_adapter(adapter_name)
@@ -76,13 +78,12 @@ def as_before(model: nn.Module, adapter_name: str) -> Iterator[None]:
             wrapper._adapters, wrapper._active_adapter = adapters, active  # type: ignore[assignment]
         for module, (modules, parameters) in held.items():
             now = module._parameters
-            there = {n: _found(known, now.get(n)) for n, known in parameters.items()}
+            there = {n: _found(each, now.get(n)) for n, each in parameters.items()}
             module.__dict__.update(_modules=modules, _parameters=there)
-        for parameter, was_trained in ((known(), state) for known, state in trained):
+        for parameter, was_trained in ((found(), state) for found, state in trained):
             if parameter is not None:
                 parameter.requires_grad_(was_trained)
-        configs: Any = getattr(model, "peft_config", None) or {}
-        configs.pop(adapter_name, None)
+        known.pop(adapter_name, None)
         if not configured and "peft_config" in vars(model):
             del model.peft_config
         raise
@@ -148,6 +149,8 @@ def guard() -> None:
     """Wrap PEFT's functions; called once, when ROSA is registered."""
     PeftModel.from_pretrained = classmethod(_guarded_pretrained(PeftModel.from_pretrained.__func__))  # type: ignore[attr-defined,method-assign]
     PeftModel.load_adapter = _guarded_adapter(PeftModel.load_adapter)  # type: ignore[method-assign]
+    PeftAdapterMixin.load_adapter = _guarded_elsewhere(PeftAdapterMixin.load_adapter)  # type: ignore[method-assign]
+    PeftModel.save_pretrained = _guarded_save(PeftModel.save_pretrained)  # type: ignore[method-assign]
     PeftModel.set_adapter = _guarded_switch(PeftModel.set_adapter)  # type: ignore[method-assign]
     guarded = _guarded_state(peft.utils.save_and_load.set_peft_model_state_dict)
     for module in (peft, peft.utils, peft.utils.save_and_load, peft.peft_model):
@@ -202,6 +205,47 @@ def _guarded_adapter(load: Any) -> Any:
             return load(self, model_id, adapter_name, *args, **kwargs)
 
     return load_adapter
+
+
+def _guarded_elsewhere(load: Any) -> Any:
+    """Of transformers, which cannot load ROSA's adapters: the error is the offset's."""
+
+    @functools.wraps(load)
+    def load_adapter(
+        self: Any,
+        peft_model_id: str | None = None,
+        adapter_name: str | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        before = self._hf_peft_config_loaded
+        try:
+            with as_before(self, adapter_name or "default"):
+                return load(self, peft_model_id, adapter_name, *args, **kwargs)
+        except BaseException:
+            self._hf_peft_config_loaded = before
+            raise
+
+    return load_adapter
+
+
+def _guarded_save(save: Any) -> Any:
+    @functools.wraps(save)
+    def save_pretrained(
+        self: PeftModel,
+        save_directory: str,
+        safe_serialization: bool = True,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        if not safe_serialization and self.peft_type == ROSA:
+            raise UserError(
+                "safe_serialization=False would write a pickle, which can run code and is not read "
+                "again: leave it out"
+            )
+        save(self, save_directory, safe_serialization, *args, **kwargs)
+
+    return save_pretrained
 
 
 def _guarded_switch(switch: Any) -> Any:

@@ -122,6 +122,9 @@ class QuantizedWeight(BaseWeight):
         self._fingerprint = None
         self.put({}, several=False)
 
+    def look(self) -> None:
+        """Nothing is to be found, as in `is_written`."""
+
     def is_written(self) -> bool:
         """False: what others do to it is theirs, for nothing stands in it."""
         return False
@@ -138,6 +141,12 @@ class QuantizedWeight(BaseWeight):
         """Nothing is to be noted."""
 
     def arrived(self) -> None:
+        """Nothing is to be noted."""
+
+    def let_go(self) -> None:
+        """Nothing is held."""
+
+    def moved(self) -> None:
         """Nothing is to be noted."""
 
     def copied(self) -> None:

@@ -152,13 +152,18 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
         for name, adapter in self.adapters.items():
             adapter.merged = name in self.merged_adapters and name != leaving
 
-    def settle(self) -> None:
+    def settle(self, looks: bool = True) -> None:
         """Take account of what state dicts brought and of what others wrote, before any use.
+
+        Args:
+            looks: at the weight's numbers too, for what autograd does not tell of.
 
         Raises:
             UserError: an adapter was loaded in part; or others have written into the weight while
                 an offset stood in it, so that it is not known any more what it holds.
         """
+        if looks:
+            self.base_weight.look()
         if self.arrived is not None or self.base_weight.is_changed():
             self.synchronize()
 
@@ -166,6 +171,7 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
         if self.arrived is not None:
             statedict.take_all(self, self.arrived, leaving)
             self.arrived = None
+        self.base_weight.look()
         if self.base_weight.is_changed():
             self.base_weight.account_for_writes(accept)
             self._forget_merges()
@@ -208,13 +214,15 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
         check_kept(parameter, moved)
         dtype = moved.dtype
         if dtype == parameter.dtype or self.arrived is not None:
+            self.base_weight.let_go()
             super()._apply(fn, recurse)
-            self.base_weight.arrived()
+            self.base_weight.moved()
             return self
         merged = {name: adapter.merged for name, adapter in self.adapters.items()}
         standing = self.base_weight.held
         own = {n for n, change in standing.items() if change is self.adapters[n].terms}
         self.bare()
+        self.base_weight.let_go()
         try:
             super()._apply(fn, recurse)
         finally:
@@ -273,7 +281,7 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
     def changed_weight(self, note: Callable[[], None] | None = None) -> Tensor:
         """W_0 + O + s B A, in the base weight's own shape; gradients reach the factors."""
         if not is_traced():
-            self.settle()
+            self.settle(looks=False)
         weight = self.base_weight.parameter
         if self._disable_adapters or self.merged:
             return weight

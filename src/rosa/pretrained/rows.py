@@ -143,9 +143,10 @@ class WeightMemory:
             self._is_spread = is_fully_sharded(self.view.module)  # since it was last looked at
         return self._is_spread
 
-    def _note(self, state: State) -> None:
+    def _note(self, state: State, moved: bool = False) -> None:
         """Take note that the weight is now of a state; what others write is told from that on."""
-        self._versions.arrived(self.memory, state)
+        note = self._versions.copied if moved else self._versions.arrived
+        note(self.memory, state)
         self._changes = 0 if self.rows is None else self.parameter._version
 
     def _is_written(self) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import _unsafe_preserve_version_counter  # type: ignore[attr-defined]
 
 State = Mapping[str, object]  # what stands in the weight, by adapter; told apart by identity
@@ -31,18 +31,29 @@ class Versions:
         self._highest = 0
         self._of: weakref.ref[Tensor] | None = None
         self._of_written = of_written  # a copy of a weight that others had written into
+        self._some: Tensor | None = None  # numbers of the weight, as it arrived
 
     def __reduce__(self) -> tuple[type[Versions], tuple[bool]]:
         """Of a copy: it belongs to another tensor, and begins anew."""
-        weight = None if self._of is None else self._of()
-        return Versions, (weight is not None and self.written(weight),)
+        if self._of is None:
+            return Versions, (False,)
+        weight = self._of()
+        if weight is None:  # it is gone, and another in its place
+            return Versions, (True,)
+        self.look(weight)
+        return Versions, (self.written(weight),)
 
     def copied(self, weight: Tensor, state: State) -> None:
         """Take note of the copied weight."""
         if self._of_written:
-            self._seen, self._of = -1, weakref.ref(weight)
+            self._seen, self._of, self._of_written = -1, weakref.ref(weight), False
         else:
             self.arrived(weight, state)
+
+    def let_go(self, weight: Tensor, replaced: bool) -> None:
+        """Hold nothing of a weight that is about to be moved, until `copied`."""
+        self.look(weight)
+        self._of_written, self._of = replaced or self.written(weight), None
 
     def leaving(self, weight: Tensor, state: State) -> None:
         """Note the state of a weight that is about to be changed."""
@@ -66,6 +77,20 @@ class Versions:
         guard.prev_versions = (version,)
         guard.__exit__()
         self._seen, self._of = weight._version, weakref.ref(weight)
+        self._some = _some_of(weight)
+
+    def look(self, weight: Tensor) -> None:
+        """Count what was written past autograd's count: through `.data`, numpy, or C.
+
+        Told by some of the numbers, so what is written into few others is not found.
+        """
+        if self._some is None or not self._is(weight) or self.written(weight):
+            return
+        now = _some_of(weight)
+        if now is None or (now.shape, now.dtype) != (self._some.shape, self._some.dtype):
+            return  # cast or cut, as DeepSpeed does
+        if not torch.equal(now, self._some.to(now.device)):
+            self._seen = -1
 
     def is_new(self) -> bool:
         """Whether no state was arrived at yet."""
@@ -129,6 +154,20 @@ def unpack(ctx: Any) -> tuple[Tensor, ...]:
         if "inplace" not in str(error):
             raise
         raise RuntimeError(f"{_CHANGED}. Torch says: {error}") from error
+
+
+SOME = 8
+"""Numbers that are looked at along each side of a weight."""
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Of a number of so many bytes: NaN is equal to itself then."""
+
+
+def _some_of(weight: Tensor) -> Tensor | None:
+    """A copy of some of a weight's numbers, as bits; None of what is no ordinary tensor."""
+    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
+        return None
+    steps = tuple(slice(size // (2 * SOME), None, -(-size // SOME) or 1) for size in weight.shape)
+    return weight.detach()[steps].contiguous().view(BITS[weight.element_size()]).clone()
 
 
 def _tracked(weight: Tensor) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from rosa.algebra import subspace
 from rosa.algebra.lowrank import LowRank, add_product, full_precision
@@ -15,7 +16,7 @@ from rosa.errors import UserError
 from rosa.pretrained.files import WeightFile
 from rosa.pretrained.memory import check_in_memory
 from rosa.pretrained.rows import WeightMemory
-from rosa.pretrained.sharding import is_sharded
+from rosa.pretrained.sharding import is_dtensor, is_sharded
 from rosa.pretrained.versions import Versions, same_state
 from rosa.pretrained.views import MatrixView
 
@@ -231,6 +232,30 @@ class BaseWeight(WeightMemory):
 
     # -- what others do to it ------------------------------------------------------------------
 
+    def look(self) -> None:
+        """Find out what autograd does not tell of: what was written past it, or put in its place.
+
+        Raises:
+            UserError: the layer computes its weight from others now, or it was quantized.
+        """
+        module, name = self.view.module, self.view.name
+        if not self._versions.is_new() and name not in module._parameters:
+            raise UserError(
+                f"the weight of layer {self.name} is computed from others now (weight_norm, prune, "
+                "a parametrization), so a change of it in memory would be lost: take that off "
+                "again (remove_parametrizations, prune.remove), or put it on before ROSA and make "
+                "it an ordinary weight"
+            )
+        weight = module._parameters.get(name)
+        if is_traceable_wrapper_subclass(weight) and not is_dtensor(weight):
+            raise UserError(
+                f"the weight of layer {self.name} was quantized ({type(weight).__name__}) after "
+                "ROSA was put on it, which works on its numbers: put the unquantized weight back; "
+                "to train on a quantized one, quantize the model before get_peft_model"
+            )
+        if not self.is_lent:
+            self._versions.look(self.memory)
+
     def is_written(self) -> bool:
         """Whether someone else has written into the weight in memory."""
         return not self.is_lent and self._is_written()
@@ -257,6 +282,17 @@ class BaseWeight(WeightMemory):
         """Take note of the weight as it now is: what is said to stand in it does."""
         if not self.is_lent:
             self._note(self.standing)
+
+    def let_go(self) -> None:
+        """Hold no reference to a weight that is about to be moved, until `moved`."""
+        if not self.is_lent:
+            replaced = self.rows is None and self._versions.replaced(self.memory)
+            self._versions.let_go(self.memory, replaced)
+
+    def moved(self) -> None:
+        """Take note of the moved weight; what others had done to it is told of still."""
+        if not self.is_lent:
+            self._note(self.standing, moved=True)
 
     def copied(self) -> None:
         """Take note of a copy of the weight, in another module's memory."""

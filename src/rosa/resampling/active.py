@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from rosa.algebra.lowrank import are_finite
-from rosa.errors import UserError
+from rosa.errors import UserError, UserTypeError
 from rosa.layers.adapter import Adapter
 from rosa.layers.base import RosaLayer
 from rosa.layers.drawing import Factors
@@ -25,6 +25,7 @@ from rosa.pretrained.sharding import (
     reshard,
 )
 from rosa.resampling.optimizers import check_optimizer
+from rosa.resampling.zero import partitioned
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,11 @@ def factors_of(found: list[Active]) -> list[nn.Parameter]:
 
 def active_adapters(model: nn.Module, optimizer: Any = None) -> list[Active]:
     """What a resample would draw; raises as `resample` does."""
+    if not isinstance(model, nn.Module):
+        raise UserTypeError(
+            f"expected a model, got {type(model).__name__}: the model comes first, then the "
+            "optimizer"
+        )
     layers = list(rosa_layers(model))
     check_shards(model)
     reshard(model)
@@ -105,7 +111,9 @@ def active_adapters(model: nn.Module, optimizer: Any = None) -> list[Active]:
     if optimizer is not None:
         named = {factor: active.name for active in found for factor in active.factors}
         learn = {factor: name for factor, name in named.items() if factor.requires_grad}
-        check_optimizer(optimizer, learn, {f: named[f] for f in named if f not in learn})
+        fixed = {f: named[f] for f in named if f not in learn}
+        in_parts = {number for part in partitioned(optimizer) for number in part.held()}
+        check_optimizer(optimizer, learn, fixed, in_parts)
     return found
 
 
@@ -121,8 +129,8 @@ def _check_layer(name: str, layer: RosaLayer, in_rows: bool) -> None:
     if not (base.is_whole or (in_rows and base.rows is not None)):
         raise UserError(
             f"the weight of layer {name} is offloaded or sharded over processes: ROSA draws "
-            "from whole weights, so train data-parallel without sharding or offloading, or with "
-            "torch's fully_shard (FSDP 2) alone"
+            "from whole weights, so train data-parallel without sharding or offloading, with "
+            "torch's fully_shard (FSDP 2) alone, or with DeepSpeed's ZeRO 1 or 2"
         )
     if isinstance(file := layer.base_weight.kept, WeightFile):
         file.check()
@@ -141,7 +149,8 @@ def _check_factors(active: Active, in_rows: bool) -> None:
     if sharded or numbers != tuple(factor.numel() for factor in active.factors):
         raise UserError(
             f"the factors of layer {active.name} are sharded over processes: train data-parallel "
-            "without sharding, or with torch's fully_shard (FSDP 2) alone"
+            "without sharding, with torch's fully_shard (FSDP 2) alone, or with DeepSpeed's ZeRO "
+            "1 or 2"
         )
 
 

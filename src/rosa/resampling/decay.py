@@ -17,6 +17,7 @@ from torch.optim import AdamW, Optimizer
 from rosa.layers.adapter import Adapter
 from rosa.pretrained.sharding import cut_as
 from rosa.resampling.optimizers import stepping
+from rosa.resampling.zero import partitioned
 
 
 class DecayTowardDrawn:
@@ -34,11 +35,16 @@ class DecayTowardDrawn:
 
     def __init__(self, optimizer: Any, adapters: list[Adapter]) -> None:
         factors = [factor for adapter in adapters for factor in adapter.factors]
+        self._parts = partitioned(optimizer)
         held = {id(factor) for factor in factors}
-        optimizers = [one for one in stepping(optimizer, factors) if _decaying(one, held)]
+        held |= {id(part) for zero in self._parts for part in zero.parts_of(factors)}
+        steps = [*stepping(optimizer, factors), *(zero.inner for zero in self._parts)]
+        optimizers = [one for one in steps if _decaying(one, held)]
         decayed = {i for one in optimizers for group in _decaying(one, held) for i in _ids(group)}
+        for zero in self._parts:
+            decayed |= {id(f) for f in factors if decayed & set(map(id, zero.parts_of([f])))}
         self._adapters = [a for a in adapters if decayed & set(map(id, a.factors))]
-        self._drawn: dict[nn.Parameter, Tensor] = {}
+        self._drawn: dict[nn.Parameter, Tensor] = {}  # of what the optimizers step
         unknown = [one for one in optimizers if not _is_decoupled(one)]
         if unknown:
             kind = type(unknown[0]).__name__
@@ -63,6 +69,10 @@ class DecayTowardDrawn:
                 for factor, value in ((a, drawn.A), (b, drawn.B / adapter.scaling)):
                     value = value.to(factor.device, factor.dtype)
                     self._drawn[factor] = cut_as(value, factor)
+        for zero in self._parts:
+            parts = zero.spread(self._drawn)
+            self._drawn = {f: v for f, v in self._drawn.items() if id(f) not in zero.held()}
+            self._drawn |= parts
 
     @torch.no_grad()
     def _give_back(self, optimizer: Optimizer, *_: Any) -> None:

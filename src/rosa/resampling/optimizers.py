@@ -119,7 +119,10 @@ def _held(optimizer: Any) -> set[int]:
 
 
 def check_optimizer(
-    optimizer: Any, factors: Mapping[nn.Parameter, str], fixed: Mapping[nn.Parameter, str]
+    optimizer: Any,
+    factors: Mapping[nn.Parameter, str],
+    fixed: Mapping[nn.Parameter, str],
+    in_parts: set[int],
 ) -> None:
     """Raise ValueError unless a draw can change these factors under an optimizer's hands.
 
@@ -132,12 +135,13 @@ def check_optimizer(
         optimizer: see `optimizers_in`.
         factors: what is trained, each with its layer's name.
         fixed: the factors that are not.
+        in_parts: the ids of the parameters that ZeRO trains (`rosa.resampling.zero`).
 
     Raises:
         TypeError: there is no optimizer in it.
     """
     found = optimizers_in(optimizer, factors)
-    held: set[int] = set()
+    held = set(in_parts)
     for one in found:
         _check_made_for_lora(one, factors)
         _check_rates(one, factors, fixed)
@@ -150,8 +154,9 @@ def check_optimizer(
             raise UserError(
                 f"the optimizer does not hold the factors of layer {layer} ({kinds}): build it "
                 "from the model after get_peft_model, from parameters with requires_grad. One that "
-                "trains copies of them (master weights, as DeepSpeed, Apex, Megatron and "
-                "offloading make) would overwrite what is drawn: train data-parallel without it"
+                "trains copies of them (master weights, as Apex, Megatron, offloading and "
+                "DeepSpeed but for ZeRO 1 and 2 make) would overwrite what is drawn: train "
+                "data-parallel without it"
             )
 
 

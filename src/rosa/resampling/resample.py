@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rosa.errors import UserError
 from rosa.resampling.active import Active, active_adapters, check_finite, factors_of
 from rosa.resampling.moments import check_moments, clear
 from rosa.resampling.optimizers import State, averages, forget_curvature, states_of
 from rosa.resampling.processes import everyone
 from rosa.resampling.sharing import drawn, team_of
 from rosa.resampling.watching import look, warn_of_blind
+from rosa.resampling.zero import Partitioned, partitioned
 
 
 def resample(
@@ -40,16 +42,17 @@ def resample(
     Args:
         model: a model with ROSA layers, wrapped or not.
         optimizer: the optimizer that trains it: torch's, one of another library that keeps its
-            state as torch's do, any wrapper of it, or a list or dict of several. One that keeps
-            copies of the factors (DeepSpeed, master weights, offloading) is refused. None if the
-            model is not being trained.
+            state as torch's do, any wrapper of it, or a list or dict of several; DeepSpeed's of
+            ZeRO 1 and 2. Another one that keeps copies of the factors (master weights, offloading)
+            is refused. None if the model is not being trained.
         moments: what becomes of the optimizer's moments of the factors, which belong to the old
             subspace: ``"clear"`` begins anew, ``"keep"`` goes on with them as they are. A
             schedule-free optimizer needs ``"clear"``: its average goes on from where the factors
-            are.
+            are. In ZeRO ``"clear"`` needs groups of factors alone.
         batches: for draws by the gradient, batches to find it with, instead of what was seen since
             `watch`; about four. All other parameters' gradients stay as they are,
-            and so does the model's mode: in eval mode the gradient is found without dropout.
+            and so does the model's mode: in eval mode the gradient is found without dropout. Not
+            with ZeRO.
         loss: takes the model and a batch and returns the loss; None is ``model(**batch).loss``.
 
     Returns:
@@ -63,11 +66,16 @@ def resample(
     """
     with everyone().failing_together():
         found = active_adapters(model, optimizer)
-        states = states_to_keep(moments, optimizer, found)
+        states, parts = states_to_keep(moments, optimizer, found)
         check_finite(found)
         informed = [active for active in found if active.is_informed]
         shown = iter(batches if informed else ())
         if (first := next(shown, None)) is not None:
+            if parts:
+                raise UserError(
+                    "ZeRO would add the gradients of batches to the next step's: call "
+                    "rosa.watch(model) some steps before the draw, and give no batches"
+                )
             look(model, informed, chain([first], shown), loss)
     with team_of(found) as team:
         team.add_up(a.adapter.sketch.total for a in informed if a.adapter.sketch is not None)
@@ -79,15 +87,29 @@ def resample(
                 if moments == "clear":
                     for state in states:
                         clear(state, active.factors)
+        for part in parts:
+            part.follow(factors_of(found))
+            if moments == "clear":
+                part.clear(factors_of(found))
     if moments == "clear":
         forget_curvature(optimizer)
     torch.clear_autocast_cache()  # else an autocast around the call would go on with old factors
     return len(found)
 
 
-def states_to_keep(moments: str, optimizer: Any, found: list[Active]) -> list[State]:
-    """The states of the optimizers that train these; ValueError if `moments` cannot be done."""
+def states_to_keep(
+    moments: str, optimizer: Any, found: list[Active]
+) -> tuple[list[State], list[Partitioned]]:
+    """The states of the optimizers that train these, and those in ZeRO's parts.
+
+    Raises:
+        ValueError: `moments` cannot be done with them.
+    """
     factors = factors_of(found)
-    states = states_of(optimizer, factors)
-    check_moments(moments, states, factors, averages(optimizer, factors))
-    return states
+    states, parts = states_of(optimizer, factors), partitioned(optimizer)
+    stepped = [*factors, *(flat for part in parts for flat in part.parts_of(factors))]
+    check_moments(moments, states, stepped, averages(optimizer, factors))
+    named = {f: a.name for a in found for f in a.factors}
+    for part in parts:
+        part.check(named, moments)
+    return states, parts

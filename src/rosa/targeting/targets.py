@@ -352,9 +352,11 @@ def fingerprint_of_sound(target: Target) -> tuple[float, float]:
 def near_names(config: PeftConfig, model: nn.Module) -> str:
     """A sentence with the names of the model that come near what was not found."""
     wanted = getattr(config, "target_modules", None) or ()
-    wanted = [wanted] if isinstance(wanted, str) else sorted(wanted)
     known = [n for n, m in model.named_modules() if kind_of(m)]
     there = sorted({name.rpartition(".")[2] for name in known})
+    if isinstance(wanted, str) and wanted in there:
+        return f" A string is a regular expression for whole names: give a list, [{wanted!r}]."
+    wanted = [wanted] if isinstance(wanted, str) else sorted(wanted)
     near = [n for w in wanted for n in difflib.get_close_matches(w.rpartition(".")[2], there)]
     if near:
         return f" Did you mean {', '.join(dict.fromkeys(near))}?"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -75,6 +76,10 @@ def of_comparison(comparison: Comparison) -> dict[str, str]:
         "Seconds of training": lambda ax: _bars(ax, shown, lambda r: r.train_seconds, "seconds"),
         "Peak memory": lambda ax: _bars(ax, shown, lambda r: r.peak_memory_mib, "MiB"),
     }
+    for method in _of_several_ranks(comparison.rows):
+        titles[f"Validation {validated} at every rank: {method}"] = partial(
+            _by_rank, comparison=comparison, method=method
+        )
     for further in comparison.further:
         title = f"Learned and forgotten: {further.replace('_', ' ')} against {metric}"
         titles[title] = partial(_learned_and_forgotten, comparison=comparison, further=further)
@@ -85,6 +90,11 @@ def _of_one_rank(rows: Sequence[Row]) -> list[Row]:
     """The rows of the highest rank, and those without one: else the lines would be too many."""
     highest = max((row.rank or 0 for row in rows), default=0)
     return [row for row in rows if row.rank in (None, highest)]
+
+
+def _of_several_ranks(rows: Sequence[Row]) -> list[str]:
+    counts = Counter(row.method for row in rows)
+    return [method for method, count in counts.items() if count > 1]
 
 
 def _svg(draw: Any) -> str:
@@ -131,6 +141,12 @@ def _style(index: int) -> dict[str, Any]:
     }
 
 
+def _scale(axes: Axes, values: Sequence[float]) -> None:
+    """What falls by decades is shown so."""
+    if values and 0 < 300 * min(values) < max(values):
+        axes.set_yscale("log")
+
+
 def _scores(axes: Axes, comparison: Comparison, metric: str) -> None:
     methods = list(dict.fromkeys(row.method for row in comparison.rows))
     for i, method in enumerate(methods):
@@ -145,6 +161,7 @@ def _scores(axes: Axes, comparison: Comparison, metric: str) -> None:
             **_style(i),
         )
     axes.set(xscale="log", xlabel="trained parameters", ylabel=metric)
+    _scale(axes, [score for row in comparison.rows for score in row.scores(comparison.metric)])
     tidy(axes)
     _legend(axes)
 
@@ -163,6 +180,7 @@ def _by_step(axes: Axes, rows: Sequence[Row], key: str, label: str) -> None:
         height = 0.015 + 0.02 * (i % 3)  # so that ticks of several rows can be told apart
         axes.plot(drawn, [height] * len(drawn), "|", color=style["color"], ms=5, **_low(axes))
     axes.set(xlabel="optimizer step", ylabel=label)
+    _scale(axes, [e[key] for row in rows for history in row.histories for e in history["epochs"]])
     tidy(axes)
     _legend(axes)
 
@@ -170,6 +188,27 @@ def _by_step(axes: Axes, rows: Sequence[Row], key: str, label: str) -> None:
 def _low(axes: Axes) -> dict[str, Any]:
     """Heights are shares of the axes, not values."""
     return {"transform": axes.get_xaxis_transform(), "zorder": 1}
+
+
+def _by_rank(axes: Axes, comparison: Comparison, method: str) -> None:
+    """A method's means at each of its ranks, beside what has none."""
+    rows = [row for row in comparison.rows if row.method == method or row.rank is None]
+    key = f"eval_{comparison.rows[0].records[0].metric}"
+    shades = matplotlib.colormaps["plasma_r"]
+    ranked = [row for row in rows if row.rank is not None]
+    for row in rows:
+        curves = [[e[key] for e in history["epochs"]] for history in row.histories]
+        means = [mean(values) for values in zip(*curves, strict=False)]
+        steps = [e["step"] for e in row.histories[0]["epochs"]][: len(means)]
+        style: dict[str, Any] = {"color": "0.4", "ls": "--", "label": row.method}
+        if row in ranked:
+            shade = 0.15 + 0.8 * ranked.index(row) / len(ranked)
+            style = {"color": shades(shade), "label": f"rank {row.rank}"}
+        axes.plot(steps, means, **style)
+    axes.set(xlabel="optimizer step", ylabel=f"validation {key[5:].replace('_', ' ')}")
+    _scale(axes, [e[key] for row in rows for history in row.histories for e in history["epochs"]])
+    tidy(axes)
+    _legend(axes)
 
 
 def _learned_and_forgotten(axes: Axes, comparison: Comparison, further: str) -> None:
@@ -198,6 +237,7 @@ def _by_time(axes: Axes, rows: Sequence[Row]) -> None:
         seconds = [step * e["step"] for e in row.histories[0]["epochs"]]
         axes.plot(seconds[: len(losses)], losses, label=row.name, **_style(i))
     axes.set(xlabel="seconds", ylabel="training loss")
+    _scale(axes, [e["train_loss"] for r in rows for h in r.histories for e in h["epochs"]])
     tidy(axes)
     _legend(axes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -10,11 +11,14 @@ from statistics import mean
 from typing import Any
 from urllib.parse import unquote
 
-from rosa.bench import runs
-from rosa.bench.cell import ERROR
-from rosa.bench.compare import COMPARISON
-from rosa.bench.record import Record, best_record, read_record
+from rosa.bench.grid.cell import ERROR
+from rosa.bench.grid.compare import COMPARISON
+from rosa.bench.storage import runs
+from rosa.bench.storage.record import Record, best_record, read_record
 from rosa.errors import UserError
+
+_CELL = re.compile(r"(.*)-lr(\d[\d.e+-]*)-s\d+")
+"""The name of a cell's folder: its row, and its rate."""
 
 
 @dataclass
@@ -78,19 +82,25 @@ def read_comparison(folder: Path) -> Comparison:
         raise FileNotFoundError(f"{folder} is not a comparison's folder (no {COMPARISON})")
     groups: dict[tuple[str, int | None], list[tuple[Record, Path]]] = {}
     failed, unfinished = [], []
+    diverged: dict[str, list[float]] = {}  # rates that failed, by the begin of their cells' names
     for place in sorted(p for p in folder.iterdir() if p.is_dir()):
         if runs.is_done(place):
             record = read_record(place)
             groups.setdefault((record.variant, record.rank), []).append((record, place))
         elif (place / ERROR).is_file():
             failed.append(_shown(place.name))
+            if named := _CELL.fullmatch(place.name):
+                diverged.setdefault(named[1], []).append(float(named[2]))
         elif runs.settings_of(place):
             unfinished.append(_shown(place.name))
     if not groups:
         raise UserError(
             f"{folder} has no finished run yet: go on with it by the same `rosa compare` command"
         )
-    rows = [_row(*group, cells) for group, cells in groups.items()]
+    rows = [
+        _row(*group, cells, diverged.get(cells[0][1].name.rsplit("-lr", 1)[0], []))
+        for group, cells in groups.items()
+    ]
     first = rows[0].records[0]
     settings = runs.read_json(folder / COMPARISON)
     # A report is for others: not where files lie on this machine.
@@ -124,12 +134,17 @@ def _shown(variant: str) -> str:
     return "+".join(f"{name}{equals}{_without_machine(value)}" for name, equals, value in options)
 
 
-def _row(method: str, rank: int | None, cells: list[tuple[Record, Path]]) -> Row:
-    """Choose the learning rate by the validation metric of the seed that tried the most of them."""
+def _row(
+    method: str, rank: int | None, cells: list[tuple[Record, Path]], diverged: list[float]
+) -> Row:
+    """Choose the learning rate by the validation metric of the seed that tried the most of them.
+
+    Rates that failed were tried too.
+    """
     ((tuned_on, _),) = Counter(record.seed for record, _ in cells).most_common(1)
     tuning = [record for record, _ in cells if record.seed == tuned_on]
     lr = best_record(tuning).lr
-    rates = [record.lr for record in tuning]
+    rates = [*(record.lr for record in tuning), *diverged]
     chosen = sorted((c for c in cells if c[0].lr == lr), key=lambda cell: cell[0].seed)
     return Row(
         _shown(method),

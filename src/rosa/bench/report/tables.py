@@ -89,9 +89,6 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     formats = {
         **dict.fromkeys(("method", "rank", "seeds"), "{}"),
         "lr": "{:g}" + ("*" if row["at_edge"] else ""),
-        "score": "{:.4f}",
-        "spread": "{:.4f}",
-        "train loss": "{:.4f}",
         "trainable": "{:,}",
         "file, MB": "{:.2f}",
         "peak, MiB": "{:.0f}",
@@ -99,7 +96,15 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         "s drawing": "{:.2f}",
     }
     values = [(name, value) for name, value in row.items() if name != "at_edge"]
-    return ["" if v is None else formats.get(name, "{:.4f}").format(v) for name, v in values]
+    return [
+        "" if v is None else formats[name].format(v) if name in formats else _score(v)
+        for name, v in values
+    ]
+
+
+def _score(value: float) -> str:
+    """Of one below a thousandth the first digits that it has."""
+    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.4f}"
 
 
 def shown_rows(comparison: Comparison) -> list[list[str]]:
@@ -127,7 +132,7 @@ def notes(comparison: Comparison) -> list[str]:
     ]
     if comparison.before:
         names = [comparison.metric, *comparison.further]
-        values = [f"{n.replace('_', ' ')} {comparison.before[n]:.4f}" for n in names]
+        values = [f"{n.replace('_', ' ')} {_score(comparison.before[n])}" for n in names]
         found.append(f"before training: {', '.join(values)}")
     if any(row.at_edge for row in comparison.rows):
         found.append("* the chosen rate is the lowest or highest tried: a wider grid may do better")

@@ -6,7 +6,6 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from rosa.bench import runs
 from rosa.bench.report.page import write_page
 from rosa.bench.report.results import read_comparison
 from rosa.bench.report.tables import (
@@ -18,6 +17,7 @@ from rosa.bench.report.tables import (
     shown_rows,
     table_rows,
 )
+from rosa.bench.storage import runs
 
 
 def write_report(folder: Path, say: Any, output: Path | None = None) -> None:

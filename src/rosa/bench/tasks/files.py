@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +98,8 @@ def _cells(path: Path, content: str, separator: str) -> dict[str, list[str]]:
             f"{path} cannot be read: {failures[0]}: check its separators and quotation marks"
         )
     header, *rows = max(tables, key=len)
+    if twice := [name for name, times in Counter(header).items() if name.strip() and times > 1]:
+        raise UserError(f"{path} has two columns of the name {twice[0]!r}: rename one of them")
     return {name: [row[i] for row in rows] for i, name in enumerate(header)}
 
 

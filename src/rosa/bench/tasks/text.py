@@ -31,6 +31,10 @@ def load_text(settings: DataSettings, labels: tuple[str, ...] | None = None) -> 
     if len(texts) not in (1, 2):
         raise UserError(f"a classification takes one text column or two, got {', '.join(texts)}")
     columns = (*texts, settings.label_column)
+    if len(set(columns)) < len(columns):
+        raise UserError(
+            f"--text-column and --label-column name one column twice: {', '.join(columns)}"
+        )
     train = _plain(read_table(settings.train, columns), texts, settings.label_column)
     if labels is None:
         labels = tuple(sorted(set(train["label"]), key=lambda label: (len(label), label)))
@@ -66,7 +70,8 @@ def _plain(rows: Dataset, texts: tuple[str, ...], label_column: str) -> Dataset:
 
 
 def _label(value: str) -> str:
-    """A label's name: 1 and 1.0 (what tables with gaps make of 1) are the same."""
+    """A label's name: 1, 1.0 (what tables with gaps make of 1) and " 1" are the same."""
+    value = value.strip()
     return value[:-2] if re.fullmatch(r"-?\d+\.0", value) else value
 
 

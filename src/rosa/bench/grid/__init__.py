@@ -1,0 +1,1 @@
+"""Comparisons: many runs, a cell each."""

@@ -1,0 +1,170 @@
+"""`rosa compare`: methods, ranks, learning rates and seeds on one task, with equal tuning for all.
+
+<output>/comparison.json           what all cells share
+<output>/<cell>/                   the folder of one run; see `rosa.bench.storage.runs`
+<output>/<cell>/error.txt          why a cell failed, if it did
+
+A cell is (method, rank, learning rate, seed). The learning rate of each method and rank is chosen
+with the first seed, on validation data held out of the training set; the other seeds train with
+that rate alone. What is reported is the task's own validation set (or its test set), which nothing
+was chosen on. A finished cell is never trained again, so a stopped comparison goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rosa.bench.grid.cell import MODELS, Job, Kind
+from rosa.bench.grid.cells import run_all
+from rosa.bench.grid.executors import find_executor
+from rosa.bench.grid.grid import OF_A_CELL, Cell, Grid, rate_beyond
+from rosa.bench.setup.checking import check
+from rosa.bench.setup.settings import RunSettings
+from rosa.bench.storage import runs
+from rosa.bench.storage.record import best_record, read_record
+from rosa.bench.tasks.chat import usual_length
+from rosa.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+COMPARISON, LOCK = "comparison.json", ".lock"
+
+
+def compare(
+    base: RunSettings,
+    grid: Grid,
+    jobs: int = 1,
+    console: Console | None = None,
+    before: Mapping[str, float] | None = None,
+    executor: str = "processes",
+    widen: bool = False,
+    kind: Kind = MODELS,
+) -> dict[str, str]:
+    """Train every cell that is not finished; returns the reasons of those that failed, by name.
+
+    Args:
+        base: what all cells share; its `output` is the comparison's folder.
+        grid: what differs.
+        jobs: cells that train at a time, each in a process of its own with its share of the cores.
+        console: where progress is shown; None makes one.
+        before: metrics of the pretrained model, for the report to show beside the trained ones.
+        executor: where they train: in processes of this machine, or as tasks of ray.
+        widen: where the best learning rate of a row is the lowest or the highest one tried, try
+            one beyond it, half a decade at a time.
+        kind: how a cell is trained.
+
+    Raises:
+        ValueError, FileNotFoundError: a setting is of no use, or the folder holds something else
+            or is written to by another comparison; said before anything is trained.
+    """
+    from filelock import FileLock, Timeout
+    from rich.console import Console
+
+    console = console or Console()
+    if jobs < 1:
+        raise UserError(f"jobs must be at least 1, got {jobs}")
+    made_by = find_executor(executor)
+    longest = base.max_length or usual_length(base.train)
+    base = replace(base, hold_out=True, max_length=longest)
+    cells = [
+        Cell(variant, rank, rate, seed)
+        for variant, rank in grid.groups()
+        for rate in grid.rates(variant)
+        for seed in grid.seeds
+    ]
+    for cell in cells:
+        _settings_of(base, cell)  # checks it
+    _check_folder(base)
+    kind.check(base)
+    base.output.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(base.output / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"another comparison is writing to {base.output}: wait for it, or name another folder"
+        ) from None
+    try:
+        about = _shared(base) if before is None else {**_shared(base), "before": dict(before)}
+        runs.write_json(base.output / COMPARISON, about)
+        maker = made_by(jobs)
+
+        def train(todo: list[Cell], title: str) -> dict[str, str]:
+            left = [cell for cell in todo if not runs.is_done(base.output / cell.name)]
+            done = len(todo) - len(left)
+            console.print(f"{title}: {len(todo)} cells, {done} of them finished before")
+            made = [Job(_settings_of(base, cell), cell.variant.name, kind) for cell in left]
+            return run_all(made, maker, title, console)
+
+        failures: dict[str, str] = {}
+        tried: dict[tuple[str, int | None], list[Cell]] = {}
+        best: dict[tuple[str, int | None], float | None] = {}
+        tuning = [cell for cell in cells if cell.seed == grid.seeds[0]]
+        while tuning:
+            failures |= train(tuning, "tuning")
+            for cell in tuning:
+                tried.setdefault(cell.group, []).append(cell)
+            best = {group: _best(base.output, some) for group, some in tried.items()}
+            tuning = [*_beyond(tried, best)] if widen else []
+        rest = [
+            replace(some[0], lr=rate, seed=seed)
+            for group, some in tried.items()
+            if (rate := best[group]) is not None
+            for seed in grid.seeds[1:]
+        ]
+        failures |= train(rest, "seeds")
+        maker.close()
+        return failures
+    finally:
+        lock.release()
+
+
+def _beyond(
+    tried: Mapping[tuple[str, int | None], list[Cell]],
+    best: Mapping[tuple[str, int | None], float | None],
+) -> Iterator[Cell]:
+    """A cell more for each row whose best rate is at the edge of those tried."""
+    for group, cells in tried.items():
+        if (rate := rate_beyond([cell.lr for cell in cells], best[group])) is not None:
+            yield replace(cells[0], lr=rate)
+
+
+def _settings_of(base: RunSettings, cell: Cell) -> RunSettings:
+    values = {"method": cell.variant.method, "rank": cell.rank, "lr": cell.lr, "seed": cell.seed}
+    options = {**cell.variant.options, "output": base.output / cell.name}
+    return check(replace(base, **values, **options))
+
+
+def _shared(base: RunSettings) -> dict[str, Any]:
+    return {k: v for k, v in base.to_json().items() if k not in OF_A_CELL}
+
+
+def _check_folder(base: RunSettings) -> None:
+    output = base.output
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output} is a file: name a folder")
+    if not output.is_dir() or all(p.name == LOCK for p in output.iterdir()):
+        return
+    if not (output / COMPARISON).is_file():
+        raise UserError(f"{output} holds files that are not a comparison's: name a new folder")
+    before = {**runs.DEFAULTS, **runs.read_json(output / COMPARISON)}  # of a version with fewer
+    differ = [
+        f"{name} ({before.get(name)} there, {value} here)"
+        for name, value in _shared(base).items()
+        if before.get(name) != value
+    ]
+    if differ:
+        raise UserError(
+            f"{output} holds a comparison with other settings: {'; '.join(differ)}. Give the same "
+            "to go on with it, or name a new folder"
+        )
+
+
+def _best(folder: Path, cells: list[Cell]) -> float | None:
+    """The chosen learning rate of cells that differ in it alone; None if every one failed."""
+    found = [read_record(folder / c.name) for c in cells if runs.is_done(folder / c.name)]
+    return best_record(found).lr if found else None

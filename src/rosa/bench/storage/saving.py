@@ -1,0 +1,86 @@
+"""The trained model in a run's folder, with its model card."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from rosa.bench.setup.methods import find_method
+from rosa.bench.setup.settings import RunSettings
+from rosa.bench.storage import runs
+from rosa.bench.tasks.task import Task
+
+
+def save_trained(
+    settings: RunSettings, task: Task, model: Any, tokenizer: Any, metrics: dict[str, float]
+) -> Path:
+    """Save the trained model with its tokenizer and a model card; returns its folder."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    adapted = find_method(settings.method).config is not None
+    place = settings.output / (runs.ADAPTER if adapted else runs.MODEL)
+    model.save_pretrained(str(place))
+    if adapted:
+        runs.save_config(model.config, place)
+    tokenizer.save_pretrained(str(place))
+    local = Path(settings.model).exists()
+    data = ModelCardData(
+        base_model=None if local else settings.model,
+        library_name="peft" if adapted else "transformers",
+        tags=[settings.method, "rosa-finetune"],
+    )
+    values = {k: v for k, v in settings.to_json().items() if k not in ("output", "versions")}
+    for name in ("data", "train", "validation") if local else ("data", "train"):
+        if values[name]:  # a card is for others: not where files lie on this machine
+            values[name] = Path(values[name]).name
+    values["model"] = runs.model_name(settings.model)
+    rows = "\n".join(f"| {k} | {v} |" for k, v in values.items() if v is not None)
+    scores = "\n".join(f"| {k} | {v:.4f} |" for k, v in metrics.items())
+    load = _loading(settings, model, values["model"] if adapted else None)
+    text = (
+        f"---\n{data.to_yaml()}\n---\n\n# {settings.method} on {task.name}\n\n"
+        f"`{values['model']}` fine-tuned by `rosa train`:\n\n"
+        f"```sh\n{_command(values)} --output {shlex.quote(settings.output.name)}\n```\n\n"
+        f"```python\n{load}```\n\n"
+        f"| metric | value |\n| --- | --- |\n{scores}\n\n"
+        f"| setting | value |\n| --- | --- |\n{rows}\n"
+    )
+    ModelCard(text).save(place / "README.md")
+    return place
+
+
+def _loading(settings: RunSettings, model: Any, base: str | None) -> str:
+    """Python that loads it; the folder is the card's."""
+    kind = type(model.get_base_model() if base else model).__name__
+    if base is None:
+        return f'from transformers import {kind}\n\nmodel = {kind}.from_pretrained(".")\n'
+    size = "" if "CausalLM" in kind else f", num_labels={model.config.num_labels}"
+    register = (
+        "import rosa  # registers the method with PEFT\n" if settings.method == "rosa" else ""
+    )
+    return (
+        f"{register}from peft import PeftModel\nfrom transformers import {kind}\n\n"
+        f'base = {kind}.from_pretrained("{base}"{size})\n'
+        'model = PeftModel.from_pretrained(base, ".")  # this folder\n'
+    )
+
+
+def _command(values: dict[str, Any]) -> str:
+    """The command that trains it again, without what is said by default and where it goes."""
+    words = ["rosa", "train"]
+    for setting in fields(RunSettings):
+        name, value = setting.metadata["option"] or setting.name, values.get(setting.name)
+        if value in (None, False) or value == setting.default or value == _plain(setting.default):
+            continue
+        option = f"--{name.replace('_', '-')}"
+        if value is True:
+            words.append(option)
+        for each in value if isinstance(value, list) else [] if value is True else [value]:
+            words += [option, str(each)]
+    return shlex.join(words)
+
+
+def _plain(default: Any) -> Any:
+    return list(default) if isinstance(default, tuple) else default

@@ -1,0 +1,150 @@
+"""Reading a user's own files: every value as it stands, every fault named before work starts."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from rosa.bench import tasks
+from rosa.bench.tasks.files import read_table
+from rosa.bench.tasks.task import DataSettings
+
+BOM = "\ufeff"
+
+
+def write(folder: Path, name: str, content: str) -> Path:
+    path = folder / name
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+def csv_of(folder: Path, labels: list[str], name: str = "t.csv") -> Path:
+    rows = [f"text {i},{label}" for i, label in enumerate(labels)]
+    return write(folder, name, "\n".join(["text,label", *rows]))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", 'text,label\n007,01\n"a, ""b""\nc",NA\n'),
+        ("a.CSV", BOM + 'text,label\r\n007,01\r\n"a, ""b""\nc",NA\r\n'),
+        ("a.tsv", 'text\tlabel\n007\t01\n"a, ""b""\nc"\tNA\n'),
+        ("a.jsonl", '{"text":"007","label":"01"}\n\n{"text":"a, \\"b\\"\\nc","label":"NA"}\n'),
+        ("a.json", BOM + '[{"text":"007","label":"01"},{"text":"a, \\"b\\"\\nc","label":"NA"}]'),
+    ],
+)
+def test_values_stay_the_text_that_they_are(tmp_path, name, content):
+    rows = read_table(write(tmp_path, name, content), ("text", "label"))
+    assert rows["text"][:] == ["007", 'a, "b"\nc']
+    assert rows["label"][:] == ["01", "NA"]
+
+
+def test_a_lone_quotation_mark_in_tsv_swallows_no_lines(tmp_path):
+    path = write(tmp_path, "a.tsv", 'text\tlabel\n"hello\t1\nb\t0\nc"\t1\nd\t0\n')
+    assert read_table(path, ("text",))["text"][:] == ['"hello', "b", 'c"', "d"]
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [("one\ntwo\nthree\n", ["one", "two", "three"]), ("one\ntwo\n \nthree", ["one\ntwo", "three"])],
+)
+def test_plain_text_is_paragraphs_or_else_lines(tmp_path, content, texts):
+    assert read_table(write(tmp_path, "a.txt", content), ("text",))["text"][:] == texts
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "text,label\n  ,1\nb,0\n", "row 1 has nothing in column 'text'"),
+        ("a.csv", "text,label\n", "has no rows"),
+        ("a.csv", "text,label,label\na,1,0\n", "has two columns of the name 'label'"),
+        ("a.tsv", "text\tother\tlabel\tother\na\tb\t1\tc\n", "has two columns of the name"),
+        ("a.csv", " \n", "is empty"),
+        ("a.csv", "text,label\na,1\nb,0,9\n", "row 2 has 3 cells, the header has 2"),
+        ("a.csv", 'text,label\n"a,1\nb,0\n', "cannot be read"),
+        ("a.xlsx", "x", "unknown kind of file; use .csv, .tsv"),
+        ("a.jsonl", '{"text":"a","label":1}\n{"text"\n', "line 2"),
+        ("a.jsonl", "1\n2\n", "row 1 is no object of columns with values"),
+        ("a.jsonl", '{"text":"a","label":null}\n', "row 1 has nothing in column 'label'"),
+        ("a.jsonl", '{"text":NaN,"label":1}\n', "row 1 has nothing in column 'text'"),
+        ("a.jsonl", '{"text":"a \\ud800","label":1}\n', "row 1 has half of a character"),
+        ("a.jsonl", '{"text":' + "[" * 100_000 + "\n", "cannot be read as JSON"),
+        ("a.jsonl", '{"text":["a"],"label":1}\n', "row 1 has no plain text in column 'text'"),
+        ("a.jsonl", '{"words":"a","kind":1}\n', "no column 'text'; there are: words, kind"),
+    ],
+)
+def test_a_faulty_file_is_named_with_its_fault(tmp_path, name, content, message):
+    path = write(tmp_path, name, content)
+    with pytest.raises(ValueError, match=path.name) as caught:
+        read_table(path, ("text", "label"))
+    assert message in str(caught.value)
+
+
+def test_text_in_another_encoding_is_a_clear_error(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("café".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a\.txt is not UTF-8"):
+        read_table(path, ("text",))
+
+
+def test_a_split_off_validation_set_keeps_the_shares_of_the_labels(tmp_path):
+    labels = ["no"] * 300 + ["yes"] * 100
+    random.shuffle(labels)
+    settings = DataSettings(train=csv_of(tmp_path, labels), seed=random.randrange(100))
+    task = tasks.load(settings, decoder=False)
+    assert task.labels == ("no", "yes")
+    assert (len(task.train), len(task.validation)) == (360, 40)
+    assert sum(task.validation["label"]) == 10
+    assert not set(task.train["text0"]) & set(task.validation["text0"])
+    again = tasks.load(settings, decoder=False)
+    assert again.validation["text0"][:] == task.validation["text0"][:]
+
+
+def test_labels_are_numbered_alike_whatever_the_type_in_the_file(tmp_path):
+    train = write(
+        tmp_path,
+        "t.jsonl",
+        "\n".join(json.dumps({"text": str(i), "label": i % 3}) for i in range(30)),
+    )
+    validation = csv_of(tmp_path, ["2.0", " 0.0", "1 "])
+    task = tasks.load(DataSettings(train=train, validation=validation), decoder=False)
+    assert task.labels == ("0", "1", "2")
+    assert task.validation["label"][:] == [2, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "validation", "message"),
+    [
+        (["x"] * 9, None, "one label only"),
+        (["x", "x ", " x"] * 9, None, "one label only"),
+        (["x", "y"] * 9, ["x", "z"], "labels that are not learned: z"),
+        (["x"] * 9 + ["y"], None, "too few rows to split"),
+    ],
+)
+def test_labels_of_no_use(tmp_path, labels, validation, message):
+    settings = DataSettings(
+        train=csv_of(tmp_path, labels),
+        validation=csv_of(tmp_path, validation, "v.csv") if validation else None,
+    )
+    with pytest.raises(ValueError, match=message):
+        tasks.load(settings, decoder=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (DataSettings(), "no data"),
+        (DataSettings(train=Path("t.csv"), text_columns=("label",)), "name one column twice"),
+        (DataSettings(task="colour"), "unknown task 'colour'; there are: cola, sst2"),
+        (DataSettings(task="cola", train=Path("t.csv")), "not both"),
+        (DataSettings(task="cola", validation=Path("v.csv")), "its own validation data"),
+        (DataSettings(train=Path("t.csv"), data=Path()), "name the task with --task"),
+        (DataSettings(train=Path("t.csv"), limit_train=0), "limit_train must be at least 1"),
+    ],
+)
+def test_settings_that_contradict_each_other(settings, message):
+    with pytest.raises(ValueError, match=message):
+        tasks.load(settings, decoder=False)
