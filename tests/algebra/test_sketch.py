@@ -60,12 +60,12 @@ def test_a_gradient_of_low_rank_is_found_exactly(shape):
 def test_the_sketch_keeps_nearly_all_that_the_best_directions_hold():
     decaying = [0.7**k for k in range(20)]
     shares = []
-    for _ in range(50):  # on average 0.981, of one draw give or take 0.012
+    for _ in range(50):  # on average 0.989, of one draw give or take 0.009
         u, gradient = low_rank_gradient(30, 20, decaying)
         found = sketch_of(gradient, 4).directions(4, like=gradient)
         best = (u[:, :4].T @ gradient).norm()
         shares.append(float((found.T @ gradient).norm() / best))
-    assert sum(shares) / len(shares) > 0.97
+    assert sum(shares) / len(shares) > 0.98
     assert max(shares) <= 1 + 1e-9
 
 

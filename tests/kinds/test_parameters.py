@@ -157,7 +157,7 @@ def test_what_is_watched_is_the_gradient_of_each_expert(base):
     for u, g in zip(found[:-1], gradient, strict=False):
         best = torch.linalg.svd(g).U[:, :RANK]
         share = (u.T @ g).norm() / (best.T @ g).norm()
-        assert share > 0.9
+        torch.testing.assert_close(share, torch.ones_like(share))  # as many projections as inputs
     resample(model)
 
 

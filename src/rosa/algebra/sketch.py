@@ -1,9 +1,9 @@
 """Where the loss gradient of a weight lies, seen through a few random projections of it.
 
 Ordinary backward passes compute, for a linear layer, the gradient g (n, out) of its outputs and
-know its inputs x (n, in). The weight's gradient G = g^T x (out, in) is never formed: for a random
-Gaussian T (in, p), ``g^T (x T) = G T`` costs what LoRA of rank p costs, and its column space is
-nearly that of G's p largest left singular directions.
+know its inputs x (n, in). The weight's gradient G = g^T x (out, in) is never formed: for random T
+(in, p) with orthonormal columns, ``g^T (x T) = G T`` costs what LoRA of rank p costs, and its
+column space is nearly that of G's p largest left singular directions; it is exactly that at p = in.
 
 Source: Halko, Martinsson and Tropp, "Finding structure with randomness", SIAM Review 53 (2011),
 section 4 (the range finder).
@@ -47,7 +47,7 @@ class Sketch:
         *stack, out_features, in_features = shape
         width = min(rank + OVERSAMPLING, out_features, in_features)
         test = torch.randn(in_features, width, generator=generator, dtype=like.dtype)
-        self.test = test.to(like.device)
+        self.test = torch.linalg.qr(test).Q.to(like.device)
         self.total = like.new_zeros(*stack, width, out_features)
 
     def add(self, grad: Tensor, x: Tensor) -> None:
