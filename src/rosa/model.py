@@ -39,6 +39,7 @@ from rosa.kinds.registry import kind_of
 from rosa.layers.base import RosaLayer
 from rosa.layers.in_model import base_of, layers_of, rosa_layers
 from rosa.layers.statedict import give_pretrained
+from rosa.packing import keep_order
 from rosa.pretrained.memory import make_private, owners_of, tenants, weight_owners
 from rosa.pretrained.sharding import check_unsharded, reshard, whole
 from rosa.switching import or_as_before
@@ -139,6 +140,7 @@ class RosaModel(BaseTuner):
             "accelerator.prepare then",
         )
         self._fingerprints: dict[str, tuple[float, float]] = {}
+        keep_order(model)
         capped = []
         owners, held = weight_owners(model), tenants(model)
         check_full_training(config, model)

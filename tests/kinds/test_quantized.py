@@ -20,12 +20,14 @@ from peft import (
 from torch import Tensor, nn
 
 from rosa import RosaConfig, export_lora, export_merged, resample, watch
+from rosa.bench.setup.quantizing import quantize as quantize_base
 from rosa.kinds.quantized import RosaQuantizedLinear
 from rosa.layers.in_model import rosa_layers
+from rosa.packing import keep_order
 from tests.helpers import moved
 from tests.models import tiny_bert
 
-SIZES = 64, 96, 64
+SIZES = 64, 128, 64
 RANK = 4
 
 
@@ -61,7 +63,10 @@ def _by_bitsandbytes(model: nn.Module, kind: str, **how: Any) -> nn.Module:
 
 
 def in_4_bits(model: nn.Module) -> nn.Module:
-    return _by_bitsandbytes(model, "Linear4bit", compute_dtype=torch.float32, quant_type="nf4")
+    how = {"compute_dtype": torch.float32, "quant_type": "nf4"}
+    found = _by_bitsandbytes(model, "Linear4bit", **how)
+    keep_order(found)  # its outputs are those of its weights, on any CPU
+    return found
 
 
 def in_8_bits(model: nn.Module) -> nn.Module:
@@ -350,3 +355,68 @@ def test_an_adapter_goes_from_the_quantized_to_the_whole_model(quantize, tmp_pat
         torch.testing.assert_close(
             one.whole_change("default").dense(), other.whole_change("default").dense()
         )
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("how", ["passed", "saved"])
+def test_4_bit_weights_that_a_pass_has_packed_are_put_back(nested, how):
+    bnb = pytest.importorskip("bitsandbytes")
+    how_made = {"compute_dtype": torch.float32, "compress_statistics": nested}
+    with torch.no_grad():
+        base = _by_bitsandbytes(Net(), "Linear4bit", **how_made).requires_grad_(False).eval()
+    linears = [base.first, base.second]
+    stored = [linear.weight.detach().clone() for linear in linears]
+    whole = [dequantized(linear) for linear in linears]
+    for linear in linears:  # as its forward does on a CPU with AVX512-BF16
+        packed, _ = bnb.functional._convert_weight_packed_for_cpu(
+            linear.weight.data, linear.weight.quant_state
+        )
+        linear.weight.data = packed
+    assert (dequantized(base.first) - whole[0]).abs().max() > 0.01
+    if how == "saved":
+        base.state_dict()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model = attach(base)
+    assert ("rounded the scales of 2" in "".join(str(w.message) for w in said)) == (how == "passed")
+    for linear, codes, expected in zip(linears, stored, whole, strict=True):
+        assert torch.equal(linear.weight, codes)
+        close = {"rtol": 0.05 if nested else 2**-8, "atol": 1e-3 if nested else 0.0}
+        torch.testing.assert_close(dequantized(linear), expected, **close)
+    moved(model)
+    with torch.no_grad():
+        assert model(torch.randn(3, SIZES[0])).isfinite().all()
+
+
+def dequantized(linear: Any) -> Tensor:
+    bnb = pytest.importorskip("bitsandbytes")
+    return bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state).clone()
+
+
+@pytest.mark.parametrize("adapter", [RosaConfig, LoraConfig])
+@pytest.mark.parametrize("targets", [["first"], ["first", "second"]])
+def test_an_evaluation_leaves_4_bit_weights_and_gradients_as_they_were(adapter, targets):
+    """LoRA as the commands load its model."""
+    with torch.no_grad():
+        base = _by_bitsandbytes(Net(), "Linear4bit", compute_dtype=torch.float32)
+    if adapter is LoraConfig:
+        quantize_base("4bit", base)
+    model = get_peft_model(base, adapter(r=RANK, target_modules=targets))
+    moved(model)
+    x = torch.randn(3, SIZES[0])
+
+    def gradients() -> list[Tensor]:
+        factors = [p for p in model.train().parameters() if p.requires_grad]
+        return list(torch.autograd.grad(model(x).square().sum(), factors))
+
+    before = gradients()
+    stored = [linear.weight.detach().clone() for linear in bare_linears(model)]
+    with torch.no_grad():
+        model.eval()(x)
+    assert all(map(torch.equal, (linear.weight for linear in bare_linears(model)), stored))
+    for one, other in zip(gradients(), before, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def bare_linears(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if type(m).__name__ == "Linear4bit" and hasattr(m, "weight")]

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from rosa.errors import UserError
+from rosa.packing import keep_order
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,6 +57,7 @@ def quantize(load_in: str, model: nn.Module) -> None:
     import torch
     from torch import nn
 
+    keep_order(model)
     if load_in != "hqq":
         return
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
