@@ -1,4 +1,4 @@
-"""An optimizer whose state lies in parts over processes (DeepSpeed's ZeRO 2), in a loop of its own.
+"""A model and an optimizer in parts over processes (DeepSpeed's ZeRO 3), in a loop of its own.
 
     torchrun --nproc-per-node 2 examples/zero.py
 
@@ -33,7 +33,7 @@ engine, optimizer, *_ = deepspeed.initialize(
     optimizer=torch.optim.AdamW(factors, lr=1e-2),
     config={
         "train_micro_batch_size_per_gpu": 16,
-        "zero_optimization": {"stage": 2},
+        "zero_optimization": {"stage": 3},  # in 1 and 2 the optimizer alone is in parts
         "gradient_clipping": 0.0,  # else DeepSpeed cuts the gradient's norm to 1
         "zero_allow_untested_optimizer": True,  # as torch's AdamW
     },
@@ -53,7 +53,7 @@ for step in range(120):
     if first and step in (0, 119):
         print(f"step {step}: loss {loss.item():.2f}")
 
+model.save_pretrained("out", is_main_process=first)  # all processes give their parts
 if first:
-    model.save_pretrained("out")
     print("by", get_accelerator().device_name())
 torch.distributed.destroy_process_group()

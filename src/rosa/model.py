@@ -28,6 +28,7 @@ from rosa.errors import NothingToAdaptError, UserError
 from rosa.files.beside import check_beside, check_tensors, own_tensors, tensors_beside
 from rosa.files.checkpoint import (
     check_adapter_file,
+    fill_in,
     fingerprints_of,
     is_rosa_key,
     state_keys,
@@ -40,13 +41,15 @@ from rosa.layers.base import RosaLayer
 from rosa.layers.in_model import base_of, layers_of, rosa_layers
 from rosa.layers.statedict import give_pretrained
 from rosa.packing import keep_order
-from rosa.pretrained.memory import make_private, owners_of, tenants, weight_owners
+from rosa.pretrained.memory import Owners, make_private, owners_of, tenants, weight_owners
 from rosa.pretrained.sharding import check_unsharded, reshard, whole
+from rosa.pretrained.zero3 import at_hand
 from rosa.switching import or_as_before
 from rosa.targeting.matching import has_embeddings, is_target, resolve_all_linear
 from rosa.targeting.names import COMPILED, check_adapter_name, check_modules_to_save
 from rosa.targeting.nesting import check_nesting
 from rosa.targeting.targets import (
+    Target,
     all_in_full,
     check_adaptable,
     check_full_training,
@@ -141,39 +144,20 @@ class RosaModel(BaseTuner):
         )
         self._fingerprints: dict[str, tuple[float, float]] = {}
         keep_order(model)
-        capped = []
         owners, held = weight_owners(model), tenants(model)
         check_full_training(config, model)
         check_same_parameters(config, self.peft_config)
         resolve_all_linear(config, model)
         check_tokens(config, model, self.peft_config)
         check_nesting(config, model)
-        targets = []
+        targets, capped = [], []
         for target in targets_of(config, model):
             targets.append(target)
-            name = target.name
-            check_adaptable(target)
-            if name in EMBEDDING_LAYER_NAMES and not has_embeddings(model):
-                raise UserError(
-                    f"{name} of a {type(model).__name__} cannot be adapted: PEFT would save the "
-                    "model's embeddings with it, and there are none. Train it in full "
-                    f"(modules_to_save=[{name!r}]), or leave it out of target_modules"
-                )
-            names = (n.replace(".base_layer", "") for n in owners_of(target.weight, owners))
-            if shared := [n.removesuffix(".weight") for n in names if n != target.place]:
-                raise UserError(
-                    f"the weight of {name} is shared with {', '.join(shared)} (tied weights, or a "
-                    "buffer in the same memory): ROSA changes the weight in memory and would "
-                    "change those too. Leave it out "
-                    f"(exclude_modules=[{name!r}]) or untie it first (for tied embeddings load the "
-                    "model with tie_word_embeddings=False and clone the weight)"
-                )
-            if not target.weight.is_meta:
-                self._fingerprints[name] = fingerprint_of_sound(target)
-            r, _ = _rank_and_alpha(config, name)
-            most = min(target.view.shape[-2:])
-            if r > most:
-                capped.append(f"{name} ({r} to {most})")
+            with at_hand([target.weight]):
+                self._prepare_target(target, model, owners)
+                r, most = _rank_and_alpha(config, target.name)[0], min(target.view.shape[-2:])
+                if r > most:
+                    capped.append(f"{target.name} ({r} to {most})")
         owners.clear()  # a weight that it holds seems to be another's
         for target in targets:  # here, since PEFT's loops hold the parameters
             if not isinstance(target.module, RosaLayer) and not target.kind.is_quantized:
@@ -185,6 +169,26 @@ class RosaModel(BaseTuner):
                 + (f" and {len(capped) - 5} more" if len(capped) > 5 else ""),
                 stacklevel=2,
             )
+
+    def _prepare_target(self, target: Target, model: nn.Module, owners: Owners) -> None:
+        name = target.name
+        check_adaptable(target)
+        if name in EMBEDDING_LAYER_NAMES and not has_embeddings(model):
+            raise UserError(
+                f"{name} of a {type(model).__name__} cannot be adapted: PEFT would save the "
+                "model's embeddings with it, and there are none. Train it in full "
+                f"(modules_to_save=[{name!r}]), or leave it out of target_modules"
+            )
+        names = (n.replace(".base_layer", "") for n in owners_of(target.weight, owners))
+        if shared := [n.removesuffix(".weight") for n in names if n != target.place]:
+            raise UserError(
+                f"the weight of {name} is shared with {', '.join(shared)} (tied weights, or a "
+                "buffer in the same memory): ROSA changes the weight in memory and would change "
+                f"those too. Leave it out (exclude_modules=[{name!r}]) or untie it first (for tied "
+                "embeddings load the model with tie_word_embeddings=False and clone the weight)"
+            )
+        if not target.weight.is_meta:
+            self._fingerprints[name] = fingerprint_of_sound(target)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         """PEFT's choice of modules for the architecture; none where parameters are named."""
@@ -216,7 +220,8 @@ class RosaModel(BaseTuner):
         if adapted and parameter_name is None:  # with the module that it lies in
             return
         how = adapter_name, config, *_rank_and_alpha(config, current_key)
-        layer = self._adapted(target, current_key, parameter_name, *how)
+        with at_hand(target.parameters(), written=True):
+            layer = self._adapted(target, current_key, parameter_name, *how)
         if layer is target:
             return
         if isinstance(parent, nn.TransformerEncoderLayer):
@@ -359,12 +364,14 @@ class RosaModel(BaseTuner):
         found = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
-        found = {k: whole(v) for k, v in found.items() if not k.endswith(".in_weight")}
         layers = layers_of(model, adapter_name)
+        beside = tensors_beside(model, state_dict)
+        fill_in(model, layers, adapter_name, beside, found, state_dict)
+        found = {k: whole(v) for k, v in found.items() if not k.endswith(".in_weight")}
         for name, layer in layers.items():
             # PEFT saves the base weight of an adapted output embedding beside the adapter.
             give_pretrained(layer, state_dict, f"{name}.")
-        for key in tensors_beside(model, state_dict):  # which PEFT then takes from there
+        for key in beside:  # which PEFT then takes from there
             state_dict[key] = whole(state_dict[key])
         absent = [k for name in layers for k in state_keys(name, adapter_name) if k not in found]
         if absent:

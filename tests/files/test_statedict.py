@@ -401,3 +401,30 @@ def test_a_state_dict_of_live_factors_is_refused_after_a_draw(peft):
     torch.testing.assert_close(model(x), now)
     give(kept)
     torch.testing.assert_close(model(x), best)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("trained", ["A", "B"])
+def test_without_what_is_frozen_a_state_dict_is_still_whole(trained, dtype):
+    """As DeepSpeed's checkpoints are: what is frozen is the base, and the factor that stays."""
+    base = tiny_llama().to(dtype).eval()
+    model = attach(copy.deepcopy(base), trained=trained)
+    other = attach(copy.deepcopy(base), trained=trained, seed=5)
+    train(model, adam(model))
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    state_dict = {k: v for k, v in copy.deepcopy(model.state_dict()).items() if k not in frozen}
+    other.load_state_dict(state_dict, strict=False)
+    expected = model(IDS).logits
+    assert far(other(IDS).logits, expected) <= 1e-5 * float(expected.abs().max())
+
+
+def test_without_what_is_frozen_and_not_known_it_is_refused():
+    base = tiny_llama().eval()
+    how = {"trained": "B", "directions": "zero"}
+    model, other = attach(copy.deepcopy(base), **how), attach(copy.deepcopy(base), **how, seed=5)
+    train(model, adam(model))
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    state_dict = {k: v for k, v in copy.deepcopy(model.state_dict()).items() if k not in frozen}
+    other.load_state_dict(state_dict, strict=False)
+    with pytest.raises(ValueError, match="and no more of adapter 'default'"):
+        other(IDS)

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO 1 and 2, whose optimizer steps flat parts: as in one process."""
+"""DeepSpeed's ZeRO, whose optimizer steps flat parts: as in one process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import distributed
 from torch.optim import SGD, AdamW
 from transformers import Trainer, TrainingArguments
@@ -16,6 +16,8 @@ from transformers import Trainer, TrainingArguments
 import rosa
 from rosa import RosaCallback, RosaConfig
 from rosa.layers.in_model import rosa_layers
+from rosa.pretrained.sharding import whole, write
+from tests.helpers import moved
 from tests.models import tiny_gpt2, tiny_llama
 from tests.processes import all_equal, in_processes, without_gloo
 
@@ -69,10 +71,10 @@ def batches():
 def trained(model, optimizer, moments, engine=None):
     """The changes of the weights after some steps and two draws."""
     rank = 0 if engine is None else distributed.get_rank()
-    for step, whole in enumerate(batches()):
+    for step, rows in enumerate(batches()):
         if step == 2:
             rosa.watch(engine or model)
-        mine = whole if engine is None else whole[2 * rank : 2 * rank + 2]
+        mine = rows if engine is None else rows[2 * rank : 2 * rank + 2]
         loss = (engine or model)(input_ids=mine, labels=mine).loss
         if engine is None:
             loss.backward()
@@ -115,43 +117,56 @@ def _train(rank, zero, moments, expected):
             assert error < 1e-4, (way, kind.__name__, name, error)
 
 
-@pytest.mark.parametrize(
-    ("stage", "moments"), [(1, "clear"), (1, "keep"), (2, "clear"), (2, "keep")]
-)
-@pytest.mark.parametrize("config", [{}, {"offload_optimizer": {"device": "cpu"}}], ids=str)
-def test_two_processes_train_what_one_does(stage, moments, config, tmp_path):
+ON_CPU = {"device": "cpu"}
+IN_PARTS = {"stage": 3, "stage3_param_persistence_threshold": 0}  # the smallest weights too
+ZEROS = [
+    {"stage": 1},
+    {"stage": 2},
+    {"stage": 3},
+    {"stage": 1, "offload_optimizer": ON_CPU},
+    {"stage": 2, "offload_optimizer": ON_CPU},
+    IN_PARTS,
+    {**IN_PARTS, "offload_optimizer": ON_CPU, "offload_param": ON_CPU},
+    {**IN_PARTS, "sub_group_size": 100},
+]
+
+
+@pytest.mark.parametrize("moments", ["clear", "keep"])
+@pytest.mark.parametrize("zero", ZEROS, ids=str)
+def test_two_processes_train_what_one_does(zero, moments, tmp_path):
     expected = {}
     for way, (optimizer, options) in WAYS.items():
         for kind in (tiny_gpt2, tiny_llama):
             model = adapted(kind, **options)
             expected[way, kind] = trained(model, optimizer(model), moments)
-    in_processes(2, tmp_path, _train, {"stage": stage, **config}, moments, expected)
+    in_processes(2, tmp_path, _train, zero, moments, expected)
 
 
-def _draw(rank, precision):
+def _draw(rank, zero, precision):
     model = adapted()
-    engine, optimizer = in_parts(model, adam(model), 2, **precision)
+    engine, optimizer = in_parts(model, adam(model), zero, **precision)
     rows = batches()[0]
     for _ in range(2):
         engine.backward(engine(input_ids=rows, labels=rows).loss)
         engine.step()
     rosa.resample(engine, optimizer)
-    drawn = {f: f.detach().clone() for f in model.parameters() if f.requires_grad}
+    drawn = {f: whole(f).clone() for f in model.parameters() if f.requires_grad}
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     engine.backward(engine(input_ids=rows, labels=rows).loss)
     engine.step()  # writes the parts over the parameters
-    assert all(torch.equal(f, value) for f, value in drawn.items())
+    assert all(torch.equal(whole(f), value) for f, value in drawn.items())
 
 
 @pytest.mark.parametrize("precision", [{}, {"bf16": {"enabled": True}}], ids=["fp32", "bf16"])
-def test_what_is_drawn_stays_drawn(precision, tmp_path):
-    in_processes(2, tmp_path, _draw, precision)
+@pytest.mark.parametrize("zero", [2, IN_PARTS], ids=["stage 2", "stage 3"])
+def test_what_is_drawn_stays_drawn(zero, precision, tmp_path):
+    in_processes(2, tmp_path, _draw, zero, precision)
 
 
-def _refuse(rank):
+def _refuse(rank, zero):
     model = adapted(modules_to_save=["ln_f"])
-    engine, optimizer = in_parts(model, adam(model), 2)
+    engine, optimizer = in_parts(model, adam(model), zero)
     rows = batches()[0]
 
     def refused(match, *args, **kwargs):
@@ -170,8 +185,9 @@ def _refuse(rank):
     rosa.resample(engine, optimizer, moments="keep")
 
 
-def test_what_would_be_silently_wrong_is_refused(tmp_path):
-    in_processes(2, tmp_path, _refuse)
+@pytest.mark.parametrize("zero", [2, IN_PARTS], ids=["stage 2", "stage 3"])
+def test_what_would_be_silently_wrong_is_refused(zero, tmp_path):
+    in_processes(2, tmp_path, _refuse, zero)
 
 
 def _keep_points(rank):
@@ -202,13 +218,14 @@ def test_parts_in_another_order_are_refused(tmp_path):
     in_processes(2, tmp_path, _in_turn)
 
 
-def _apart(rank):
+def _apart(rank, zero):
     model = adapted(modules_to_save=["ln_f"])
     head, factors = (
         [p for n, p in model.named_parameters() if p.requires_grad and ("rosa" in n) == of]
         for of in (False, True)
     )
-    engine, optimizer = in_parts(model, AdamW([{"params": head}, {"params": factors}], lr=1e-3), 2)
+    groups = [{"params": head}, {"params": factors}]
+    engine, optimizer = in_parts(model, AdamW(groups, lr=1e-3), zero)
     rows = batches()[0]
     engine.backward(engine(input_ids=rows, labels=rows).loss)
     engine.step()
@@ -222,23 +239,149 @@ def _apart(rank):
     assert factors["step"] == 1
 
 
-def test_moments_of_factors_in_a_group_of_their_own_are_cleared(tmp_path):
-    in_processes(2, tmp_path, _apart)
+@pytest.mark.parametrize("zero", [2, IN_PARTS], ids=["stage 2", "stage 3"])
+def test_moments_of_factors_in_a_group_of_their_own_are_cleared(zero, tmp_path):
+    in_processes(2, tmp_path, _apart, zero)
 
 
-def _in_stage_3(rank):
+def _verbs(rank, folder, whole_models):
+    """Every verb on a model in parts, against the same on one that is not."""
+    rows = batches()[0][:2]
+    for kind, (state, outputs) in whole_models.items():
+        model = adapted(kind)
+        model.add_adapter("other", model.peft_config["default"])
+        engine, _ = in_parts(model, adam(model), IN_PARTS)
+        weights = [layer.base_weight for _, layer in rosa_layers(model)]
+        for name, layer in rosa_layers(model):
+            for factor, values in zip(layer.adapters["default"].factors, state[name], strict=True):
+                write(factor, values)
+        rosa.resample(engine)
+        assert all(weight.parameter.numel() == 0 for weight in weights)
+
+        def logits(model=engine):
+            with torch.no_grad():
+                return model(input_ids=rows).logits
+
+        learned, pretrained = outputs
+        for _ in range(2):
+            torch.testing.assert_close(logits(), learned, atol=1e-4, rtol=1e-4)
+            with model.disable_adapter():
+                torch.testing.assert_close(logits(), pretrained, atol=1e-4, rtol=1e-4)
+            model.merge_adapter()
+            torch.testing.assert_close(logits(), learned, atol=1e-4, rtol=1e-4)
+            model.unmerge_adapter()
+            model.set_adapter("other")
+            torch.testing.assert_close(logits(), pretrained, atol=1e-4, rtol=1e-4)
+            model.set_adapter("default")
+        model.save_pretrained(f"{folder}/all-{rank}-{kind.__name__}")
+        state_dict = engine._zero3_consolidated_16bit_state_dict()  # as Trainer and Accelerate ask
+        if rank == 0:
+            model.save_pretrained(f"{folder}/one-0-{kind.__name__}", state_dict=state_dict)
+
+
+def test_all_verbs_on_a_model_in_parts(tmp_path):
+    """What is saved of it, in all processes or in one, is what a whole model loads."""
+    rows, kinds, expected = batches()[0][:2], (tiny_gpt2, tiny_llama), {}
+    for kind in kinds:
+        model = adapted(kind)
+        torch.manual_seed(5)
+        with torch.no_grad():
+            pretrained = model(input_ids=rows).logits
+        moved(model, 0.05)
+        layers = dict(rosa_layers(model))
+        state = {
+            n: [f.detach().clone() for f in x.adapters["default"].factors]
+            for n, x in layers.items()
+        }
+        with torch.no_grad():
+            expected[kind] = state, (model(input_ids=rows).logits, pretrained)
+    in_processes(2, tmp_path, _verbs, str(tmp_path), expected)
+    for kind in kinds:
+        for way in ("all-0", "all-1", "one-0"):
+            torch.manual_seed(0)
+            base = kind().eval()
+            model = PeftModel.from_pretrained(base, tmp_path / f"{way}-{kind.__name__}")
+            with torch.no_grad():
+                found = model(input_ids=rows).logits
+            torch.testing.assert_close(found, expected[kind][1][0], atol=1e-4, rtol=1e-4)
+
+
+def _begun_in_parts(rank, folder, expected):
+    """As from_pretrained leaves a model where TrainingArguments(deepspeed=...) were made before."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    deepspeed.init_distributed("gloo")
+    for (kind, options), (start, changes) in expected.items():
+        torch.manual_seed(0)
+        whole_one = kind().eval()
+        config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": IN_PARTS}
+        with deepspeed.zero.Init(config_dict_or_path=config):
+            base = kind().eval()
+        for one, other in zip(base.parameters(), whole_one.parameters(), strict=True):
+            write(one, other.detach())
+        torch.manual_seed(1)
+        how = {"target_modules": "all-linear", **dict(options)}
+        model = get_peft_model(base, RosaConfig(r=2, **how))
+        for name, layer in rosa_layers(model):
+            torch.testing.assert_close(layer.get_delta_weight("default"), start[name])
+        engine, parts = in_parts(model, adam(model), IN_PARTS)
+        for name, change in trained(model, parts, "clear", engine).items():
+            assert (change - changes[name]).norm() < 1e-4 * changes[name].norm(), name
+        model.save_pretrained(f"{folder}/{rank}")
+        with deepspeed.zero.Init(config_dict_or_path=config):
+            base = kind().eval()
+        for one, other in zip(base.parameters(), whole_one.parameters(), strict=True):
+            write(one, other.detach())
+        again = PeftModel.from_pretrained(base, f"{folder}/{rank}")
+        rows = batches()[0][:2]
+        with torch.no_grad():
+            expected_logits = engine(input_ids=rows).logits
+            found = in_parts(again, None, IN_PARTS)[0](input_ids=rows).logits
+        torch.testing.assert_close(found, expected_logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_base_that_comes_in_parts_is_adapted_and_trained_as_a_whole_one(tmp_path):
+    expected = {}
+    for kind in (tiny_gpt2, tiny_llama):
+        for options in ((), (("directions", "svd"),), (("trained", "B"),)):
+            model = adapted(kind, **dict(options))
+            start = {n: layer.get_delta_weight("default") for n, layer in rosa_layers(model)}
+            expected[kind, options] = start, trained(model, adam(model), "clear")
+    in_processes(2, tmp_path, _begun_in_parts, str(tmp_path), expected)
+
+
+def _within_a_pass(rank):
     model = adapted()
-    engine, optimizer = in_parts(model, adam(model), 3)
-    with pytest.raises(ValueError, match=r"sharded over processes.*ZeRO 1 or 2"):
+    engine, _ = in_parts(model, adam(model), IN_PARTS)
+    (_, layer), *_ = rosa_layers(model)
+    layer.base_layer.register_forward_pre_hook(lambda *_: model.merge_adapter())
+    with pytest.raises(ValueError, match="in use by a forward or backward pass"):
+        engine(input_ids=batches()[0][:2])
+
+
+def test_a_weight_that_is_whole_for_a_pass_is_not_written_to(tmp_path):
+    in_processes(2, tmp_path, _within_a_pass)
+
+
+def _held_otherwise(rank):
+    model = adapted()
+    engine, optimizer = in_parts(model, adam(model), IN_PARTS)
+    (_, layer), *_ = rosa_layers(model)
+    layer.base_weight.parameter.ds_tensor.ds_quant_scale = torch.ones(1)  # as on an accelerator
+    with pytest.raises(ValueError, match="leave zero_quantized_nontrainable_weights out"):
+        rosa.resample(engine, optimizer)
+    model = adapted()
+    engine, optimizer = in_parts(model, adam(model), {**IN_PARTS, "zero_hpz_partition_size": 2})
+    with pytest.raises(ValueError, match="leave zero_hpz_partition_size out"):
         rosa.resample(engine, optimizer)
 
 
-def test_stage_3_is_refused(tmp_path):
-    in_processes(2, tmp_path, _in_stage_3)
+def test_parts_that_are_held_in_another_way_are_refused(tmp_path):
+    in_processes(2, tmp_path, _held_otherwise)
 
 
-ZERO_2 = {
-    "zero_optimization": {"stage": 2},
+ZERO = {
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": "auto",
     "gradient_clipping": "auto",
@@ -247,9 +390,9 @@ ZERO_2 = {
 }
 
 
-def _by_trainer(rank, folder, deepspeed, steps, resume=None):
+def _by_trainer(rank, folder, deepspeed, trained, steps, resume=None):
     os.environ["DS_ACCELERATOR"] = "cpu"
-    model, callback = adapted(), RosaCallback(every=5)
+    model, callback = adapted(trained=trained), RosaCallback(every=5)
     arguments = TrainingArguments(
         output_dir=f"{folder}/{'zero' if deepspeed else 'plain'}",
         max_steps=steps,
@@ -268,19 +411,28 @@ def _by_trainer(rank, folder, deepspeed, steps, resume=None):
     rows = [{"input_ids": row, "labels": row} for row in batches().flatten(0, 1)]
     trainer = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[callback])
     trainer.train(resume_from_checkpoint=resume)
-    assert callback.drawn_at == [step for step in (2, 7, 12) if step < steps]
+    every = (2, 7, 12) if trained == "both" else (5, 10, 15)  # B alone looks for no gradient first
+    assert callback.drawn_at == [step for step in every if step < steps]
     changes = {n: layer.get_delta_weight("default") for n, layer in rosa_layers(model)}
     if rank == 0:
         torch.save(changes, f"{folder}/{'zero' if deepspeed else 'plain'}-{steps}.pt")
     sys.modules["transformers.integrations.deepspeed"].unset_hf_deepspeed_config()
 
 
-def test_trainer_trains_in_parts_what_it_trains_without_and_resumes(tmp_path):
+@pytest.mark.parametrize(
+    ("zero", "trained"),
+    [(zero, t) for zero in ({"stage": 2}, IN_PARTS) for t in ("both", "B")],
+    ids=str,
+)
+def test_trainer_trains_in_parts_what_it_trains_without_and_resumes(zero, trained, tmp_path):
+    config = {**ZERO, "zero_optimization": zero}
     for part, (deepspeed, steps, resume) in enumerate(
-        [(None, 16, None), (ZERO_2, 9, None), (ZERO_2, 16, True)]
+        [(None, 16, None), (config, 9, None), (config, 16, True)]
     ):
         (tmp_path / str(part)).mkdir()
-        in_processes(2, tmp_path / str(part), _by_trainer, str(tmp_path), deepspeed, steps, resume)
+        in_processes(
+            2, tmp_path / str(part), _by_trainer, str(tmp_path), deepspeed, trained, steps, resume
+        )
     plain, zero = (torch.load(tmp_path / f"{kind}-16.pt") for kind in ("plain", "zero"))
     for name, change in plain.items():
         assert (change - zero[name]).norm() < 1e-4 * change.norm(), name

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 
 from rosa.algebra.lowrank import are_finite
 from rosa.algebra.subspace import same_fingerprint
 from rosa.errors import UserError, shown
 from rosa.layers.base import RosaLayer
 from rosa.layers.statedict import PARTS
+from rosa.pretrained.sharding import whole
 from rosa.pretrained.weight import SUPPORTED_DTYPES
+from rosa.pretrained.zero3 import is_in_part, shape_of
 
 _FLOATS = {str(dtype) for dtype in SUPPORTED_DTYPES}
 _COUNTS = (torch.int64, torch.int32)
@@ -32,6 +36,44 @@ def state_keys(layer_name: str, adapter_name: str) -> list[str]:
     """The keys of a layer's adapter in the model's state dict."""
     prefix = f"{layer_name}." if layer_name else ""
     return [prefix + part.format(adapter_name) for part in PARTS]
+
+
+def fill_in(
+    model: nn.Module,
+    layers: dict[str, RosaLayer],
+    adapter_name: str,
+    beside: Iterable[str],
+    found: dict[str, torch.Tensor],
+    state_dict: dict[str, torch.Tensor],
+) -> None:
+    """Of a model in ZeRO 3, let what is saved hold what its state dict does not.
+
+    The model's own has empty tensors where it has parameters: all processes must ask for those.
+    DeepSpeed's has them whole, for one process, and nothing but parameters and buffers.
+
+    Args:
+        model: whose state dict it is.
+        layers: with the adapter, by name.
+        adapter_name: the adapter's.
+        beside: what of the state dict may be saved beside the adapter.
+        found: the adapter, from the state dict.
+        state_dict: of the model.
+    """
+    parameters = {n: p for n, p in model.named_parameters(remove_duplicate=False) if is_in_part(p)}
+    for content, keys in ((found, list(found)), (state_dict, beside)):
+        for key in keys:
+            parameter = parameters.get(key)
+            if parameter is not None and content[key].shape != shape_of(parameter):
+                content[key] = whole(parameter)
+    for name, layer in layers.items() if parameters else ():
+        offsets = layer.rosa_offset.state_dict(prefix=f"{name}.rosa_offset.")
+        keys = state_keys(name, adapter_name)
+        wanted = offsets.keys() & set(keys) - found.keys()
+        found |= {key: offsets[key] for key in wanted}
+        stayed = layer.adapters[adapter_name].stayed()
+        if stayed is not None:  # what is frozen may have been left out
+            place = [f is stayed[0] for f in layer.adapters[adapter_name].factors].index(True)
+            found.setdefault(keys[place], stayed[1])
 
 
 def check_adapter_file(

@@ -13,7 +13,7 @@ from rosa.algebra import subspace
 from rosa.algebra.lowrank import LowRank
 from rosa.algebra.sketch import Sketch, Watch
 from rosa.config import RosaConfig
-from rosa.pretrained.sharding import whole
+from rosa.pretrained.sharding import own_part, whole, write
 
 
 class Adapter:
@@ -153,6 +153,16 @@ class Adapter:
         start = terms[-r:]
         return LowRank(-start.B, start.A)
 
+    def stayed(self) -> tuple[nn.Parameter, Tensor] | None:
+        """The factor that is not trained, and its values, which the offset knows; None if not."""
+        drawn = self.drawn()
+        if drawn is None or not self.stays:
+            return None
+        a, b = self.factors
+        if self.config.trained == "B":
+            return a, drawn.A.to(a.device, a.dtype)
+        return b, (drawn.B / self.scaling).to(b.device, b.dtype)
+
     def is_untouched(self) -> bool:
         """Whether the adapter is as it was made: not trained, not resampled, not loaded."""
         if self.draws == 0:  # it waits for a file
@@ -166,20 +176,20 @@ class Adapter:
     def become(self, other: Adapter) -> None:
         """Be what another adapter of the same rank is: factors, offset and count of draws."""
         for factor, values in zip(self.factors, other.factors, strict=True):
-            factor.copy_(values)
+            write(factor, whole(values))
         self.terms = LowRank(other.terms.B.clone(), other.terms.A.clone())
         self.draws = other.draws
 
     @contextlib.contextmanager
     def or_as_before(self) -> Iterator[None]:
         """Take back what was done to the adapter if it fails."""
-        before = [factor.detach().clone() for factor in self.factors]
+        before = [own_part(factor).detach().clone() for factor in self.factors]
         terms, draws = self.terms, self.draws
         try:
             yield
         except BaseException:
             for factor, values in zip(self.factors, before, strict=True):
-                factor.detach().copy_(values)
+                own_part(factor).detach().copy_(values)
             self.terms, self.draws = terms, draws
             raise
 

@@ -146,9 +146,11 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
             leaving: an adapter that is being deleted: nothing of it is wanted.
             accept: what others have written into the weight as a part of W_0, with a warning.
         """
-        self._take_account(leaving, accept)
-        wanted = {n: self._wanted(a) for n, a in self.adapters.items() if n != leaving}
-        self.base_weight.put({n: c for n, c in wanted.items() if c is not None}, self._takes_turns)
+        with self.base_weight.at_hand(written=True):
+            self._take_account(leaving, accept)
+            all_ = {n: self._wanted(a) for n, a in self.adapters.items() if n != leaving}
+            wanted = {name: change for name, change in all_.items() if change is not None}
+            self.base_weight.put(wanted, self._takes_turns)
         for name, adapter in self.adapters.items():
             adapter.merged = name in self.merged_adapters and name != leaving
 
@@ -190,9 +192,10 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
         if overwritten:
             self.base_weight.overwritten()
         else:
-            if self.arrived is None:
-                self._take_account()
-            self.base_weight.put({}, several=False)
+            with self.base_weight.at_hand(written=True):
+                if self.arrived is None:
+                    self._take_account()
+                self.base_weight.put({}, several=False)
         self._forget_merges()
 
     @contextlib.contextmanager
@@ -372,7 +375,7 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
         """
         self.settle()
         base, one = self.base_weight, self.adapters[adapter]
-        with one.or_as_before():
+        with base.at_hand(written=True), one.or_as_before():
             learned = one.learned()
             change = (learned + take(one, drawn)).joined()
             one.terms = one.next_terms(change.to("cpu"), *base.bounds())

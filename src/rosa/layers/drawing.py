@@ -18,7 +18,7 @@ from rosa.algebra.lowrank import LowRank
 from rosa.config import RosaConfig
 from rosa.errors import UserError
 from rosa.layers.adapter import Adapter
-from rosa.pretrained.sharding import cut_as
+from rosa.pretrained.sharding import write
 
 Factors = tuple[Tensor, Tensor]
 """A ([n,] r, in) and B ([n,] out, r)."""
@@ -87,7 +87,7 @@ def take(adapter: Adapter, drawn: Factors) -> LowRank:
     What the adapter's sketch saw is used up.
     """
     for factor, values in zip(adapter.factors, drawn, strict=True):
-        factor.copy_(cut_as(values, factor))
+        write(factor, values)
     adapter.draws += 1
     adapter.sketch = None
     # From the factors as they are now stored: their rounding cancels too.

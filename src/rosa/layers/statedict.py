@@ -20,8 +20,9 @@ from rosa.algebra.lowrank import LowRank
 from rosa.errors import UserError
 from rosa.layers import offset
 from rosa.layers.adapter import Adapter
-from rosa.pretrained.sharding import is_dtensor, own_part
+from rosa.pretrained.sharding import is_dtensor, own_part, write
 from rosa.pretrained.weight import BaseWeight
+from rosa.pretrained.zero3 import is_in_part
 
 PARTS = ("rosa_A.{}", "rosa_B.{}", *(f"rosa_offset.{{}}.{part}" for part in offset.PARTS))
 """The keys of an adapter in a layer's state dict, but for its name."""
@@ -72,10 +73,10 @@ class Arrived:
     marks: dict[str, Mark] = field(default_factory=dict)
     before: tuple[float, float] | None = None  # the fingerprint of what a weight took the place of
 
-    def lacks(self, adapter: str) -> bool:
-        """Whether a part of an adapter has come and another one has not."""
+    def lacks(self, adapter: str) -> set[str]:
+        """Which parts of an adapter have not come, where some have."""
         came, perhaps = self.parts.get(adapter, set()), self.perhaps.get(adapter, set())
-        return bool(came) and len(came | perhaps) < len(PARTS)
+        return set(PARTS) - came - perhaps if came else set()
 
     def is_whole(self, adapters: list[str]) -> bool:
         """Whether there is no sign that more is to come."""
@@ -124,7 +125,10 @@ def give_pretrained(layer: Stateful, state_dict: dict[str, Any], prefix: str) ->
     key, base = f"{prefix}{layer.weight_path}", layer.base_weight
     if key not in state_dict or not base.standing:
         return
-    if base.rows is None or is_dtensor(state_dict[key]):
+    if is_in_part(base.parameter):
+        if state_dict[key].numel():  # else nobody has asked for it
+            state_dict[key] = base.pretrained_of(state_dict[key])
+    elif base.rows is None or is_dtensor(state_dict[key]):
         state_dict[key] = base.pretrained_as_stored()
     elif any(state_dict.get(f"{prefix}rosa_offset.{n}.in_weight", 1) for n in base.standing):
         state_dict[key] = base.pretrained_of(state_dict[key])  # gathered, as FSDP's savers do
@@ -214,7 +218,8 @@ def take_all(layer: Stateful, arrived: Arrived, leaving: str | None = None) -> N
         leaving: an adapter that is being deleted and need not be whole.
     """
     for adapter in layer.adapters:
-        if arrived.lacks(adapter) and adapter != leaving:
+        lacks = arrived.lacks(adapter) if adapter != leaving else set()
+        if lacks and not _stays(layer.adapters[adapter], lacks):
             there = [part.format(adapter) for part in sorted(arrived.parts[adapter])]
             raise UserError(
                 f"layer {layer.name} was given {', '.join(there)} and no more of adapter "
@@ -232,6 +237,18 @@ def take_all(layer: Stateful, arrived: Arrived, leaving: str | None = None) -> N
     if not arrived.marks:
         standing |= _unmarked(layer, arrived.before)
     layer.base_weight.standing = standing
+
+
+def _stays(adapter: Adapter, lacks: set[str]) -> bool:
+    """Whether an adapter lacks the factor that is not trained alone; then it is filled in.
+
+    DeepSpeed leaves what is frozen out of its checkpoints, where asked to, as Trainer does.
+    """
+    known = adapter.stayed()
+    if known is None or lacks != {f"{name}.{{}}" for name in adapter.stays}:
+        return False
+    write(*known)
+    return True
 
 
 def _unmarked(layer: Stateful, before: tuple[float, float] | None) -> dict[str, LowRank]:

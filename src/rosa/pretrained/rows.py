@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from rosa.algebra.lowrank import LowRank
 from rosa.errors import UserError
+from rosa.pretrained import zero3
 from rosa.pretrained.sharding import (
     cut_as,
     is_dtensor,
@@ -155,6 +157,10 @@ class WeightMemory:
             return True
         known = self.rows is not None and not self._versions.replaced(self.memory)
         return known and self.parameter._version != self._changes
+
+    def at_hand(self, written: bool = False) -> AbstractContextManager[None]:
+        """While a weight in ZeRO 3's parts is whole; see `zero3.at_hand`."""
+        return zero3.at_hand([self.parameter], written)
 
     def here(self, change: LowRank) -> LowRank:
         """What of a change is in the memory."""

@@ -1,8 +1,8 @@
 """Tensors and models that are spread over processes, so that no process holds them whole.
 
 torch's `fully_shard` (FSDP2) cuts each parameter along its first dimension and makes it whole for
-the passes alone: between them a process holds its rows, and ROSA changes those. What else spreads
-weights is refused.
+the passes alone: between them a process holds its rows, and ROSA changes those. DeepSpeed's ZeRO 3
+cuts its flattened numbers (`rosa.pretrained.zero3`). What else spreads weights is refused.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rosa.errors import UserError
+from rosa.pretrained import zero3
 
 
 def are_several() -> bool:
@@ -40,7 +41,7 @@ def is_sharded(tensor: Tensor) -> bool:
     `numel` tells nothing: a DTensor (FSDP2, tensor parallelism) has the shape of the whole one,
     and so may a parameter of DeepSpeed's ZeRO-3, which is whole for a moment only.
     """
-    if hasattr(tensor, "ds_tensor"):  # ZeRO-3's own part
+    if zero3.is_in_part(tensor):
         return True
     if not torch.distributed.is_available():
         return False
@@ -69,12 +70,17 @@ def is_in_rows(tensor: Tensor) -> bool:
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor: all of it, or its rows."""
+    """What this process holds of a tensor: all of it, its rows, or its part of ZeRO 3's."""
+    if zero3.is_in_part(tensor):
+        return tensor.ds_tensor  # type: ignore[attr-defined]
     return tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor. Of one in parts all processes must ask for it."""
+    if zero3.is_in_part(tensor):
+        with zero3.at_hand([tensor]):
+            return tensor.detach().clone()
     return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
@@ -86,6 +92,15 @@ def cut_as(values: Tensor, like: Tensor) -> Tensor:
 
     how: Any = like
     return distribute_tensor(values, how.device_mesh, how.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def write(parameter: Tensor, values: Tensor) -> None:
+    """Let a parameter be values that every process holds, spread as it is."""
+    if zero3.is_in_part(parameter):
+        zero3.write(parameter, values)
+    else:
+        parameter.copy_(cut_as(values, parameter))
 
 
 def check_unsharded(model: nn.Module, instead: str) -> None:

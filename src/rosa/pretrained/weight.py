@@ -89,7 +89,8 @@ class BaseWeight(WeightMemory):
 
     def present(self) -> Tensor:
         """The weight with the changes that are in force, (out, in), in `work_dtype`."""
-        return self.gathered(self.matrix.to(self.work_dtype))
+        with self.at_hand():
+            return self.gathered(self.matrix.to(self.work_dtype))
 
     @property
     def work_dtype(self) -> torch.dtype:
@@ -109,6 +110,8 @@ class BaseWeight(WeightMemory):
         All processes must ask for it; `fingerprint` alone asks nobody.
         """
         if self.rows is None:
+            with self.at_hand():
+                self.fingerprint()
             return
         if self._of_rows is None:
             self._of_rows = subspace.fingerprint(self._pretrained_here())
@@ -363,7 +366,8 @@ class BaseWeight(WeightMemory):
     @torch.no_grad()
     def holds(self, standing: Mapping[str, LowRank], fingerprint: tuple[float, float]) -> bool:
         """Whether the weight in memory is that of a fingerprint with this in it."""
-        rest = self.gathered(self._without(standing))
+        with self.at_hand():
+            rest = self.gathered(self._without(standing))
         return subspace.same_fingerprint(subspace.fingerprint(rest), fingerprint, 1e-5, 0.0)
 
     # -- the pretrained weight -----------------------------------------------------------------
@@ -378,7 +382,8 @@ class BaseWeight(WeightMemory):
     @torch.no_grad()
     def pretrained(self) -> Tensor:
         """W_0 (out, in) in `work_dtype`: a copy, whatever stands in the weight."""
-        return self.gathered(self._pretrained_here())
+        with self.at_hand():
+            return self.gathered(self._pretrained_here())
 
     def _pretrained_here(self) -> Tensor:
         if (exact := self.copy) is not None:

@@ -14,10 +14,10 @@ from rosa.layers.adapter import Adapter
 from rosa.layers.base import RosaLayer
 from rosa.layers.drawing import Factors
 from rosa.layers.in_model import rosa_layers
+from rosa.pretrained import zero3
 from rosa.pretrained.files import WeightFile
 from rosa.pretrained.sharding import (
     check_shards,
-    is_dtensor,
     is_fully_sharded,
     is_in_rows,
     is_sharded,
@@ -62,7 +62,7 @@ class Active:
 
     def lend(self) -> None:
         """Help another process to draw: it needs what of the layer is here."""
-        if self.layer.base_weight.rows is not None or any(map(is_dtensor, self.factors)):
+        if any(map(is_sharded, (self.layer.base_weight.parameter, *self.factors))):
             self.layer.whole(self.adapter.name)
 
     def resample(self, drawn: Factors) -> None:
@@ -126,11 +126,14 @@ def _check_layer(name: str, layer: RosaLayer, in_rows: bool) -> None:
             "model.base_model.enable_adapter_layers(), before you resample"
         )
     base = layer.base_weight
-    if not (base.is_whole or (in_rows and base.rows is not None)):
+    in_parts = zero3.is_in_part(base.parameter)
+    if in_parts:
+        zero3.check_part(base.parameter, name)
+    if not (base.is_whole or in_parts or (in_rows and base.rows is not None)):
         raise UserError(
             f"the weight of layer {name} is offloaded or sharded over processes: ROSA draws "
             "from whole weights, so train data-parallel without sharding or offloading, with "
-            "torch's fully_shard (FSDP 2) alone, or with DeepSpeed's ZeRO 1 or 2"
+            "torch's fully_shard (FSDP 2) alone, or with DeepSpeed's ZeRO"
         )
     if isinstance(file := layer.base_weight.kept, WeightFile):
         file.check()
@@ -145,12 +148,12 @@ def _check_factors(active: Active, in_rows: bool) -> None:
     *stack, out_features, in_features = active.adapter.shape
     times = math.prod(stack) * active.adapter.r
     numbers = times * in_features, times * out_features
-    sharded = any(is_sharded(f) and not (in_rows and is_in_rows(f)) for f in active.factors)
-    if sharded or numbers != tuple(factor.numel() for factor in active.factors):
+    known = [(in_rows and is_in_rows(f)) or zero3.is_in_part(f) for f in active.factors]
+    sharded = any(is_sharded(f) and not k for f, k in zip(active.factors, known, strict=True))
+    if sharded or numbers != tuple(zero3.shape_of(factor).numel() for factor in active.factors):
         raise UserError(
             f"the factors of layer {active.name} are sharded over processes: train data-parallel "
-            "without sharding, with torch's fully_shard (FSDP 2) alone, or with DeepSpeed's ZeRO "
-            "1 or 2"
+            "without sharding, with torch's fully_shard (FSDP 2) alone, or with DeepSpeed's ZeRO"
         )
 
 

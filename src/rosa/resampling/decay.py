@@ -38,9 +38,11 @@ class DecayTowardDrawn:
         self._parts = partitioned(optimizer)
         held = {id(factor) for factor in factors}
         held |= {id(part) for zero in self._parts for part in zero.parts_of(factors)}
-        steps = [*stepping(optimizer, factors), *(zero.inner for zero in self._parts)]
-        optimizers = [one for one in steps if _decaying(one, held)]
-        decayed = {i for one in optimizers for group in _decaying(one, held) for i in _ids(group)}
+        steps = [(one, one.param_groups) for one in stepping(optimizer, factors)]
+        steps += [(zero.inner, zero.stepped()) for zero in self._parts]
+        decaying = [(one, found) for one, groups in steps if (found := _decaying(groups, held))]
+        optimizers = [one for one, _ in decaying]
+        decayed = {i for _, groups in decaying for group in groups for i in _ids(group)}
         for zero in self._parts:
             decayed |= {id(f) for f in factors if decayed & set(map(id, zero.parts_of([f])))}
         self._adapters = [a for a in adapters if decayed & set(map(id, a.factors))]
@@ -92,10 +94,9 @@ def _ids(group: dict[str, Any]) -> list[int]:
     return [id(p) for p in group["params"]]
 
 
-def _decaying(optimizer: Any, factors: set[int]) -> list[dict[str, Any]]:
+def _decaying(groups: list[dict[str, Any]], factors: set[int]) -> list[dict[str, Any]]:
     """The parameter groups with weight decay that hold factors."""
-    groups = [group for group in optimizer.param_groups if group.get("weight_decay")]
-    return [group for group in groups if factors & set(_ids(group))]
+    return [g for g in groups if g.get("weight_decay") and factors & set(_ids(g))]
 
 
 def _is_decoupled(optimizer: Any) -> bool:

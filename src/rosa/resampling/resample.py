@@ -43,7 +43,7 @@ def resample(
         model: a model with ROSA layers, wrapped or not.
         optimizer: the optimizer that trains it: torch's, one of another library that keeps its
             state as torch's do, any wrapper of it, or a list or dict of several; DeepSpeed's of
-            ZeRO 1 and 2. Another one that keeps copies of the factors (master weights, offloading)
+            ZeRO. Another one that keeps copies of the factors (master weights, offloading)
             is refused. None if the model is not being trained.
         moments: what becomes of the optimizer's moments of the factors, which belong to the old
             subspace: ``"clear"`` begins anew, ``"keep"`` goes on with them as they are. A

@@ -15,6 +15,7 @@ import torch
 
 from rosa.errors import UserError
 from rosa.layers.drawing import Factors
+from rosa.pretrained.zero3 import shape_of
 from rosa.resampling import processes
 from rosa.resampling.active import Active
 from rosa.resampling.processes import Team
@@ -138,5 +139,5 @@ def _cost(active: Active) -> float:
 
 def _to_come(active: Active) -> Factors:
     active.lend()
-    a, b = (torch.empty(f.shape, dtype=f.dtype, device=f.device) for f in active.factors)
+    a, b = (torch.empty(shape_of(f), dtype=f.dtype, device=f.device) for f in active.factors)
     return a, b

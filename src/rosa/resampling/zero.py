@@ -1,8 +1,9 @@
-"""DeepSpeed's ZeRO 1 and 2: the optimizer steps flat parts of all parameters, in float32.
+"""DeepSpeed's ZeRO: the optimizer steps flat parts of all parameters, in float32.
 
-A process steps its own part of each parameter group, which begins and ends anywhere in a factor;
-then all parts are gathered, and written over the parameters. What a draw changes in the parameters
-it must change in the parts, then.
+In ZeRO 1 and 2 a process steps its own part of each parameter group, which begins and ends anywhere
+in a factor; then all parts are gathered, and written over the parameters. In ZeRO 3 it steps its
+own part of each parameter, and those parts are all that there is of it. What a draw changes in the
+parameters it must change in the stepped parts, then.
 """
 
 from __future__ import annotations
@@ -15,24 +16,27 @@ import torch
 from torch import Tensor, nn
 
 from rosa.errors import UserError
+from rosa.pretrained.zero3 import part_of
 from rosa.resampling.optimizers import optimizers_in
 
 _ZERO = "deepspeed.runtime.zero.stage_1_and_2", "DeepSpeedZeroOptimizer"
+_ZERO_3 = "deepspeed.runtime.zero.stage3", "DeepSpeedZeroOptimizer_Stage3"
 _BEGIN_AT_ZERO = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 """What Adam, Lion and SGD keep of a parameter."""
 
 
 def partitioned(optimizer: Any) -> list[Partitioned]:
-    """The optimizers of ZeRO 1 or 2 in an optimizer; see `optimizers_in`."""
-    module, kind = _ZERO
-    if module not in sys.modules:
-        return []
-    its = getattr(sys.modules[module], kind)
-    return [Partitioned(one) for one in optimizers_in(optimizer) if isinstance(one, its)]
+    """The optimizers of ZeRO in an optimizer; see `optimizers_in`."""
+    found: list[Partitioned] = []
+    for (module, kind), make in ((_ZERO, Partitioned), (_ZERO_3, Partitioned3)):
+        if module in sys.modules:
+            its = getattr(sys.modules[module], kind)
+            found += [make(one) for one in optimizers_in(optimizer) if isinstance(one, its)]
+    return found
 
 
 class Partitioned:
-    """What one of ZeRO's optimizers holds of the factors.
+    """What one of the optimizers of ZeRO 1 and 2 holds of the factors.
 
     Args:
         optimizer: DeepSpeed's, which `deepspeed.initialize` returns.
@@ -50,6 +54,10 @@ class Partitioned:
         zero = self._optimizer
         return zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True)
 
+    def stepped(self) -> list[dict[str, Any]]:
+        """The parameter groups that `inner` steps, of flat parts."""
+        return self.inner.param_groups
+
     def held(self) -> set[int]:
         """The ids of the parameters that it trains."""
         return {id(p) for parameters, _ in self._groups() for p in parameters}
@@ -66,14 +74,14 @@ class Partitioned:
             factors: what is trained, each with its layer's name.
             moments: see `resample`.
         """
-        if getattr(self._optimizer, "micro_step_id", -1) >= 0:  # -1 after a step
+        if self._holds_gradients():
             raise UserError(
                 "ZeRO holds gradients that no step has used yet: draw after engine.step() at the "
                 "end of a step's gradient accumulation"
             )
         for factor, name in factors.items():
-            here = getattr(factor, "_hp_mapping", None)
-            if here is not None and not _is_same(here.hp_fragment, here.lp_fragment):
+            stepped, mine = self._own(factor)
+            if stepped is not None and not _is_same(stepped, mine):
                 raise UserError(
                     f"the factors of layer {name} are not what ZeRO's flat parts hold at their "
                     "place: turn round_robin_gradients off, and load weights before "
@@ -82,8 +90,17 @@ class Partitioned:
         if moments == "clear":
             self._check_clear(factors)
 
+    def _holds_gradients(self) -> bool:
+        return getattr(self._optimizer, "micro_step_id", -1) >= 0  # -1 after a step
+
+    def _own(self, factor: Any) -> tuple[Tensor | None, Tensor]:
+        """The part of a factor that is here: as it is stepped (None if it is not), and as it is."""
+        here = getattr(factor, "_hp_mapping", None)
+        return (None, factor) if here is None else (here.hp_fragment, here.lp_fragment)
+
     def _check_clear(self, factors: Mapping[nn.Parameter, str]) -> None:
-        for (parameters, part), group in zip(self._groups(), self.inner.param_groups, strict=True):
+        for parameters, part in self._groups():
+            group = next(g for g in self.stepped() if any(p is part for p in g["params"]))
             drawn = [p for p in parameters if p in factors]
             if drawn and len(drawn) < len(parameters):
                 raise UserError(
@@ -108,9 +125,9 @@ class Partitioned:
     def follow(self, factors: Iterable[nn.Parameter]) -> None:
         """Let the parts hold what the factors now are."""
         for factor in factors:
-            part = getattr(factor, "_hp_mapping", None)
-            if part is not None:  # else it is another process's
-                part.update_hp()
+            stepped, mine = self._own(factor)
+            if stepped is not None:  # else it is another process's
+                stepped.copy_(mine)
 
     @torch.no_grad()
     def clear(self, factors: Iterable[nn.Parameter]) -> None:
@@ -134,6 +151,50 @@ class Partitioned:
                     value = values[factor].flatten().narrow(0, of.start, of.numel)
                     flat.narrow(0, to.start, to.numel).copy_(value)
                 found[part] = flat
+        return found
+
+
+class Partitioned3(Partitioned):
+    """What ZeRO 3's optimizer holds of the factors."""
+
+    def _groups(self) -> Iterable[tuple[list[nn.Parameter], nn.Parameter]]:
+        zero = self._optimizer
+        return zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True)
+
+    def stepped(self) -> list[dict[str, Any]]:
+        """The parameter groups that `inner` steps, which it has only while it does."""
+        zero = self._optimizer
+        found = [{**group, "params": []} for group in self.inner.param_groups]
+        for number, part in enumerate(zero.fp32_partitioned_groups_flat):
+            found[zero.sub_group_to_group_id[number]]["params"].append(part)
+        return found
+
+    def _holds_gradients(self) -> bool:
+        zero = self._optimizer
+        return zero.micro_step_id > 0 or zero._epilogue_ran_this_backward
+
+    def _own(self, factor: Any) -> tuple[Tensor | None, Tensor]:
+        if not factor.requires_grad:
+            return None, factor
+        flat, start, size = self._place_of(factor)
+        return flat.detach()[start : start + size], factor.ds_tensor
+
+    def _place_of(self, factor: Any) -> tuple[nn.Parameter, int, int]:
+        """The flat part that it is in, from where on, and with how many numbers."""
+        zero = self._optimizer
+        number, start, size = zero.grad_position[zero.get_param_id(factor)]
+        return zero.fp32_partitioned_groups_flat[number], start, size
+
+    @torch.no_grad()
+    def spread(self, values: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        """See `Partitioned.spread`."""
+        found: dict[nn.Parameter, Tensor] = {}
+        held = self.held()
+        for factor, value in ((f, v) for f, v in values.items() if id(f) in held):
+            flat, start, _ = self._place_of(factor)
+            part = part_of(factor, value)
+            whole = found.setdefault(flat, torch.zeros_like(flat))
+            whole[start : start + len(part)] = part
         return found
 
 

@@ -31,6 +31,7 @@ from rosa.pretrained.memory import check_in_memory
 from rosa.pretrained.sharding import is_sharded
 from rosa.pretrained.views import MatrixView
 from rosa.pretrained.weight import SUPPORTED_DTYPES
+from rosa.pretrained.zero3 import is_in_part
 from rosa.targeting.matching import is_target, is_trained_in_full
 
 
@@ -318,7 +319,8 @@ def check_adaptable(target: Target) -> None:
             "layers that bitsandbytes, HQQ or torchao has quantized"
         )
     check_in_memory(name, base, weight)
-    in_part = is_sharded(weight) or weight.numel() < (kind.numbers(base) or 0)
+    in_part = is_sharded(weight) and not is_in_part(weight)  # ZeRO 3's is at hand
+    in_part |= weight.numel() < (kind.numbers(base) or 0)
     if weight.numel() == 0 or in_part or (weight.ndim < 2 and kind is not ParamWrapper):
         raise UserError(
             f"the weight of {name} is empty or sharded over processes (shape "
