@@ -148,8 +148,11 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
         """
         with self.base_weight.at_hand(written=True):
             self._take_account(leaving, accept)
-            all_ = {n: self._wanted(a) for n, a in self.adapters.items() if n != leaving}
-            wanted = {name: change for name, change in all_.items() if change is not None}
+            wanted = {
+                name: change
+                for name, adapter in self.adapters.items()
+                if name != leaving and (change := self._wanted(adapter)) is not None
+            }
             self.base_weight.put(wanted, self._takes_turns)
         for name, adapter in self.adapters.items():
             adapter.merged = name in self.merged_adapters and name != leaving

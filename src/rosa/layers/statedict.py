@@ -219,7 +219,7 @@ def take_all(layer: Stateful, arrived: Arrived, leaving: str | None = None) -> N
     """
     for adapter in layer.adapters:
         lacks = arrived.lacks(adapter) if adapter != leaving else set()
-        if lacks and not _stays(layer.adapters[adapter], lacks):
+        if lacks and not _filled_in(layer.adapters[adapter], lacks):
             there = [part.format(adapter) for part in sorted(arrived.parts[adapter])]
             raise UserError(
                 f"layer {layer.name} was given {', '.join(there)} and no more of adapter "
@@ -239,8 +239,8 @@ def take_all(layer: Stateful, arrived: Arrived, leaving: str | None = None) -> N
     layer.base_weight.standing = standing
 
 
-def _stays(adapter: Adapter, lacks: set[str]) -> bool:
-    """Whether an adapter lacks the factor that is not trained alone; then it is filled in.
+def _filled_in(adapter: Adapter, lacks: set[str]) -> bool:
+    """Give an adapter the factor that is not trained, if that is all that it lacks; whether so.
 
     DeepSpeed leaves what is frozen out of its checkpoints, where asked to, as Trainer does.
     """

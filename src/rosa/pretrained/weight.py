@@ -19,6 +19,7 @@ from rosa.pretrained.rows import WeightMemory
 from rosa.pretrained.sharding import is_dtensor, is_sharded
 from rosa.pretrained.versions import Versions, same_state
 from rosa.pretrained.views import MatrixView
+from rosa.pretrained.zero3 import is_in_part
 
 HALF = (torch.float16, torch.bfloat16)
 """The precisions in which an exact copy of a changed weight is kept."""
@@ -109,9 +110,10 @@ class BaseWeight(WeightMemory):
 
         All processes must ask for it; `fingerprint` alone asks nobody.
         """
-        if self.rows is None:
+        if is_in_part(self.parameter):
             with self.at_hand():
                 self.fingerprint()
+        if self.rows is None:
             return
         if self._of_rows is None:
             self._of_rows = subspace.fingerprint(self._pretrained_here())

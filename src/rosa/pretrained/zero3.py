@@ -21,12 +21,11 @@ def is_in_part(tensor: Any) -> bool:
     return hasattr(tensor, "ds_tensor")
 
 
-def check_part(parameter: Any, name: str) -> None:
+def check_part(parameter: Any) -> None:
     """Raise UserError where the parts are not all that there is, or not in this process's memory.
 
     Args:
         parameter: that `is_in_part`.
-        name: its layer's.
     """
     part = parameter.ds_tensor
     if parameter.ds_secondary_tensor is not None:
@@ -38,8 +37,8 @@ def check_part(parameter: Any, name: str) -> None:
     else:
         return
     raise UserError(
-        f"the weight of layer {name} is held by ZeRO 3 in a way that ROSA cannot write into: "
-        f"leave {option} out of DeepSpeed's config"
+        "ZeRO 3 holds the model's weights in a way that ROSA cannot write into: leave "
+        f"{option} out of DeepSpeed's config"
     )
 
 
@@ -73,9 +72,11 @@ def at_hand(parameters: Iterable[Any], written: bool = False) -> Iterator[None]:
         written: whether what is written into them lasts.
 
     Raises:
-        UserError: one is written to while a pass of the model uses it.
+        UserError: one is to be written to, and a pass of the model uses it, or see `check_part`.
     """
     found = [parameter for parameter in parameters if is_in_part(parameter)]
+    for parameter in found if written else ():
+        check_part(parameter)
     if written and any(parameter.ds_active_sub_modules for parameter in found):
         raise UserError(
             "a weight is in use by a forward or backward pass (ZeRO 3) and cannot be changed now: "
