@@ -44,7 +44,7 @@ def map_pretrained(model: nn.Module, folder: str | os.PathLike[str] | None = Non
         ValueError: there is no ROSA in the model, there are no safetensors files, or they hold none
             of the adapted weights as they are in memory.
     """
-    check_unsharded(model, "call rosa.map_pretrained before fully_shard")
+    check_unsharded(model, "call rosa.map_pretrained before it is cut")
     layers = [layer for _, layer in rosa_layers(model) if not layer.is_quantized]
     if not layers:
         raise UserError("the model has no ROSA layers whose weights lie in a file")

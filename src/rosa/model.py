@@ -39,11 +39,11 @@ from rosa.kinds.parameter import ParamWrapper
 from rosa.kinds.registry import kind_of
 from rosa.layers.base import RosaLayer
 from rosa.layers.in_model import base_of, layers_of, rosa_layers
-from rosa.layers.statedict import give_pretrained
+from rosa.layers.statedict import check_not_in_parts, factors_of, give_pretrained
 from rosa.packing import keep_order
 from rosa.pretrained.memory import Owners, make_private, owners_of, tenants, weight_owners
-from rosa.pretrained.sharding import check_unsharded, reshard, whole
-from rosa.pretrained.zero3 import at_hand
+from rosa.pretrained.sharding import check_unsharded_by_torch, reshard, whole
+from rosa.pretrained.zero3 import at_hand, is_in_part
 from rosa.switching import or_as_before
 from rosa.targeting.matching import has_embeddings, is_target, resolve_all_linear
 from rosa.targeting.names import COMPILED, check_adapter_name, check_modules_to_save
@@ -137,11 +137,16 @@ class RosaModel(BaseTuner):
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Check every layer that will be adapted, before any is touched."""
         config = as_rosa_config(peft_config)
-        check_unsharded(
+        check_unsharded_by_torch(
             model,
             "call get_peft_model (or load the adapter) first, and fully_shard or "
             "accelerator.prepare then",
         )
+        if any(is_in_part(f) for _, layer in rosa_layers(model) for f in factors_of(layer)):
+            raise UserError(
+                "the model is in parts over processes (ZeRO 3), and its optimizer knows no further "
+                "factors: add or load all adapters before deepspeed.initialize"
+            )
         self._fingerprints: dict[str, tuple[float, float]] = {}
         keep_order(model)
         owners, held = weight_owners(model), tenants(model)
@@ -406,6 +411,8 @@ class RosaModel(BaseTuner):
             model, config, adapter_name, state_dict
         )
         layers = layers_of(model, adapter_name)
+        for layer in layers.values():
+            check_not_in_parts(layer)
         check_tensors(remapped)
         check_adapter_file(layers, adapter_name, remapped)
         beside = {key: value for key, value in remapped.items() if not is_rosa_key(key)}

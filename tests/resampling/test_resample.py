@@ -218,6 +218,20 @@ def test_a_diverged_factor_is_refused_before_anything_is_drawn():
     assert all(layer.adapters["default"].draws == 1 for layer in layers)
 
 
+@pytest.mark.parametrize("directions", ["svd", "orthonormal", "gradient"])
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_weight_that_broke_after_attaching_is_not_drawn_from(directions, broken):
+    config = RosaConfig(r=2, target_modules=["last"], directions=directions)
+    model = get_peft_model(Mlp().double(), config)
+    (_, layer), *_ = rosa_layers(model)
+    with torch.no_grad():
+        layer.base_weight.parameter[0, 1] = broken
+    before = [factor.detach().clone() for factor in layer.adapters["default"].factors]
+    with pytest.raises(ValueError, match=r"NaN|changed while ROSA's offset stood in it"):
+        resample(model)
+    assert all(map(torch.equal, layer.adapters["default"].factors, before))
+
+
 def test_factors_that_wait_for_a_file_are_refused():
     config = RosaConfig(r=2, target_modules=["first"])
     model = get_peft_model(Mlp(), config, low_cpu_mem_usage=True)

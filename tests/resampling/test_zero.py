@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import sys
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
-from torch import distributed
+from peft import (
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from torch import distributed, nn
 from torch.optim import SGD, AdamW
 from transformers import Trainer, TrainingArguments
 
@@ -18,7 +24,7 @@ from rosa import RosaCallback, RosaConfig
 from rosa.layers.in_model import rosa_layers
 from rosa.pretrained.sharding import whole, write
 from tests.helpers import moved
-from tests.models import tiny_gpt2, tiny_llama
+from tests.models import EXPERTS, IN, Mixture, tiny_gpt2, tiny_llama
 from tests.processes import all_equal, in_processes, without_gloo
 
 pytest.importorskip("deepspeed")
@@ -349,6 +355,146 @@ def test_a_base_that_comes_in_parts_is_adapted_and_trained_as_a_whole_one(tmp_pa
             start = {n: layer.get_delta_weight("default") for n, layer in rosa_layers(model)}
             expected[kind, options] = start, trained(model, adam(model), "clear")
     in_processes(2, tmp_path, _begun_in_parts, str(tmp_path), expected)
+
+
+def _not_loaded(rank, folder):
+    model = adapted()
+    engine, optimizer = in_parts(model, adam(model), IN_PARTS)
+    rows = batches()[0][:2]
+    engine.backward(engine(input_ids=rows, labels=rows).loss)
+    engine.step()
+    state_dict = copy.deepcopy(model.state_dict())
+    of_adapter = {k: v.clone() for k, v in get_peft_model_state_dict(model).items()}
+    model.save_pretrained(f"{folder}/{rank}")
+    rosa.resample(engine, optimizer)
+    for evaluated in (False, True):  # a pass without a backward one leaves the weights whole
+        with torch.no_grad():
+            before = engine(input_ids=rows).logits
+        if not evaluated:
+            engine.backward(0 * engine(input_ids=rows, labels=rows).loss)
+            engine.step()
+            with torch.no_grad():
+                before = engine(input_ids=rows).logits
+        for load in (
+            lambda: model.load_state_dict(state_dict),
+            lambda: set_peft_model_state_dict(model, dict(of_adapter)),
+            lambda: model.load_adapter(f"{folder}/{rank}", "default", is_trainable=True),
+            lambda: model.load_adapter(f"{folder}/{rank}", "another"),
+            lambda: model.add_adapter("another", RosaConfig(r=2, target_modules="all-linear")),
+            lambda: rosa.map_pretrained(model, folder),
+            lambda: rosa.export_merged(model, f"{folder}/merged"),
+            lambda: rosa.export_lora(model, f"{folder}/lora"),
+        ):
+            with pytest.raises(ValueError, match=r"in parts over processes \(ZeRO 3\)"):
+                load()
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        engine.backward(engine(input_ids=rows, labels=rows).loss)
+        engine.step()
+        with torch.no_grad():
+            torch.testing.assert_close(engine(input_ids=rows).logits, before)
+
+
+def test_what_would_miss_the_parts_is_refused(tmp_path):
+    in_processes(2, tmp_path, _not_loaded, str(tmp_path))
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.inner(x, x, x)[0]
+
+
+def _kinds(rank):
+    experts = {"target_parameters": ["experts.up"], "target_modules": []}
+    chosen = torch.arange(12) % EXPERTS
+    for base, options, inputs in (
+        (nn.Sequential(nn.Conv2d(3, 5, 3)), {"target_modules": ["0"]}, [torch.randn(2, 3, 5, 5)]),
+        (nn.Sequential(nn.Embedding(9, 5)), {"target_modules": ["0"]}, [torch.arange(4)[None]]),
+        (Attention(), {"target_modules": ["inner"]}, [torch.randn(2, 3, 8)]),
+        (Mixture(False).float(), experts, [torch.randn(12, IN), chosen]),
+    ):
+        model = get_peft_model(base, RosaConfig(r=2, **options))
+        layers = [layer for _, layer in rosa_layers(model)]
+        shapes = [layer.base_weight.parameter.shape for layer in layers]
+        engine, optimizer = in_parts(model, adam(model), IN_PARTS)
+        refused = pytest.raises(ValueError, match="which ROSA does not adapt in ZeRO 3: leave it")
+        with refused:
+            engine(*inputs)
+        with refused:
+            rosa.resample(engine, optimizer)
+        assert [layer.get_delta_weight("default").shape for layer in layers] == shapes
+
+
+def test_kinds_of_layers_that_do_not_run_in_parts_are_refused(tmp_path):
+    in_processes(2, tmp_path, _kinds)
+
+
+def _steps(engine, optimizer, steps):
+    rank = distributed.get_rank()
+    for step in steps:
+        rows = batches()[step % 8][2 * rank : 2 * rank + 2]
+        engine.backward(engine(input_ids=rows, labels=rows).loss)
+        engine.step()
+        if step % 3 == 2:
+            rosa.resample(engine, optimizer)
+
+
+def _goes_on(rank, folder):
+    rows = batches()[0][:2]
+
+    def logits(engine):
+        with torch.no_grad():
+            return engine(input_ids=rows).logits
+
+    for case, (options, precision) in enumerate(
+        (
+            ({}, {}),
+            ({"trained": "B"}, {}),
+            ({"directions": "svd"}, {}),
+            ({}, {"bf16": {"enabled": True}}),
+        )
+    ):
+        model = adapted(**options)
+        engine, optimizer = in_parts(model, adam(model), IN_PARTS, **precision)
+        with model.disable_adapter():
+            pretrained = logits(engine)
+        norms = [layer.base_weight.norm for _, layer in rosa_layers(model)]
+        _steps(engine, optimizer, range(5))
+        saved = logits(engine)
+        for frozen in (True, False):
+            tag = f"case-{case}-{frozen}"
+            engine.save_checkpoint(folder, tag, exclude_frozen_parameters=not frozen)
+        _steps(engine, optimizer, range(5, 9))
+        expected = logits(engine)
+        tolerance = {"atol": 5e-2, "rtol": 5e-2} if precision else {"atol": 1e-4, "rtol": 1e-4}
+        for fresh in (False, True):
+            for frozen in (True, False):
+                if fresh:
+                    # Of half precision the same draws, for W_0 is exact to their rounding.
+                    model = adapted(**options, seed=0 if precision else 5)
+                    engine, optimizer = in_parts(model, adam(model), IN_PARTS, **precision)
+                tag = f"case-{case}-{frozen}"
+                engine.load_checkpoint(folder, tag, load_module_strict=False)
+                torch.testing.assert_close(logits(engine), saved, **tolerance)
+                with model.disable_adapter():
+                    torch.testing.assert_close(logits(engine), pretrained, **tolerance)
+                torch.testing.assert_close(logits(engine), saved, **tolerance)
+                now = [layer.base_weight.norm for _, layer in rosa_layers(model)]
+                assert now == pytest.approx(norms, rel=1e-5), (case, fresh, frozen)
+                for _, layer in rosa_layers(model):
+                    if fresh:
+                        layer.adapters["default"].config.seed = 0
+                _steps(engine, optimizer, range(5, 9))
+                if not precision:
+                    torch.testing.assert_close(logits(engine), expected, **tolerance)
+
+
+def test_a_training_goes_on_from_deepspeeds_checkpoints(tmp_path):
+    in_processes(2, tmp_path, _goes_on, str(tmp_path))
 
 
 def _within_a_pass(rank):

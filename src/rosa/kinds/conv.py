@@ -17,6 +17,7 @@ from rosa.layers.changed import check_no_dropout, is_patched, with_changed_weigh
 from rosa.layers.plain import plain_sum
 from rosa.layers.tracing import is_traced
 from rosa.pretrained.views import MatrixView
+from rosa.pretrained.zero3 import shape_of
 
 _PLAIN: tuple[type[_ConvNd], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -42,7 +43,7 @@ class KernelView(MatrixView):
 
     def as_stored(self, matrix: Tensor) -> Tensor:
         """A matrix as a kernel."""
-        return matrix.reshape(-1, *self.parameter.shape[1:])
+        return matrix.reshape(-1, *shape_of(self.parameter)[1:])
 
 
 def _convolves(base: nn.Module) -> bool:

@@ -23,6 +23,7 @@ class RosaLinear(RosaLayer):
     """ROSA on `nn.Linear` or on transformers' `Conv1D` (a linear layer stored transposed)."""
 
     adapts = "torch.nn.Linear, transformers' Conv1D"
+    runs_in_parts = True
 
     @staticmethod
     def matches(module: nn.Module) -> bool:

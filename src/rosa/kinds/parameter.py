@@ -12,6 +12,7 @@ from rosa.layers.base import RosaLayer
 from rosa.layers.changed import check_no_dropout, with_changed_weight
 from rosa.layers.tracing import is_traced
 from rosa.pretrained.views import MatrixView
+from rosa.pretrained.zero3 import shape_of
 
 
 class ParamWrapper(RosaLayer):
@@ -48,7 +49,8 @@ class ParamWrapper(RosaLayer):
     @staticmethod
     def view_of(base: nn.Module, parameter: str) -> MatrixView:
         """The parameter as a matrix, or as a stack of them."""
-        experts = getattr(base, parameter).dim() == 3
+        found = getattr(base, parameter)  # None in an attention with widths of their own
+        experts = found is not None and len(shape_of(found)) == 3
         return MatrixView(base, parameter, experts and getattr(base, "is_transposed", False))
 
     @staticmethod

@@ -28,6 +28,7 @@ from rosa.layers.offset import OffsetDict
 from rosa.layers.tracing import is_traced
 from rosa.pretrained.sharding import check_kept
 from rosa.pretrained.weight import BaseWeight
+from rosa.pretrained.zero3 import is_in_part
 
 
 class RosaLayer(Front, BaseTunerLayer, Kind):
@@ -262,6 +263,7 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
         if self.arrived is not None or (not traced and self.base_weight.is_written()):
             self.synchronize()
         if not traced and not self.was_called:
+            self.check_parts()
             self.was_called = True
         if self._disable_adapters and self.merged:
             self.unmerge()
@@ -275,6 +277,15 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
                     "first (low_cpu_mem_usage), or use the model without offloading (device_map)"
                 )
         return active
+
+    def check_parts(self) -> None:
+        """Raise UserError for a weight in ZeRO 3's parts that this kind cannot compute with."""
+        if is_in_part(self._base_weight.parameter) and not self.runs_in_parts:
+            base = type(self.get_base_layer()).__name__
+            raise UserError(
+                f"layer {self.name} is a {base}, which ROSA does not adapt in ZeRO 3: leave it out "
+                "with exclude_modules, or train with ZeRO 2 or with torch's fully_shard (FSDP 2)"
+            )
 
     @property
     def weight(self) -> Tensor:

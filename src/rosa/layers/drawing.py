@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rosa.algebra import subspace
-from rosa.algebra.lowrank import LowRank
+from rosa.algebra.lowrank import LowRank, are_finite
 from rosa.config import RosaConfig
 from rosa.errors import UserError
 from rosa.layers.adapter import Adapter
@@ -76,6 +76,11 @@ def draw(adapter: Adapter, weight: Tensor, norm: float, change: LowRank | None =
             f"no subspace of layer {adapter.layer} could be drawn ({error}): check its weight for "
             "NaN and infinity, or use directions='orthonormal'"
         ) from error
+    if not are_finite([*drawn]):
+        raise UserError(
+            f"the weight of layer {adapter.layer} has NaN or infinity, and so would a subspace of "
+            "it: load the base model again, or leave the layer out with exclude_modules"
+        )
     a, b = (new.to(old.device, old.dtype) for new, old in zip(drawn, adapter.factors, strict=True))
     return a, b
 

@@ -104,12 +104,19 @@ def write(parameter: Tensor, values: Tensor) -> None:
 
 
 def check_unsharded(model: nn.Module, instead: str) -> None:
-    """Raise ValueError for a model in FSDP (1 or 2), which keeps parts of the weights.
+    """Raise ValueError for a model in FSDP (1 or 2) or ZeRO 3, which keep parts of the weights.
 
     Args:
         model: the model.
         instead: what to do about it.
     """
+    if any(map(zero3.is_in_part, model.parameters())):
+        raise UserError(f"the model is in parts over processes (ZeRO 3): {instead}")
+    check_unsharded_by_torch(model, instead)
+
+
+def check_unsharded_by_torch(model: nn.Module, instead: str) -> None:
+    """Raise ValueError for a model in FSDP; see `check_unsharded`."""
     for name, _ in _fully_sharded(model):
         raise UserError(f"{name or 'the model'} is sharded over processes (FSDP): {instead}")
     check_shards(model)

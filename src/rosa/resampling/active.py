@@ -128,6 +128,7 @@ def _check_layer(name: str, layer: RosaLayer, in_rows: bool) -> None:
     base = layer.base_weight
     in_parts = zero3.is_in_part(base.parameter)
     if in_parts:
+        layer.check_parts()
         zero3.check_part(base.parameter)
     if not (base.is_whole or in_parts or (in_rows and base.rows is not None)):
         raise UserError(

@@ -155,8 +155,8 @@ def check_optimizer(
                 f"the optimizer does not hold the factors of layer {layer} ({kinds}): build it "
                 "from the model after get_peft_model, from parameters with requires_grad. One that "
                 "trains copies of them (master weights, as Apex, Megatron, offloading and "
-                "DeepSpeed but for ZeRO 1 and 2 make) would overwrite what is drawn: train "
-                "data-parallel without it"
+                "DeepSpeed but for ZeRO make) would overwrite what is drawn: train data-parallel "
+                "without it"
             )
 
 

@@ -66,8 +66,8 @@ def resample(
     """
     with everyone().failing_together():
         found = active_adapters(model, optimizer)
-        states, parts = states_to_keep(moments, optimizer, found)
         check_finite(found)
+        states, parts = states_to_keep(moments, optimizer, found)
         informed = [active for active in found if active.is_informed]
         shown = iter(batches if informed else ())
         if (first := next(shown, None)) is not None:
