@@ -39,7 +39,8 @@ from rosa.kinds.parameter import ParamWrapper
 from rosa.kinds.registry import kind_of
 from rosa.layers.base import RosaLayer
 from rosa.layers.in_model import base_of, layers_of, rosa_layers
-from rosa.layers.statedict import check_not_in_parts, factors_of, give_pretrained
+from rosa.layers.parts import check_not_in_parts
+from rosa.layers.statedict import factors_of, give_pretrained
 from rosa.packing import keep_order
 from rosa.pretrained.memory import Owners, make_private, owners_of, tenants, weight_owners
 from rosa.pretrained.sharding import check_unsharded_by_torch, reshard, whole

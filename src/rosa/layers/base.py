@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rosa.algebra.lowrank import LowRank
 from rosa.config import RosaConfig
 from rosa.errors import UserError
-from rosa.layers import statedict
+from rosa.layers import parts, statedict
 from rosa.layers.adapter import Adapter
 from rosa.layers.drawing import Factors, draw, take, waits_for_file
 from rosa.layers.effective import effective_weight
@@ -89,7 +89,7 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
         self.base_fingerprint()
         self._active_adapter = adapter_name
         self.register_state_dict_post_hook(statedict.after_save)
-        self.register_load_state_dict_pre_hook(statedict.before_load)
+        self.register_load_state_dict_pre_hook(parts.before_load)
         self.register_load_state_dict_post_hook(statedict.after_load)
         self.update_layer(adapter_name, r, alpha, config)
         self._made = True

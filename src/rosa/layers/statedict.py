@@ -9,7 +9,6 @@ before the layer is used again.
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -92,15 +91,21 @@ def after_save(layer: Stateful, state_dict: dict[str, Any], prefix: str, _: Any)
     The state dict of a module inside a PeftModel is how PEFT reads the base model's weights. That
     of the whole PeftModel keeps the weight in memory, without a copy, unless one is kept anyway.
     """
-    marks = dict.fromkeys(layer.adapters, Mark.NOTHING)
-    for name in layer.adapters.keys() & layer.base_weight.standing.keys():
-        marks[name] = Mark.WHOLE if layer.adapters[name].merged else Mark.OFFSET
+    marks = marks_of(layer)
     in_parts = is_in_part(layer.base_weight.parameter)  # which hold what is in memory, elsewhere
     if layer.arrived is None and not in_parts and _gives_pretrained(layer, prefix):
         give_pretrained(layer, state_dict, prefix)
         marks = dict.fromkeys(marks, Mark.NOTHING)
     for name, mark in marks.items():
         state_dict[f"{prefix}rosa_offset.{name}.in_weight"] = torch.tensor(int(mark))
+
+
+def marks_of(layer: Stateful) -> dict[str, Mark]:
+    """What of each adapter stands in the weight in memory."""
+    marks = dict.fromkeys(layer.adapters, Mark.NOTHING)
+    for name in layer.adapters.keys() & layer.base_weight.standing.keys():
+        marks[name] = Mark.WHOLE if layer.adapters[name].merged else Mark.OFFSET
+    return marks
 
 
 def _gives_pretrained(layer: Stateful, prefix: str) -> bool:
@@ -144,9 +149,6 @@ def before_load(layer: Stateful, state_dict: dict[str, Any], prefix: str, *_: An
     parameters themselves and then hand on all of these: what is in memory already has come only
     if it was written to.
     """
-    if any(map(is_in_part, factors_of(layer))):
-        _before_load_in_parts(layer, state_dict, prefix)
-        return
     base = layer.base_weight
     weight, parameter = state_dict.get(f"{prefix}{layer.weight_path}"), base.parameter
     in_place = weight is not None and _same_memory(weight, parameter)
@@ -182,51 +184,6 @@ def before_load(layer: Stateful, state_dict: dict[str, Any], prefix: str, *_: An
 def factors_of(layer: Stateful) -> list[nn.Parameter]:
     """The factors of all its adapters."""
     return [factor for adapter in layer.adapters.values() for factor in adapter.factors]
-
-
-def check_not_in_parts(layer: Stateful) -> None:
-    """Raise UserError for a layer whose factors are in ZeRO 3's parts, which a load would miss."""
-    if any(map(is_in_part, factors_of(layer))):
-        raise UserError(
-            "the model is in parts over processes (ZeRO 3), of which a state dict holds nothing: "
-            "load the adapter before deepspeed.initialize, or a checkpoint by "
-            "engine.load_checkpoint"
-        )
-
-
-def _before_load_in_parts(layer: Stateful, state_dict: dict[str, Any], prefix: str) -> None:
-    """Of DeepSpeed's own loading take the offsets: it restores the parts by itself, afterwards.
-
-    The pretrained weight is then what it was, since an engine's checkpoint is of its own model.
-    """
-    if not _is_by_deepspeed():
-        check_not_in_parts(layer)
-    arrived = Arrived()
-    standing = layer.base_weight.standing
-    for name, adapter in layer.adapters.items():
-        mark = state_dict.get(f"{prefix}rosa_offset.{name}.in_weight")
-        now = Mark(2 if adapter.merged else 1) if name in standing else Mark.NOTHING
-        if mark is not None and int(mark) != now:
-            raise UserError(
-                f"the checkpoint was written with adapter {name!r} active, merged or disabled in "
-                f"layer {layer.name} as it is not now: make it so (set_adapter, merge_adapter) "
-                "before engine.load_checkpoint"
-            )
-        keys = {part: prefix + part.format(name) for part in PARTS}
-        arrived.parts[name] = {part for part, key in keys.items() if key in state_dict}
-    if any(arrived.parts.values()):
-        layer.bare()
-        layer.arrived = arrived
-    layer.base_weight.expect_write()  # of nothing, into an empty parameter
-
-
-def _is_by_deepspeed() -> bool:
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_globals.get("__name__") == "deepspeed.runtime.engine":
-            return True
-        frame = frame.f_back
-    return False
 
 
 def _check_of_one_time(
