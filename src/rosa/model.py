@@ -40,11 +40,11 @@ from rosa.kinds.registry import kind_of
 from rosa.layers.base import RosaLayer
 from rosa.layers.in_model import base_of, layers_of, rosa_layers
 from rosa.layers.parts import check_not_in_parts
-from rosa.layers.statedict import factors_of, give_pretrained
+from rosa.layers.statedict import give_pretrained, is_in_parts
 from rosa.packing import keep_order
 from rosa.pretrained.memory import Owners, make_private, owners_of, tenants, weight_owners
 from rosa.pretrained.sharding import check_unsharded_by_torch, reshard, whole
-from rosa.pretrained.zero3 import at_hand, is_in_part
+from rosa.pretrained.zero3 import at_hand
 from rosa.switching import or_as_before
 from rosa.targeting.matching import has_embeddings, is_target, resolve_all_linear
 from rosa.targeting.names import COMPILED, check_adapter_name, check_modules_to_save
@@ -143,7 +143,7 @@ class RosaModel(BaseTuner):
             "call get_peft_model (or load the adapter) first, and fully_shard or "
             "accelerator.prepare then",
         )
-        if any(is_in_part(f) for _, layer in rosa_layers(model) for f in factors_of(layer)):
+        if any(is_in_parts(layer) for _, layer in rosa_layers(model)):
             raise UserError(
                 "the model is in parts over processes (ZeRO 3), and its optimizer knows no further "
                 "factors: add or load all adapters before deepspeed.initialize"

@@ -71,9 +71,9 @@ def fill_in(
         wanted = offsets.keys() & set(keys) - found.keys()
         found |= {key: offsets[key] for key in wanted}
         stayed = layer.adapters[adapter_name].stayed()
-        if stayed is not None:  # what is frozen may have been left out
-            place = [f is stayed[0] for f in layer.adapters[adapter_name].factors].index(True)
-            found.setdefault(keys[place], stayed[1])
+        for key, factor in zip(keys, layer.adapters[adapter_name].factors, strict=False):
+            if stayed is not None and factor is stayed[0]:  # it may have been left out
+                found.setdefault(key, stayed[1])
 
 
 def check_adapter_file(

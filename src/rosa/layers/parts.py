@@ -12,13 +12,12 @@ from typing import Any
 
 from rosa.errors import UserError
 from rosa.layers import statedict
-from rosa.layers.statedict import Stateful, factors_of
-from rosa.pretrained.zero3 import is_in_part
+from rosa.layers.statedict import Stateful, is_in_parts
 
 
 def check_not_in_parts(layer: Stateful) -> None:
     """Raise UserError for a layer whose factors are in ZeRO 3's parts, which a load would miss."""
-    if any(map(is_in_part, factors_of(layer))):
+    if is_in_parts(layer):
         raise UserError(
             "the model is in parts over processes (ZeRO 3), of which a state dict holds nothing: "
             "load the adapter before deepspeed.initialize, or a checkpoint by "
@@ -28,7 +27,7 @@ def check_not_in_parts(layer: Stateful) -> None:
 
 def before_load(layer: Stateful, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
     """A hook before loading, as `statedict.before_load`, which it is for a layer not in parts."""
-    if not any(map(is_in_part, factors_of(layer))):
+    if not is_in_parts(layer):
         statedict.before_load(layer, state_dict, prefix, *others)
         return
     if not _is_by_deepspeed():

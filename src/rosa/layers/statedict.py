@@ -15,7 +15,6 @@ from enum import IntEnum
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from rosa.algebra.lowrank import LowRank
 from rosa.errors import UserError
@@ -181,9 +180,9 @@ def before_load(layer: Stateful, state_dict: dict[str, Any], prefix: str, *_: An
         base.expect_write()
 
 
-def factors_of(layer: Stateful) -> list[nn.Parameter]:
-    """The factors of all its adapters."""
-    return [factor for adapter in layer.adapters.values() for factor in adapter.factors]
+def is_in_parts(layer: Stateful) -> bool:
+    """Whether its factors are in ZeRO 3's parts."""
+    return any(is_in_part(f) for adapter in layer.adapters.values() for f in adapter.factors)
 
 
 def _check_of_one_time(
@@ -217,10 +216,9 @@ def after_load(layer: Stateful, _: Any) -> None:
     base = layer.base_weight
     if base.expects_write():
         base.arrived()
-    in_parts = any(map(is_in_part, factors_of(layer)))  # then all has come at once
-    whole = layer.arrived is not None and layer.arrived.is_whole(list(layer.adapters))
-    if whole or (in_parts and layer.arrived is not None):
-        layer.synchronize()
+    arrived = layer.arrived
+    if arrived is not None and (is_in_parts(layer) or arrived.is_whole(list(layer.adapters))):
+        layer.synchronize()  # into parts, all has come at once
     base.refresh()  # here, where all processes come by
 
 
