@@ -10,7 +10,10 @@ from contextlib import contextmanager
 
 from peft.utils.error import NoMatchingPeftModuleError
 
-READERS = ("peft", "transformers", "tokenizers", "huggingface_hub", "safetensors", "torch", "trl")
+READERS = (
+    *("peft", "transformers", "tokenizers", "huggingface_hub", "safetensors", "torch", "trl"),
+    *("deepspeed", "pydantic"),
+)
 """The libraries that read what a user gave, besides Python's own (`json`)."""
 
 

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import multiprocessing
 from transformers import TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from rosa.bench.setup.methods import METHODS
 from rosa.bench.setup.settings import RunSettings
@@ -28,7 +29,8 @@ from tests.models import needs_packages, save_with_tokenizer, tiny_bert, tiny_gp
 
 EFFECTIVE = 16
 CHATS = ["chats"] if find_spec("trl") else []
-TASKS = ("classification", "regression", "text", "pairs", *CHATS)
+PREFERENCES = ["preferences"] if CHATS else []
+TASKS = ("classification", "regression", "text", "pairs", *CHATS, *PREFERENCES)
 
 
 def write_rows(path: Path, task: str, count: int) -> Path:
@@ -39,6 +41,9 @@ def write_rows(path: Path, task: str, count: int) -> Path:
         lines = ["text,label", *(f"{words(12)},{i % 3}" for i in range(count))]
     elif task == "text":
         lines = [words(20) for _ in range(count)]
+    elif task == "preferences":
+        names = ("prompt", "chosen", "rejected")
+        lines = [json.dumps({name: words(8) for name in names}) for _ in range(count)]
     else:
         rows = [{"prompt": words(8), "completion": words(8)} for _ in range(count)]
         lines = [json.dumps(row) for row in rows]
@@ -57,7 +62,7 @@ def write_scores(path: Path, count: int) -> None:
 def settings_for(task: str, folder: Path) -> RunSettings:
     """A run of two epochs whose last step is a partial one, as is the last evaluation batch."""
     random.seed(torch.initial_seed())
-    if task in ("text", "pairs", "chats"):
+    if task in ("text", "pairs", "chats", "preferences"):
         base = chat_model(folder / "base")
     else:
         base = save_with_tokenizer(tiny_bert(), folder / "base")
@@ -68,7 +73,8 @@ def settings_for(task: str, folder: Path) -> RunSettings:
             write_scores(folder / f"{name}.tsv", count)
         files = {"task": "stsb", "data": folder}
     else:
-        ending = {"classification": "csv", "text": "txt", "pairs": "jsonl", "chats": "jsonl"}[task]
+        ending = {"classification": "csv", "text": "txt"}.get(task, "jsonl")
+        files["preference"] = task == "preferences"
         for name, count in zip(("train", "validation"), sizes, strict=True):
             files[name] = write_rows(folder / f"{name}.{ending}", task, count)
     return RunSettings(
@@ -100,7 +106,8 @@ def train(settings: RunSettings, **split: int) -> dict[str, Any]:
 
     training.build_trainer = recording
     try:
-        record = training.train(replace(settings, **split))
+        begun = (settings.output / "settings.json").exists()
+        record = training.train(replace(settings, **split), resume=begun)
     finally:
         training.build_trainer = build
     weights = next(settings.output.glob("[am]*/*.safetensors"))
@@ -196,6 +203,7 @@ def train_in_two(rank: int, port: int, runs: list[tuple[RunSettings, dict[str, i
     }
     for settings, split in runs:
         torch.save(train(settings, **split), settings.output / f"found{rank}.pt")
+        unset_hf_deepspeed_config()  # or the next model is loaded in parts
     torch.distributed.destroy_process_group()
 
 

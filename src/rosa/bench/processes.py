@@ -13,6 +13,12 @@ from typing import Any
 
 from rosa.errors import UserError
 
+_OTHERWISE = {
+    "FSDP": "It trains data-parallel; for FSDP 2 use transformers' Trainer with "
+    "rosa.RosaCallback, or a loop of your own",
+    "DEEPSPEED": "DeepSpeed's config is given by --deepspeed",
+}
+"""What `accelerate launch` may be set up for, and what to do."""
 PATIENCE = timedelta(days=1)
 """How long processes wait for each other, as while one writes texts. None waits for a dead one."""
 
@@ -21,17 +27,17 @@ def join() -> Any:
     """Accelerate's `PartialState`: which process this is; the first call joins the others.
 
     Raises:
-        UserError: they are to share one model's weights.
+        UserError: `accelerate launch` has set them up for what is not done so.
     """
     import torch
     from accelerate import PartialState
 
-    for name in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1"):
+    for name, way_out in _OTHERWISE.items():
+        asked = os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1")
+        if asked and not torch.distributed.is_initialized():  # later Accelerate sets it itself
             raise UserError(
-                f"this trains data-parallel, and Accelerate is set up for {name}: launch it with "
-                "torchrun, or another --config_file. For FSDP 2 or DeepSpeed's ZeRO use "
-                "transformers' Trainer with rosa.RosaCallback, or a loop of your own"
+                f"Accelerate is set up for {name}: launch this with torchrun, or another "
+                f"--config_file. {way_out}"
             )
     alone = {} if count() == 1 else {"timeout": PATIENCE}
     return PartialState(cpu=not torch.accelerator.is_available(), **alone)
@@ -40,6 +46,11 @@ def join() -> Any:
 def count() -> int:
     """How many there are, without joining them."""
     return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def launched() -> bool:
+    """Whether this process was started as one of a training's, be it the only one."""
+    return "WORLD_SIZE" in os.environ
 
 
 def is_first() -> bool:

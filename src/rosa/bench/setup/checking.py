@@ -10,6 +10,7 @@ from rosa.bench import processes
 from rosa.bench.setup.methods import check_packages, configure, find_method
 from rosa.bench.setup.quantizing import check_load_in
 from rosa.bench.setup.settings import LOSS_ON, METHOD, ON_NAN, PRECISIONS, RunSettings, convert
+from rosa.bench.setup.zero import check_zero
 from rosa.bench.tasks.chat import usual_length
 from rosa.bench.tasks.templates import check_trl
 from rosa.errors import UserError
@@ -85,6 +86,7 @@ def check(settings: RunSettings) -> RunSettings:
         raise UserError(f"precision must be one of {', '.join(PRECISIONS)}: {settings.precision}")
     if settings.on_nan not in ON_NAN:
         raise UserError(f"on_nan must be one of {', '.join(ON_NAN)}: {settings.on_nan}")
+    check_zero(settings)
     check_load_in(settings.load_in)
     if settings.load_in != "full" and method.config is None:
         raise UserError(f"method {settings.method} trains the weights: it needs load_in full")

@@ -146,6 +146,9 @@ class RunSettings:
     group_by_length: bool = _is(
         DATA, "Batches of texts of like length: less padding, faster.", False
     )
+    deepspeed: Path | None = _is(
+        TRAINING, "DeepSpeed's config (JSON): ZeRO over the processes that torchrun starts.", None
+    )
     on_nan: str = _is(
         TRAINING, "Where loss or gradient is NaN or infinite: stop, or skip the step.", "stop"
     )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from rosa.bench.processes import is_first
 from rosa.bench.setup.methods import find_method
 from rosa.bench.setup.settings import RunSettings
 from rosa.bench.storage import runs
@@ -16,12 +19,18 @@ from rosa.bench.tasks.task import Task
 def save_trained(
     settings: RunSettings, task: Task, model: Any, tokenizer: Any, metrics: dict[str, float]
 ) -> Path:
-    """Save the trained model with its tokenizer and a model card; returns its folder."""
+    """Save the trained model with its tokenizer and a model card; returns its folder.
+
+    Of several processes the first writes; all call it, since each may hold a part.
+    """
     from huggingface_hub import ModelCard, ModelCardData
 
     adapted = find_method(settings.method).config is not None
     place = settings.output / (runs.ADAPTER if adapted else runs.MODEL)
-    model.save_pretrained(str(place))
+    with _at_hand(p for p in model.parameters() if p.requires_grad or not adapted):
+        model.save_pretrained(str(place), is_main_process=is_first())
+    if not is_first():
+        return place
     if adapted:
         runs.save_config(model.config, place)
     tokenizer.save_pretrained(str(place))
@@ -49,6 +58,17 @@ def save_trained(
     )
     ModelCard(text).save(place / "README.md")
     return place
+
+
+def _at_hand(parameters: Iterable[Any]) -> AbstractContextManager[Any]:
+    """While they are whole in every process, which DeepSpeed's ZeRO 3 may hold in parts."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return GatheredParameters(list(parameters))
 
 
 def _loading(settings: RunSettings, model: Any, base: str | None) -> str:

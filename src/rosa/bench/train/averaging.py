@@ -20,12 +20,13 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils._pytree import tree_leaves
-from transformers import Trainer
 
+from rosa.bench.train.grouping import GroupingTrainer
 from rosa.errors import UserError
 
 Batch = Mapping[str, Any]
-_WEIGHT = "weight_of_the_batch"
+WEIGHT = "weight_of_the_batch"
+"""In a batch that is trained: what its mean loss is to be multiplied by."""
 MOST_SKIPPED = 10
 """Steps in a row that are left out before a training has diverged all the same."""
 
@@ -46,7 +47,7 @@ def item_counter(kind: str, model: Any) -> Callable[[Batch], int]:
     return lambda batch: int((batch["labels"][..., first:] != -100).sum())
 
 
-class MeanTrainer(Trainer):
+class MeanTrainer(GroupingTrainer):
     """The Trainer, with losses as this module's docstring says.
 
     Attributes:
@@ -59,7 +60,7 @@ class MeanTrainer(Trainer):
         kwargs: the Trainer's.
     """
 
-    not_of_the_model: tuple[str, ...] = (_WEIGHT,)
+    not_of_the_model: tuple[str, ...] = (WEIGHT,)
 
     def __init__(
         self, *args: Any, count: Callable[[Batch], int], skips: bool = False, **kwargs: Any
@@ -85,7 +86,7 @@ class MeanTrainer(Trainer):
         kept = [
             b if n else self.first_rows(a, 1) for a, b, n in zip(batches, own, items, strict=True)
         ]
-        return [{**b, _WEIGHT: n * factor} for b, n in zip(kept, items, strict=True)], None
+        return [{**b, WEIGHT: n * factor} for b, n in zip(kept, items, strict=True)], None
 
     def compute_loss(
         self,
@@ -95,7 +96,7 @@ class MeanTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The batch's mean loss; in training, times its factor."""
-        weight = inputs.pop(_WEIGHT, None)
+        weight = inputs.pop(WEIGHT, None)
         if weight == 0:  # the mean over no items is no number
             return self.no_loss(model, inputs)
         # Outputs only where they are wanted: TRL's trainer runs the model once more for them.
@@ -115,16 +116,30 @@ class MeanTrainer(Trainer):
         kept = dict(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not self.skips and not math.isfinite(float(loss)):
-            given = {n: v for n, v in kept.items() if n not in self.not_of_the_model}
-            where = first_not_finite(self.model, self._prepare_inputs(given))  # type: ignore[arg-type]
+            where = ""
+            if not self.is_deepspeed_enabled:  # a pass may need all processes there
+                given = {n: v for n, v in kept.items() if n not in self.not_of_the_model}
+                found = first_not_finite(self.model, self._prepare_inputs(given))  # type: ignore[arg-type]
+                where = f", first {found}"
             raise UserError(
-                f"the training loss became {float(loss)} in step {self.state.global_step + 1}, "
-                f"first {where}: {self._way_out}"
+                f"the training loss became {float(loss)} in step {self.state.global_step + 1}"
+                f"{where}: {self._way_out}"
             )
         return loss
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        """As the Trainer's, once a step's gradients are there; NaN and infinity go no further."""
+        """As the Trainer's, once a step's gradients are there; NaN and infinity go no further.
+
+        DeepSpeed has made the step by then; it goes into no checkpoint.
+        """
+        if self.is_deepspeed_enabled:
+            norm: Any = super()._clip_grad_norm(model)
+            if norm is not None and not math.isfinite(float(norm)):
+                step = self.state.global_step + 1
+                raise UserError(
+                    f"the gradient became NaN or infinite in step {step}: {self._way_out}"
+                )
+            return norm
         grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         norm = get_total_norm(list(grads.values()))
         if math.isfinite(float(norm)):
@@ -147,11 +162,13 @@ class MeanTrainer(Trainer):
 
     @property
     def _way_out(self) -> str:
-        return (
+        way_out = (
             f"the training has diverged, or a text or weight is damaged. Lower --lr (it is "
-            f"{self.args.learning_rate:g}), go on from the last checkpoint by --resume, or leave "
-            "such steps out by --on-nan skip"
+            f"{self.args.learning_rate:g}), or go on from the last checkpoint by --resume"
         )
+        if self.is_deepspeed_enabled:
+            return way_out
+        return f"{way_out}, or leave such steps out by --on-nan skip"
 
     def evaluation_loop(
         self,
@@ -180,14 +197,15 @@ class MeanTrainer(Trainer):
     ) -> Any:
         """As the Trainer's; keeps the loss of the rows that are this process's own."""
         rows = self._own_rows(inputs)
-        own = self.first_rows(inputs, rows)
-        if prediction_loss_only:  # one pass in every process: TRL's trainer gathers in each
-            inputs = own if rows else self.first_rows(inputs, 1)
+        own = self.first_rows(inputs, rows or 1)
+        if prediction_loss_only:
+            inputs = own
+        # As many passes in every process: TRL's trainer gathers in each, ZeRO 3 the weights.
         found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        items, loss = self.count(own), found[0]
+        items, loss = self.count(own) if rows else 0, found[0]
+        if self._is_filled_up() and not prediction_loss_only:
+            loss = super().prediction_step(model, own, True, ignore_keys)[0]
         if items:
-            if rows < self.rows_of(inputs):
-                loss = super().prediction_step(model, own, True, ignore_keys)[0]
             mean = float(loss)  # type: ignore[arg-type]  # there are labels, so there is a loss
             if not math.isfinite(mean):
                 raise UserError(
@@ -200,11 +218,18 @@ class MeanTrainer(Trainer):
 
     def _own_rows(self, batch: Batch) -> int:
         """How many rows of a batch count: accelerate fills the last ones up by repeating rows."""
-        rows, state = self.rows_of(batch), self.accelerator.gradient_state
-        processes = self.accelerator.num_processes
-        if processes == 1 or not state.end_of_dataloader or state.remainder < 1:
+        rows = self.rows_of(batch)
+        if not self._is_filled_up():
             return rows
-        return min(max(state.remainder - self.accelerator.process_index * rows, 0), rows)
+        left = self.accelerator.gradient_state.remainder - self.accelerator.process_index * rows
+        return min(max(left, 0), rows)
+
+    def _is_filled_up(self) -> bool:
+        """Whether this is the processes' last batch, and not all of its rows count."""
+        state = self.accelerator.gradient_state
+        return (
+            self.accelerator.num_processes > 1 and state.end_of_dataloader and state.remainder > 0
+        )
 
     def rows_of(self, batch: Batch) -> int:
         """How many rows of the data a batch has."""

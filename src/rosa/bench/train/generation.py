@@ -13,6 +13,7 @@ def generate(
     tokenizer: Any,
     prompts: Sequence[str],
     *,
+    reads: int | None = None,
     batch_size: int = 16,
     beams: int = 5,
     no_repeat_ngram: int = 4,
@@ -26,6 +27,7 @@ def generate(
         model: a causal language model, on its device.
         tokenizer: the model's.
         prompts: the texts to continue.
+        reads: the most tokens that the model reads at once; None if any number.
         batch_size: prompts at a time; prompts of like length share a batch.
         beams: width of the beam search.
         no_repeat_ngram: no n-gram of this length comes twice.
@@ -37,9 +39,7 @@ def generate(
     import torch
     from rich.progress import track
 
-    from rosa.bench.tokens.reading import longest_input
-
-    reads = longest_input(model) or 2**30
+    reads = reads or 2**30
     model.eval()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

@@ -10,6 +10,7 @@ from rosa.bench.processes import join
 from rosa.bench.setup.checking import RESAMPLED, schedule
 from rosa.bench.setup.methods import find_method
 from rosa.bench.setup.settings import RunSettings, in_bf16
+from rosa.bench.setup.zero import zero_config
 from rosa.bench.storage import runs
 from rosa.bench.tasks.task import Task
 from rosa.bench.train.building import target_weights
@@ -69,6 +70,7 @@ def build_trainer(
         bf16=in_bf16(settings),
         use_cpu=not torch.accelerator.is_available(),  # without it, bf16 is refused on a CPU
         seed=settings.seed,
+        deepspeed=zero_config(settings),
         **evaluations,
         # PEFT cannot load an AdaLoRA of other ranks than the model's now: the last epoch's it is.
         load_best_model_at_end=settings.method != "adalora",

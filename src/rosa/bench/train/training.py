@@ -91,12 +91,13 @@ def train(
     with begun:
         state.wait_for_everyone()
         clock = Clock()
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         for further in (*callbacks, *([recorder] if recorder else []), clock):
             trainer.add_callback(further)
         checkpoint = _last_checkpoint(settings.output) if resume else None
         with blame(f"{checkpoint} cannot be resumed: delete it to go on before it", *_DAMAGED):
             trainer.train(resume_from_checkpoint=checkpoint)
-        metrics = _evaluate(settings, trainer, task, rows, tokenizer)
+        metrics = _evaluate(settings, trainer, ready)
         history: dict[str, Any] = _history(trainer.state.log_history)
         if callback is not None:
             history["drawn_at"] = callback.drawn_at
@@ -117,15 +118,15 @@ def train(
             train_seconds=clock.seconds,
             resamples=len(callback.drawn_at) if callback else 0,
             resample_seconds=callback.seconds if callback else 0.0,
-            trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            trainable_parameters=trainable,
             peak_memory_mib=peak_memory_mib(),
             train_examples=len(task.train),
             validation_examples=len(task.validation),
             test_examples=_reported_examples(task, rows),
             adapter_bytes=0,
         )
+        place = save_trained(settings, task, trainer.model, tokenizer, metrics)
         if state.is_main_process:
-            place = save_trained(settings, task, trainer.model, tokenizer, metrics)
             bring_to_disk(place)
             size = sum(p.stat().st_size for p in place.glob("*.safetensors"))
             record = replace(record, adapter_bytes=size)
@@ -144,6 +145,7 @@ class Ready:
         rows: the task's splits as token ids.
         model: as the method trains it.
         recorder: of the change of its weights; None if none is asked for.
+        reads: the most tokens that the model reads at once; None if any number.
     """
 
     task: Task
@@ -151,6 +153,7 @@ class Ready:
     rows: dict[str, Any]
     model: Any
     recorder: Any
+    reads: int | None
 
 
 def prepare(settings: RunSettings) -> Ready:
@@ -177,10 +180,10 @@ def prepare(settings: RunSettings) -> Ready:
         return itertools.islice(loader, FIRST_STEPS * batches_a_step)
 
     model, recorder = adapt(settings, base, batches)
-    if settings.method in RESAMPLED:
+    if settings.method in RESAMPLED and settings.deepspeed is None:
         with suppress(UserError):  # then they are copied, or exact to a rounding
             map_pretrained(model)
-    return Ready(task, tokenizer, rows, model, recorder)
+    return Ready(task, tokenizer, rows, model, recorder, reads)
 
 
 def load_task(settings: RunSettings) -> Task:
@@ -243,9 +246,7 @@ def evaluate(
         give_template(tokenizer, None, how["loss_on"])
     with tempfile.TemporaryDirectory() as scratch:  # the Trainer wants a folder of its own
         settings = RunSettings(model=str(folder), output=Path(scratch), method="full", **how)
-        rows = tokenize(settings, task, longest_input(trained), tokenizer)
-        trainer, _ = build_trainer(settings, task, rows, trained, tokenizer)
-        return _evaluate(settings, trainer, task, rows, tokenizer)
+        return _evaluate_as_it_is(settings, task, trained, tokenizer)
 
 
 def evaluate_base(settings: RunSettings) -> dict[str, float]:
@@ -260,9 +261,16 @@ def evaluate_base(settings: RunSettings) -> dict[str, float]:
     model = load_base(settings, task, tokenizer.pad_token_id).model
     with tempfile.TemporaryDirectory() as scratch:  # the Trainer wants a folder of its own
         settings = replace(settings, output=Path(scratch))
-        rows = tokenize(settings, task, longest_input(model), tokenizer)
-        trainer, _ = build_trainer(settings, task, rows, model, tokenizer)
-        return _evaluate(settings, trainer, task, rows, tokenizer)
+        return _evaluate_as_it_is(settings, task, model, tokenizer)
+
+
+def _evaluate_as_it_is(
+    settings: RunSettings, task: Task, model: Any, tokenizer: Any
+) -> dict[str, float]:
+    reads = longest_input(model)
+    rows = tokenize(settings, task, reads, tokenizer)
+    trainer, _ = build_trainer(settings, task, rows, model, tokenizer)
+    return _evaluate(settings, trainer, Ready(task, tokenizer, rows, model, None, reads))
 
 
 def is_decoder(config: Any) -> bool:
@@ -280,12 +288,12 @@ def _last_checkpoint(output: Path) -> str | None:
     return None if found is None else str(found)
 
 
-def _evaluate(
-    settings: RunSettings, trainer: Any, task: Task, rows: Mapping[str, Any], tokenizer: Any
-) -> dict[str, float]:
+def _evaluate(settings: RunSettings, trainer: Any, ready: Ready) -> dict[str, float]:
     """Metrics of the best model: on validation, on further splits, and of the texts it writes."""
     from accelerate.utils import broadcast_object_list
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+    task, rows = ready.task, ready.rows
     found = trainer.evaluate()
     metrics = {"eval_loss": found["eval_loss"]}
     further = [part for part in rows if part not in ("train", "validation")]
@@ -308,8 +316,8 @@ def _evaluate(
             tested = trainer.predict(rows[part], metric_key_prefix=part).metrics
             metrics.update({f"{part}_{name}": tested[f"{part}_{name}"] for name in names})
     if task.generation is not None:
-        if trainer.is_world_process_zero():
-            metrics.update(_write_texts(settings, task.generation, trainer.model, tokenizer))
+        if trainer.is_world_process_zero() or is_deepspeed_zero3_enabled():  # needs all
+            metrics.update(_write_texts(settings, task.generation, trainer.model, ready))
         (metrics,) = broadcast_object_list([metrics])
     return metrics
 
@@ -321,18 +329,20 @@ def _reported_examples(task: Task, rows: Mapping[str, Any]) -> int:
 
 
 def _write_texts(
-    settings: RunSettings, generation: Generation, model: Any, tokenizer: Any
+    settings: RunSettings, generation: Generation, model: Any, ready: Ready
 ) -> dict[str, float]:
     """Write texts after the task's prompts, keep them beside the scores, and return the scores."""
     from rosa.bench.train.generation import generate
 
     batch_size = max(settings.eval_batch_size // 4, 1)  # beams take the memory of several texts
-    texts = generate(model, tokenizer, generation.prompts, batch_size=batch_size)
+    how = {"reads": ready.reads, "batch_size": batch_size}
+    texts = generate(model, ready.tokenizer, generation.prompts, **how)
     rows = zip(generation.prompts, texts, generation.references, strict=True)
-    runs.write_json(
-        settings.output / runs.PREDICTIONS,
-        {"texts": [{"prompt": p, "text": t, "references": list(r)} for p, t, r in rows]},
-    )
+    if is_first():
+        runs.write_json(
+            settings.output / runs.PREDICTIONS,
+            {"texts": [{"prompt": p, "text": t, "references": list(r)} for p, t, r in rows]},
+        )
     return generation.score(texts, generation.references)
 
 

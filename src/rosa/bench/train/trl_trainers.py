@@ -11,13 +11,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor
+from transformers.integrations.deepspeed import (
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
+from rosa.bench.train.averaging import WEIGHT
 from rosa.bench.train.surviving import SurvivingTrainer
 from rosa.errors import UserError, blame
 
@@ -52,7 +58,7 @@ class _TrlTrainer(SurvivingTrainer):
 
     def _computes_the_loss(self) -> bool:
         """Whether TRL's loss, from the last hidden states and the head's weight, is the model's."""
-        with _evaluating(self.model) as model:
+        with _not_in_parts_yet(self.args), _evaluating(self.model) as model:
             batch = _words(model)
             own, found = model(**batch), model(**batch, **_FUSED)
         loss = own.loss.float()
@@ -88,7 +94,8 @@ class SurvivingDPOTrainer(_TrlTrainer, DPOTrainer):  # type: ignore[misc]  # of 
                 "give back: choose one that begins at the pretrained model, such as rosa or lora"
             )
         super().__init__(model, *args, **kwargs)
-        self._rewarded = (0.0, 0)  # this process's sum of accuracies, and its rows
+        self._rewarded = (0.0, 0)  # sum of accuracies, and rows
+        self._counts = True  # whether the rows of a batch of this process are evaluated
         if adapted:  # TRL has put a copy beside it
             self.model.delete_adapter("ref")  # type: ignore[union-attr,operator]
 
@@ -108,6 +115,12 @@ class SurvivingDPOTrainer(_TrlTrainer, DPOTrainer):  # type: ignore[misc]  # of 
             for name, values in batch.items()
         }
 
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As TRL's; a batch may have fewer rows than another process's, or none that count."""
+        counts = self._counts and inputs.get(WEIGHT) != 0
+        with _gathering_any_number(self.accelerator, counts):
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
     def no_loss(self, model: Any, inputs: Any) -> Tensor:
         """Zero, through all of the model."""
         return DPOTrainer.compute_loss(self, model, inputs) * 0.0
@@ -124,12 +137,51 @@ class SurvivingDPOTrainer(_TrlTrainer, DPOTrainer):  # type: ignore[misc]  # of 
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Keeps what TRL has found of the batch, which it averages over batches of any size."""
-        rows = self.rows_of(inputs)
-        found = super().prediction_step(model, inputs, *args, **kwargs)
+        own = self._own_rows(inputs)
+        self._counts = own > 0
+        try:
+            found = super().prediction_step(model, inputs, *args, **kwargs)
+        finally:
+            self._counts = True
+        rows = sum(gather_object([own]))
         total, before = self._rewarded
         accuracy = self._metrics["eval"]["rewards/accuracies"][-1]
         self._rewarded = (total + accuracy * rows, before + rows)
         return found
+
+
+@contextmanager
+def _not_in_parts_yet(args: Any) -> Iterator[None]:
+    """While TRL takes the weights for whole, as they are before ZeRO 3 has them."""
+    config = getattr(args, "hf_deepspeed_config", None)
+    if config is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(config)
+
+
+@contextmanager
+def _gathering_any_number(accelerator: Any, counts: bool) -> Iterator[None]:
+    """While what TRL gathers for its metrics may be of unlike length over the processes.
+
+    Args:
+        accelerator: whose `gather` wants it alike.
+        counts: whether this process has anything to give.
+    """
+
+    def gather(tensor: Tensor) -> Tensor:
+        own = tensor.detach().cpu().reshape(-1)
+        return torch.cat(gather_object([own if counts else own[:0]]))
+
+    accelerator.gather = gather
+    try:
+        yield
+    finally:
+        del accelerator.gather
 
 
 @contextmanager

@@ -1,0 +1,78 @@
+"""DeepSpeed's config of a run: what it may say, and what follows from the run's settings."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from typing import Any
+
+from rosa.bench import processes
+from rosa.bench.setup.methods import find_method
+from rosa.bench.setup.settings import RunSettings
+from rosa.errors import UserError, blame
+
+_OF_THE_RUN = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "zero_force_ds_cpu_optimizer": False,
+}
+"""What a config need not say: "auto" is transformers' word for what its own arguments say."""
+_SAID_OTHERWISE = {
+    "optimizer": "--lr and --weight-decay say",
+    "scheduler": "--warmup says",
+    "train_batch_size": "--batch-size says",
+    "train_micro_batch_size_per_gpu": "--batch-size says",
+    "gradient_accumulation_steps": "--gradient-accumulation says",
+    "gradient_clipping": "Trainer, which cuts the norm to 1, says",
+    "bf16": "--precision says",
+    "fp16": "--precision says",
+}
+
+
+def zero_config(settings: RunSettings) -> dict[str, Any] | None:
+    """DeepSpeed's config, None if the run has none; UserError if its file holds none."""
+    if settings.deepspeed is None:
+        return None
+    with blame(f"--deepspeed {settings.deepspeed}", OSError, ValueError):
+        values = json.loads(settings.deepspeed.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise UserError(f"--deepspeed {settings.deepspeed} must hold a JSON object")
+    return {**_OF_THE_RUN, **values}
+
+
+def check_zero(settings: RunSettings) -> None:
+    """Raise UserError where a run cannot be trained as its config of DeepSpeed says."""
+    values = zero_config(settings)
+    if values is None:
+        return
+    if find_spec("deepspeed") is None:
+        raise UserError("--deepspeed needs a package that is not here: pip install deepspeed")
+    if not processes.launched():
+        raise UserError(
+            "--deepspeed is for processes that torchrun starts, be it one: "
+            "torchrun --nproc-per-node 2 -m rosa train ..."
+        )
+    from deepspeed.runtime.zero.config import get_zero_config
+
+    with blame(f"--deepspeed {settings.deepspeed}", ValueError):
+        stage = get_zero_config(values).stage
+    for name, says in _SAID_OTHERWISE.items():
+        value = values.get(name, "auto")
+        if "auto" not in (value, isinstance(value, dict) and value.get("enabled")):
+            raise UserError(f"--deepspeed {settings.deepspeed}: leave {name} out: {says} it")
+    method = find_method(settings.method)
+    if method.optimizer or method.optim or settings.method == "adalora":
+        raise UserError(
+            f"method {settings.method} needs the gradients or an optimizer of its own, which "
+            "DeepSpeed keeps to itself: leave --deepspeed out"
+        )
+    if method.virtual_tokens and stage == 3:
+        raise UserError(
+            f"method {settings.method}: PEFT saves a prompt by a pass that in ZeRO 3 waits for all "
+            "processes: choose stage 2 in --deepspeed, or another method"
+        )
+    if settings.on_nan == "skip":
+        raise UserError("--on-nan skip: DeepSpeed has made the step by then: leave one of them out")
+    if settings.record_changes:
+        raise UserError("--record-changes needs whole weights: leave it or --deepspeed out")
