@@ -4,8 +4,9 @@
         --output docs/results/loop
 
 ROSA in all linear layers, in float32. The trainer's steps, with all that is around them (counts,
-clipping, checks, callbacks, logs), and the loop's (forward, backward, clipping, AdamW, schedule)
-are timed in turn, each without draws, and the ratio is of the medians of one round. The plan's
+clipping, checks, callbacks, logs), the loop's (forward, backward, clipping, AdamW, schedule) and
+those of transformers' own Trainer, which it is made of, are timed in turn, each without draws, and
+the ratio is of the medians of one round. The plan's
 seconds are a lower bound: products at the rate of a large one.
 """
 
@@ -24,7 +25,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, get_linear_schedule_with_warmup
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    get_linear_schedule_with_warmup,
+)
 
 from rosa.bench.planning import plan
 from rosa.bench.setup.checking import check
@@ -55,6 +61,27 @@ def by_trainer(settings: RunSettings) -> float:
     trainer, _ = build_trainer(settings, ready.task, rows, ready.model, ready.tokenizer)
     watch = Stopwatch()
     trainer.add_callback(watch)
+    trainer.train()
+    return median_step(watch.begun)
+
+
+def by_transformers(settings: RunSettings) -> float:
+    """Median seconds of a step of transformers' own Trainer."""
+    ready = prepare(settings)
+    arguments = TrainingArguments(
+        output_dir=str(settings.output / "transformers"),
+        max_steps=settings.steps or 1,
+        per_device_train_batch_size=settings.batch_size,
+        seed=settings.seed,
+        use_cpu=not torch.accelerator.is_available(),
+        disable_tqdm=True,
+        report_to=[],
+    )
+    collate = collator(settings, ready.task, ready.tokenizer)
+    watch = Stopwatch()
+    trainer = Trainer(
+        ready.model, arguments, collate, train_dataset=ready.rows["train"], callbacks=[watch]
+    )
     trainer.train()
     return median_step(watch.begun)
 
@@ -119,7 +146,8 @@ def main() -> None:
                     max_length=given.max_length,
                 )
             )
-            seconds = {"trainer": by_trainer(settings), "loop": by_hand(settings)}
+            ways = {"trainer": by_trainer, "loop": by_hand, "transformers": by_transformers}
+            seconds = {name: way(settings) for name, way in ways.items()}
             rounds.append({**seconds, "plan": plan(settings, given.steps).step_seconds})
             Console().print(rounds[-1])
     found: dict[str, Any] = {
@@ -128,7 +156,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "rounds": rounds,
     }
-    for peer in ("loop", "plan"):
+    for peer in ("loop", "transformers", "plan"):
         ratios = [each["trainer"] / each[peer] for each in rounds]
         found[f"trainer/{peer}"] = statistics.median(ratios)
         found[f"trainer/{peer}, quartiles"] = statistics.quantiles(ratios, n=4)[::2]
