@@ -42,8 +42,9 @@ def write_rows(path: Path, task: str, count: int) -> Path:
     elif task == "text":
         lines = [words(20) for _ in range(count)]
     elif task == "preferences":
-        names = ("prompt", "chosen", "rejected")
-        lines = [json.dumps({name: words(8) for name in names}) for _ in range(count)]
+        ends = {"prompt": "is a", "chosen": "good film", "rejected": "poor book"}
+        rows = [{name: f"{words(8)} {end}" for name, end in ends.items()} for _ in range(count)]
+        lines = [json.dumps(row) for row in rows]
     else:
         rows = [{"prompt": words(8), "completion": words(8)} for _ in range(count)]
         lines = [json.dumps(row) for row in rows]
