@@ -24,6 +24,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from rosa.bench.setup.methods import METHODS
 from rosa.bench.setup.settings import RunSettings
 from rosa.bench.train import building, training
+from rosa.errors import UserError
 from tests.chats import chat_model, words, write_chats
 from tests.models import needs_packages, save_with_tokenizer, tiny_bert, tiny_gpt2
 
@@ -248,6 +249,28 @@ def test_two_processes_change_nothing(tmp_path):
         both = [torch.load(settings.output / f"found{rank}.pt") for rank in (0, 1)]
         assert both[0]["record"] == both[1]["record"], settings.output
         assert_same(both[0], whole)
+
+
+def test_two_processes_go_on_in_the_middle_of_an_epoch(tmp_path):
+    """Its last step is a partial one, which Accelerate does not say of such an epoch."""
+    settings = settings_for("pairs", tmp_path)
+    rows = len(settings.train.read_text().splitlines())
+    split = {"batch_size": EFFECTIVE // 4, "steps": 2 * -(-rows // (EFFECTIVE // 2))}
+    settings = replace(settings, output=tmp_path / "run")
+    multiprocessing.spawn(train_in_two, (free_port(), [(settings, split)]), nprocs=2, daemon=True)
+    whole = torch.load(settings.output / "found0.pt")
+    (settings.output / "metrics.json").unlink()
+    last = max((settings.output / "checkpoints").iterdir(), key=lambda p: int(p.name[11:]))
+    shutil.rmtree(last)
+    multiprocessing.spawn(train_in_two, (free_port(), [(settings, split)]), nprocs=2, daemon=True)
+    resumed = torch.load(settings.output / "found0.pt")
+    for name, weight in whole["weights"].items():
+        assert torch.equal(resumed["weights"][name], weight), name
+    assert resumed["record"] == whole["record"]
+
+    (settings.output / "metrics.json").unlink()
+    with pytest.raises(UserError, match=r"processes \(2 there, 1 here\)"):
+        train(settings, **split)
 
 
 def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:

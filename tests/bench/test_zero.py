@@ -42,6 +42,7 @@ CASES = [
     *(("classification", method) for method in ("rosa", "lora", "head")),
     *((task, "rosa") for task in ("regression", "pairs", "e2e", *CHATS, *PREFERENCES)),
 ]
+STAGE_2 = {"zero_optimization": {"stage": 2}}
 SPLIT = {"batch_size": EFFECTIVE // 4, "gradient_accumulation": 2}
 
 
@@ -118,15 +119,20 @@ def test_what_has_diverged_stops(tmp_path, zero):
     ("config", "given", "says"),
     [
         ({"zero_optimization": {"stage": 7}}, {}, "stage"),
-        ({"optimizer": {"type": "AdamW"}}, {}, "leave optimizer out: --lr"),
-        ({"train_micro_batch_size_per_gpu": 3}, {}, "--batch-size says"),
-        ({"bf16": {"enabled": True}}, {}, "--precision says"),
+        ({**STAGE_2, "optimizer": {"type": "AdamW"}}, {}, "leave optimizer out: --lr"),
+        ({**STAGE_2, "train_micro_batch_size_per_gpu": 3}, {}, "--batch-size says"),
+        ({**STAGE_2, "bf16": {"enabled": True}}, {}, "--precision says"),
         ([1], {}, "JSON object"),
-        ({}, {"method": "adalora"}, "leave --deepspeed out"),
-        ({}, {"method": "lora_fa"}, "leave --deepspeed out"),
+        ({"amp": {"enabled": True}}, {}, "leave amp out"),
+        ({"zero_optmization": {"stage": 2}}, {}, "leave zero_optmization out"),
+        ({}, {}, "lacks ZeRO's part"),
+        ({"zero_optimization": 3}, {}, "lacks ZeRO's part"),
+        ({"zero_optimization": {"round_robin_gradients": True}}, {}, "round_robin_gradients off"),
+        (STAGE_2, {"method": "adalora"}, "leave --deepspeed out"),
+        (STAGE_2, {"method": "lora_fa"}, "leave --deepspeed out"),
         ({"zero_optimization": {"stage": 3}}, {"method": "prompt"}, "choose stage 2"),
-        ({}, {"on_nan": "skip"}, "--on-nan skip"),
-        ({}, {"record_changes": True}, "--record-changes"),
+        (STAGE_2, {"on_nan": "skip"}, "--on-nan skip"),
+        (STAGE_2, {"record_changes": True}, "--record-changes"),
     ],
     ids=str,
 )

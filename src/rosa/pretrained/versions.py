@@ -44,13 +44,11 @@ class Versions:
         return Versions, (self.written(weight),)
 
     def copied(self, weight: Tensor, state: State) -> None:
-        """Take note of the copied weight, which may be the other's own: a copy can share it."""
+        """Take note of the copied weight."""
         if self._of_written:
             self._seen, self._of, self._of_written = -1, weakref.ref(weight), False
-        elif _tracked(weight):
-            self._highest = weight._version
-            self._states.append((state, weight._version))
-            self._note(weight)
+        else:
+            self.arrived(weight, state)
 
     def let_go(self, weight: Tensor, replaced: bool) -> None:
         """Hold nothing of a weight that is about to be moved, until `copied`."""
@@ -78,9 +76,6 @@ class Versions:
         guard = _unsafe_preserve_version_counter(weight)
         guard.prev_versions = (version,)
         guard.__exit__()
-        self._note(weight)
-
-    def _note(self, weight: Tensor) -> None:
         self._seen, self._of = weight._version, weakref.ref(weight)
         self._some = _some_of(weight)
 

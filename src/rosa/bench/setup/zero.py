@@ -28,6 +28,12 @@ _SAID_OTHERWISE = {
     "bf16": "--precision says",
     "fp16": "--precision says",
 }
+_BESIDE = (
+    *("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "aio"),
+    *("comms_logger", "flops_profiler", "tensorboard", "wandb", "csv_monitor"),
+    *("zero_allow_untested_optimizer", "zero_optimization"),
+)
+"""What else a config may say: what changes no result."""
 
 
 def zero_config(settings: RunSettings) -> dict[str, Any] | None:
@@ -55,12 +61,23 @@ def check_zero(settings: RunSettings) -> None:
         )
     from deepspeed.runtime.zero.config import get_zero_config
 
-    with blame(f"--deepspeed {settings.deepspeed}", ValueError):
+    given = f"--deepspeed {settings.deepspeed}"
+    for name in values:
+        if name not in (*_OF_THE_RUN, *_SAID_OTHERWISE, *_BESIDE):
+            raise UserError(f"{given}: leave {name} out: rosa train was not tried with it")
+    zero = values.get("zero_optimization")
+    if not isinstance(zero, dict):
+        raise UserError(
+            f'{given} lacks ZeRO\'s part, such as {{"zero_optimization": {{"stage": 3}}}}'
+        )
+    if zero.get("round_robin_gradients"):
+        raise UserError(f"{given}: turn round_robin_gradients off: a draw finds no factor there")
+    with blame(given, ValueError):
         stage = get_zero_config(values).stage
     for name, says in _SAID_OTHERWISE.items():
         value = values.get(name, "auto")
         if "auto" not in (value, isinstance(value, dict) and value.get("enabled")):
-            raise UserError(f"--deepspeed {settings.deepspeed}: leave {name} out: {says} it")
+            raise UserError(f"{given}: leave {name} out: {says} it")
     method = find_method(settings.method)
     if method.optimizer or method.optim or settings.method == "adalora":
         raise UserError(

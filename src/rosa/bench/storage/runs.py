@@ -102,7 +102,7 @@ def check_output(output: Path, settings: dict[str, Any], resume: bool, overwrite
         differ = [
             f"{name} ({before[name]} there, {value} here)"
             for name, value in settings.items()
-            if name not in ("output", "versions") and before[name] != value
+            if name not in ("output", "versions") and before.get(name, value) != value
         ]
         if differ:
             raise UserError(

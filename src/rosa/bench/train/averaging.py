@@ -210,7 +210,7 @@ class MeanTrainer(GroupingTrainer):
         # As many passes in every process: TRL's trainer gathers in each, ZeRO 3 the weights.
         found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         items, loss = self.count(own) if rows else 0, found[0]
-        if self._is_filled_up() and not prediction_loss_only:
+        if self._rows_left() and not prediction_loss_only:
             loss = super().prediction_step(model, own, True, ignore_keys)[0]
         if items:
             mean = float(loss)  # type: ignore[arg-type]  # there are labels, so there is a loss
@@ -225,18 +225,18 @@ class MeanTrainer(GroupingTrainer):
 
     def _own_rows(self, batch: Batch) -> int:
         """How many rows of a batch count: accelerate fills the last ones up by repeating rows."""
-        rows = self.rows_of(batch)
-        if not self._is_filled_up():
-            return rows
-        left = self.accelerator.gradient_state.remainder - self.accelerator.process_index * rows
-        return min(max(left, 0), rows)
+        rows, left = self.rows_of(batch), self._rows_left()
+        return min(max(left - self.accelerator.process_index * rows, 0), rows) if left else rows
 
-    def _is_filled_up(self) -> bool:
-        """Whether this is the processes' last batch, and not all of its rows count."""
-        state = self.accelerator.gradient_state
-        return (
-            self.accelerator.num_processes > 1 and state.end_of_dataloader and state.remainder > 0
-        )
+    def _rows_left(self) -> int:
+        """How many rows of the processes' last batch count, if not all do; else 0."""
+        state, processes = self.accelerator.gradient_state, self.accelerator.num_processes
+        if processes == 1 or not state.end_of_dataloader:
+            return 0
+        if state.remainder >= 0:
+            return state.remainder
+        # Accelerate knows it of no epoch that is gone on with in its middle.
+        return len(self.train_dataset) % (self.args.train_batch_size * processes)  # type: ignore[arg-type]
 
     def rows_of(self, batch: Batch) -> int:
         """How many rows of the data a batch has."""

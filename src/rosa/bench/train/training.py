@@ -21,6 +21,7 @@ from rosa.bench.processes import is_first, join, peak_memory_mib, say
 from rosa.bench.setup.checking import RESAMPLED, check
 from rosa.bench.setup.methods import find_method
 from rosa.bench.setup.settings import RunSettings
+from rosa.bench.setup.zero import zero_config
 from rosa.bench.storage import runs
 from rosa.bench.storage.checkpoints import bring_to_disk, settle
 from rosa.bench.storage.record import Record, read_record
@@ -73,8 +74,10 @@ def train(
     settings = check(settings)
     runs.check_model(settings.model)
     state = join()
+    spread = {"processes": state.num_processes, "zero": zero_config(settings)}
+    told = {**settings.to_json(), **spread}
     if state.is_main_process:  # the only one that writes there
-        runs.check_output(settings.output, settings.to_json(), resume, overwrite)
+        runs.check_output(settings.output, told, resume, overwrite)
     if resume and runs.is_done(settings.output):
         say(f"the run in {settings.output} is finished: nothing to resume")
         return read_record(settings.output)
@@ -86,7 +89,7 @@ def train(
         trainer, callback = build_trainer(settings, task, rows, model, tokenizer)
     begun: AbstractContextManager[None] = nullcontext()
     if state.is_main_process:  # nothing was written before
-        how = settings.output, settings.to_json(), digest(rows), resume, overwrite
+        how = settings.output, told, digest(rows), resume, overwrite
         begun = runs.begin(*how)
     with begun:
         state.wait_for_everyone()
