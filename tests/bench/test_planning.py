@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import (
     RobertaConfig,
 )
 
+from rosa import RosaCallback
 from rosa.bench.planning import kept_bytes, parse_memory, plan
 from rosa.bench.setup.methods import find_method
 from rosa.bench.setup.settings import RunSettings
@@ -143,6 +145,25 @@ def test_draws_make_an_offset_of_full_rank_at_most_and_processes_make_buckets(fo
     two = plan(settings, 10, gpus=2, tflops=1)
     assert two.device["gradients"] == 2 * few.device["gradients"]
     assert two.tokens == 2 * few.tokens
+
+
+def test_what_an_optimizer_freezes_is_not_trained(folder):
+    given = {"rank": 4, "max_length": 20, "precision": "fp32", "target_modules": ("all-linear",)}
+    settings = RunSettings(model=str(folder), output=folder / "run", **given)
+    lora, fa = (plan(replace(settings, method=m), 10, tflops=1) for m in ("lora", "lora_fa"))
+    b_alone = plan(replace(settings, trained="B"), 10, tflops=1)
+    assert fa.trained == b_alone.trained < lora.trained
+    assert fa.device["kept for the backward pass"] < lora.device["kept for the backward pass"]
+
+
+def test_auto_counts_what_the_training_counts(folder):
+    given = {"rank": 4, "max_length": 20, "precision": "fp32", "target_modules": ("all-linear",)}
+    settings = RunSettings(model=str(folder), output=folder / "run", **given)
+    found = plan(settings, 10_000, tflops=1)
+    classifier = "roberta" in (folder / "config.json").read_text()
+    items = settings.batch_size if classifier else found.tokens
+    period = RosaCallback.auto_period(found.trained, items)
+    assert found.draws == max(math.ceil(10_000 / period), 1)
 
 
 def test_weights_in_parts_are_counted_in_parts(folder):

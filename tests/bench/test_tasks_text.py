@@ -11,6 +11,7 @@ import pytest
 from rosa.bench import tasks
 from rosa.bench.tasks.files import read_table
 from rosa.bench.tasks.task import DataSettings
+from rosa.bench.train.training import _named_as_before
 
 BOM = "\ufeff"
 
@@ -131,6 +132,15 @@ def test_labels_of_no_use(tmp_path, labels, validation, message):
     )
     with pytest.raises(ValueError, match=message):
         tasks.load(settings, decoder=False)
+
+
+def test_an_evaluation_looks_for_the_columns_of_the_run():
+    before = {"text_columns": ["a", "b"], "label_column": "kind"}
+    found = _named_as_before(DataSettings(), before)
+    assert (found.text_columns, found.label_column) == (("a", "b"), "kind")
+    given = DataSettings(text_columns=("c",), label_column="sort")
+    assert _named_as_before(given, before) == given
+    assert _named_as_before(DataSettings(), {}) == DataSettings()
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ class Plan:
         layers: weights that are adapted.
         operations: floating-point operations of a step of one process.
         tokens: that a step shows, in all processes.
-        draws: of new subspaces, in all the steps.
+        draws: of subspaces, in all the steps, the first one among them.
         step_seconds: of a step.
         draw_seconds: of a draw of all subspaces, measured here; None where nothing is drawn.
     """
@@ -85,7 +85,8 @@ class Plan:
             "tokens a second": f"{self.tokens / self.step_seconds:,.0f}",
         }
         if self.draw_seconds is not None:
-            found["draws"] = f"{self.draws}, {self.draw_seconds:.3g} s each on this machine"
+            each = f"{self.draw_seconds:.3g} s each on this machine"
+            found["draws"] = f"{self.draws} with the first, {each}"
         return found
 
 
@@ -134,6 +135,8 @@ def plan(
     weights = _weights(base.model, settings.load_in)
     gathered = _gathered(base.model) if sharded else 0
     model, _ = adapt(settings, base, list)
+    if make := find_method(settings.method).optimizer:
+        make(settings, settings.rank or 0, model)  # LoRA-FA's freezes factors
     shapes, per_draw = _adapted(model)
     with _fake(model):
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -146,7 +149,8 @@ def plan(
     operations *= settings.gradient_accumulation
     texts = settings.batch_size * settings.gradient_accumulation * gpus
     tokens = texts * _length(settings)
-    draws = _draws(settings, steps, numbers, tokens) if settings.method == "rosa" else 0
+    items = tokens if is_decoder(model.config) else texts  # as "auto" counts them
+    draws = _draws(settings, steps, numbers, items) if settings.method == "rosa" else 0
     offset = sum(
         min(per_draw * (draws + 1) * settings.rank, min(shape)) * sum(shape)  # type: ignore[operator]
         for shape in shapes
@@ -303,15 +307,15 @@ def kept_bytes(model: nn.Module, compute: Callable[[], Any]) -> tuple[int, Any]:
     return sum(storage.nbytes() for storage in found.values()), result
 
 
-def _draws(settings: RunSettings, steps: int, numbers: int, tokens: int) -> int:
-    """How many draws a training has after the one at its beginning."""
+def _draws(settings: RunSettings, steps: int, numbers: int, items: int) -> int:
+    """How many draws a training has, the one at its beginning among them."""
     from rosa import RosaCallback
 
     every = parse_period(settings.resample_every)
     if every == "never":
         return 1
     if every == "auto":
-        every = RosaCallback.auto_period(numbers, tokens)
+        every = RosaCallback.auto_period(numbers, items)
     if not isinstance(every, int):
         raise UserError("a plan knows no epochs: give --resample-every auto, never, or steps")
     return max(math.ceil(steps / every), 1)

@@ -239,8 +239,9 @@ def evaluate(
     if tokenizer is None:
         raise UserError(f"{folder} has no tokenizer: save it beside the model")
     labels = tuple((trained.config.id2label or {}).values())
-    task = tasks.load_validation(data, is_decoder(trained.config), labels)
     before = runs.settings_of(folder) or runs.settings_of(folder.parent)  # an adapter's is above
+    data = _named_as_before(data, before)
+    task = tasks.load_validation(data, is_decoder(trained.config), labels)
     how = {
         "max_length": max_length or before.get("max_length") or usual_length(data.validation),
         "loss_on": before.get("loss_on", RunSettings.loss_on),
@@ -250,6 +251,16 @@ def evaluate(
     with tempfile.TemporaryDirectory() as scratch:  # the Trainer wants a folder of its own
         settings = RunSettings(model=str(folder), output=Path(scratch), method="full", **how)
         return _evaluate_as_it_is(settings, task, trained, tokenizer)
+
+
+def _named_as_before(data: DataSettings, before: Mapping[str, Any]) -> DataSettings:
+    """The data with the columns that the run was trained on, where no others are given."""
+    kept = {
+        "text_columns": tuple(before.get("text_columns", ())),
+        "label_column": before.get("label_column"),
+    }
+    usual = {f.name: f.default for f in fields(DataSettings) if f.name in kept}
+    return replace(data, **{n: v for n, v in kept.items() if v and getattr(data, n) == usual[n]})
 
 
 def evaluate_base(settings: RunSettings) -> dict[str, float]:
