@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 
 import pytest
@@ -307,9 +308,18 @@ def test_a_trainer_trains_decays_and_resumes_it(trained, tmp_path):
     assert again.state.global_step == whole.state.global_step
 
 
-@pytest.mark.parametrize(("before", "now"), [("A", "B"), ("B", "A"), ("both", "B"), ("B", "both")])
+@pytest.mark.parametrize(("before", "now"), itertools.permutations(("A", "B", "both"), 2))
 def test_a_checkpoint_that_trained_another_factor_is_refused(before, now, tmp_path):
     trainer(tmp_path, before).train()
     again = trainer(tmp_path, now)
-    with pytest.raises(ValueError, match=r"is of a training of factors|parameter group"):
-        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    folder = str(tmp_path / "checkpoint-2")
+    held = {name: value.clone() for name, value in again.model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"is of a training of factors '{before}', .* '{now}'"):
+        again.train(resume_from_checkpoint=folder)
+    for name, value in again.model.state_dict().items():
+        assert torch.equal(value, held[name]), name
+    config = RosaConfig.from_pretrained(folder)
+    config.trained = now  # begun anew, with another factor
+    other = PeftModel.from_pretrained(tiny_bert(), folder, config=config, is_trainable=True)
+    factors = {n[-9] for n, p in other.named_parameters() if "rosa_" in n and p.requires_grad}
+    assert factors == set("AB" if now == "both" else now)

@@ -11,6 +11,7 @@ import functools
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 from weakref import ref
@@ -119,6 +120,28 @@ def check_config(folder: Path) -> None:
         )
 
 
+_GIVEN_CONFIG = ContextVar("_GIVEN_CONFIG", default=False)
+"""Whether an adapter is loaded by another config than its folder's, which the caller has given."""
+
+
+def check_trained(folder: Path, config: RosaConfig) -> None:
+    """Raise UserError if a folder is of an adapter of which other factors were trained.
+
+    Its optimizer would be of other parameters, as where Trainer resumes.
+    """
+    file = folder / CONFIG_NAME
+    if not file.is_file() or _GIVEN_CONFIG.get():
+        return
+    check_config(folder)
+    there = json.loads(file.read_text(encoding="utf-8")).get("trained", "both")
+    if there != config.trained:
+        raise UserError(
+            f"{folder} is of a training of factors {shown(there)}, this one is of "
+            f"{config.trained!r}: give RosaConfig the same trained=, or begin anew with it by "
+            "PeftModel.from_pretrained(base, folder, config=..., is_trainable=True)"
+        )
+
+
 def check_weights(model_id: str | os.PathLike[str], kwargs: dict[str, Any]) -> None:
     """Raise UserError or FileNotFoundError unless a ROSA adapter has weights that are no pickle.
 
@@ -172,6 +195,7 @@ def _guarded_pretrained(load: Any) -> Any:
             check_config(_folder(model_id, kwargs))
         elif isinstance(config, RosaConfig):
             check_weights(model_id, kwargs)
+        by_config = _GIVEN_CONFIG.set(config is not None)
         with as_before(model, adapter_name), from_file():
             try:
                 return load(cls, model, model_id, adapter_name, is_trainable, config, **kwargs)
@@ -183,6 +207,8 @@ def _guarded_pretrained(load: Any) -> Any:
                     f"an adapter with task_type={found.task_type} cannot be put on a "
                     f"{type(model).__name__} ({error}): load the model that it was trained on"
                 ) from error
+            finally:
+                _GIVEN_CONFIG.reset(by_config)
 
     return from_pretrained
 
@@ -201,6 +227,9 @@ def _guarded_adapter(load: Any) -> Any:
         if self.peft_type != ROSA:
             return load(self, model_id, adapter_name, *args, **kwargs)
         check_weights(model_id, kwargs)
+        known = self.peft_config.get(adapter_name)
+        if isinstance(known, RosaConfig) and (args[:1] == (True,) or kwargs.get("is_trainable")):
+            check_trained(_folder(model_id, kwargs), known)
         with as_before(self, adapter_name), from_file():
             return load(self, model_id, adapter_name, *args, **kwargs)
 
