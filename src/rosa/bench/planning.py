@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rosa.bench.setup.checking import check, parse_period
-from rosa.bench.setup.methods import find_method
+from rosa.bench.setup.methods import find_method, own_optimizer
 from rosa.bench.setup.quantizing import HEADS
 from rosa.bench.setup.settings import RunSettings, in_bf16
 from rosa.bench.storage import runs
@@ -135,8 +135,7 @@ def plan(
     weights = _weights(base.model, settings.load_in)
     gathered = _gathered(base.model) if sharded else 0
     model, _ = adapt(settings, base, list)
-    if make := find_method(settings.method).optimizer:
-        make(settings, settings.rank or 0, model)  # LoRA-FA's freezes factors
+    own_optimizer(settings, model)
     shapes, per_draw = _adapted(model)
     with _fake(model):
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}

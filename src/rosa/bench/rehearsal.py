@@ -11,7 +11,7 @@ from torch import nn
 
 from rosa.bench.processes import join
 from rosa.bench.setup.checking import RESAMPLED, check, schedule
-from rosa.bench.setup.methods import find_method
+from rosa.bench.setup.methods import own_optimizer
 from rosa.bench.setup.settings import RunSettings
 from rosa.bench.storage import runs
 from rosa.bench.tasks.task import Task
@@ -33,8 +33,7 @@ def rehearse(settings: RunSettings, resume: bool, overwrite: bool) -> tuple[list
     runs.check_output(settings.output, settings.to_json(), resume, overwrite)
     ready = prepare(settings)
     model, rows = ready.model, ready.rows["train"]
-    if make := find_method(settings.method).optimizer:
-        make(settings, settings.rank or 0, model)  # LoRA-FA's freezes factors
+    own_optimizer(settings, model)
     epoch, steps = steps_of(settings, len(rows))
     examples = settings.batch_size * settings.gradient_accumulation * join().num_processes
     trained = [p for p in model.parameters() if p.requires_grad]

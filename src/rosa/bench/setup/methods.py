@@ -390,6 +390,15 @@ def find_method(name: str) -> Method:
     return METHODS[name]
 
 
+def own_optimizer(settings: RunSettings, model: Any) -> Optimizer | None:
+    """The optimizer that the run's method brings, None for the usual one.
+
+    It may freeze what it leaves as it is, as LoRA-FA's does A.
+    """
+    make = find_method(settings.method).optimizer
+    return None if make is None else make(settings, settings.rank or 0, model)
+
+
 def check_packages(name: str) -> None:
     """Raise UserError if a method needs packages that are not installed."""
     missing = [package for package in METHODS[name].needs if find_spec(package) is None]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rosa.bench.processes import join
 from rosa.bench.setup.checking import RESAMPLED, schedule
-from rosa.bench.setup.methods import find_method
+from rosa.bench.setup.methods import find_method, own_optimizer
 from rosa.bench.setup.settings import RunSettings, in_bf16
 from rosa.bench.setup.zero import zero_config
 from rosa.bench.storage import runs
@@ -93,7 +93,6 @@ def build_trainer(
         answers = predicted[:, 0] if task.kind == "regression" else predicted.argmax(-1)
         return task.compute(answers, labels)  # type: ignore[misc]
 
-    optimizer = method.optimizer(settings, settings.rank or 0, model) if method.optimizer else None
     callback = schedule(settings) if settings.method in RESAMPLED else None
     trainer = make_trainer(
         model=model,
@@ -105,7 +104,7 @@ def build_trainer(
         eval_dataset=rows["validation"],
         compute_metrics=compute if task.compute else None,
         callbacks=[callback] if callback else None,
-        optimizers=(optimizer, None),
+        optimizers=(own_optimizer(settings, model), None),
     )
     if settings.method == "adalora":
         trainer.add_callback(_rank_allocation(model, steps))
