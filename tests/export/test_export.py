@@ -15,6 +15,7 @@ from rosa.errors import ExportError, UserError
 from rosa.export import lora
 from rosa.export.lazily import mapped_lazily
 from rosa.export.merged import write_merged, write_plain
+from rosa.layers.base import RosaLayer
 from tests.architectures import ARCHITECTURES
 from tests.models import Mlp, tiny_bert, tiny_gpt2
 
@@ -217,6 +218,32 @@ def test_exports_in_any_state_are_the_adapter_and_leave_the_model_alone(tmp_path
     assert all(torch.equal(before[0][name], after[0][name]) for name in before[0])
     found = load_export(export, tmp_path, base)
     torch.testing.assert_close(found(ids).logits, expected, rtol=0, atol=1e-5)
+
+
+@EXPORTS
+@pytest.mark.parametrize("does", ["disables", "merges and unmerges", "writes W_0"])
+def test_what_others_did_to_the_shared_weights_is_looked_at_before_an_export(
+    tmp_path, export, does
+):
+    base, ids = tiny_bert().eval(), torch.randint(50, (3, 9))
+    model = learned(copy.deepcopy(base), target_modules="all-linear", task_type="SEQ_CLS")
+    expected = model(ids).logits
+    sharing = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    if does == "writes W_0":
+        for layer in (m for m in model.modules() if isinstance(m, RosaLayer)):
+            pretrained = layer.pretrained_weight()
+            layer.base_weight.parameter.data.copy_(pretrained)
+    elif does == "disables":
+        sharing.base_model.disable_adapter_layers()
+    else:
+        sharing.merge_adapter()
+        with pytest.raises(UserError, match="was changed while ROSA's offset stood in it"):
+            export(model, tmp_path, "default")
+        sharing.unmerge_adapter()
+    export(model, tmp_path, "default")
+    found = load_export(export, tmp_path, base)
+    torch.testing.assert_close(found(ids).logits, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-5)
 
 
 @EXPORTS

@@ -41,9 +41,9 @@ def merged_lazily(model: PeftModel, adapter: str) -> tuple[Any, Weights]:
     """
     weights = {
         _plain(f"{name}.{layer.weight_path}"): (
-            partial(_merged, layer, adapter, layer.base_weight.pretrained_as_stored)
+            partial(_merged, layer, adapter, layer.pretrained_as_stored)
             if adapter in layer.adapters
-            else layer.base_weight.pretrained_as_stored
+            else layer.pretrained_as_stored
         )
         for name, layer in rosa_layers(model)
     }

@@ -124,6 +124,11 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
         self.settle()
         return self.base_weight.pretrained()
 
+    def pretrained_as_stored(self) -> Tensor:
+        """W_0 in the base weight's own shape and precision: a copy, whatever is in use."""
+        self.settle()
+        return self.base_weight.pretrained_as_stored()
+
     def _wanted(self, adapter: Adapter) -> LowRank | None:
         """What of an adapter the layer's state asks for in the weight in memory."""
         if self.merged_adapters:
