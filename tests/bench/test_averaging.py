@@ -23,6 +23,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from rosa.bench.setup.methods import METHODS
 from rosa.bench.setup.settings import RunSettings
+from rosa.bench.storage import checkpoints
 from rosa.bench.train import building, training
 from rosa.errors import UserError
 from tests.chats import chat_model, words, write_chats
@@ -107,6 +108,7 @@ def train(settings: RunSettings, **split: int) -> dict[str, Any]:
         return trainer, callback
 
     training.build_trainer = recording
+    checkpoints.KEPT = 10  # all of them
     try:
         begun = (settings.output / "settings.json").exists()
         record = training.train(replace(settings, **split), resume=begun)
@@ -269,8 +271,40 @@ def test_two_processes_go_on_in_the_middle_of_an_epoch(tmp_path):
     assert resumed["record"] == whole["record"]
 
     (settings.output / "metrics.json").unlink()
-    with pytest.raises(UserError, match=r"processes \(2 there, 1 here\)"):
+    other = rf"processes \(2 there, 1 here\)\. A step has {EFFECTIVE // 2} rows there and 4 here: --"
+    with pytest.raises(UserError, match=other):
         train(settings, **split)
+
+
+def stopped(settings: RunSettings, name: str) -> RunSettings:
+    """A copy of a finished run, as if it had been stopped after its last checkpoint but one."""
+    shutil.copytree(settings.output, output := settings.output.with_name(name))
+    (output / "metrics.json").unlink()
+    last = max((output / "checkpoints").iterdir(), key=lambda p: int(p.name[11:]))
+    shutil.rmtree(last)
+    return replace(settings, output=output)
+
+
+def test_a_run_goes_on_in_another_number_of_processes(tmp_path):
+    """From the middle of an epoch, and of the steps that are watched before a draw."""
+    halves = {"batch_size": EFFECTIVE // 4, "gradient_accumulation": 2}
+    more = {"steps": 10, "first_draw": 9, "directions": "gradient"}
+    wholes, runs = [], []
+    for task in TASKS:
+        (tmp_path / task).mkdir()
+        settings = replace(settings_for(task, tmp_path / task), **more)
+        by_length = task != "preferences"
+        settings = replace(settings, output=tmp_path / f"{task}-one", group_by_length=by_length)
+        wholes.append(train(settings))
+        runs.append((replace(settings, output=tmp_path / f"{task}-two"), halves))
+        runs.append((stopped(settings, f"{task}-one-then-two"), halves))
+    multiprocessing.spawn(train_in_two, (free_port(), runs), nprocs=2, daemon=True)
+    for whole, (two, _), (then_two, _) in zip(wholes, runs[::2], runs[1::2], strict=True):
+        assert_same(torch.load(two.output / "found0.pt"), whole)
+        then_one = train(stopped(two, f"{two.output.name}-then-one"))
+        for found in (torch.load(then_two.output / "found0.pt"), then_one):
+            assert len(found["norms"]) == 2, two.output  # steps 9 and 10
+            assert_same(found, {**whole, "norms": whole["norms"][-2:]})
 
 
 def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:

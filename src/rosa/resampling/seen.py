@@ -13,7 +13,7 @@ from rosa.layers.adapter import Adapter
 from rosa.resampling.processes import everyone
 
 FILE = "rosa_seen.safetensors"
-_COUNTED = "counted"
+_COUNTED, _PROCESSES = "counted", "processes"
 
 
 def write_seen(folder: Path, adapters: list[Adapter], counted: tuple[int, float] | None) -> None:
@@ -32,6 +32,7 @@ def write_seen(folder: Path, adapters: list[Adapter], counted: tuple[int, float]
     everyone().add_up(total[1:] if key == _COUNTED else total for key, total in found.items())
     if found and everyone().place == 0 and folder.is_dir():
         partial = folder / f"{FILE}.partial"
+        found[_PROCESSES] = torch.tensor(len(everyone().ranks))
         save_file({key: total.cpu() for key, total in found.items()}, partial)
         os.replace(partial, folder / FILE)
 
@@ -46,9 +47,12 @@ def recall(seen: dict[str, Tensor], adapters: list[Adapter]) -> bool:
     sketches = {_key(a): a.sketch for a in adapters if a.sketch is not None}
     if not sketches or not sketches.keys() <= seen.keys():
         return False
+    # Each of more processes sees larger gradients, whose mean is a step's.
+    now = len(everyone().ranks)
+    factor = now / float(seen.get(_PROCESSES, now))
     for key, sketch in sketches.items():
         if everyone().place == 0:  # what all have seen is summed before a draw
-            sketch.total.copy_(seen[key])
+            sketch.total.copy_(seen[key] * factor)
     return True
 
 

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -41,6 +42,8 @@ DEFAULTS = {
 }
 """What a setting is in a file of a version that did not have it yet."""
 _LOCK, _DIGEST = ".lock", "data_digest"
+_SPLIT = ("batch_size", "gradient_accumulation", "processes")
+"""How a step's rows are split, as their product is kept: a run goes on with another split."""
 
 
 _MISFIT = (ValueError, TypeError, RuntimeError, OSError, SafetensorError)
@@ -99,20 +102,31 @@ def check_output(output: Path, settings: dict[str, Any], resume: bool, overwrite
         raise UserError(f"{output} holds files that are not a run's: name a new folder")
     if before and resume:
         before = {**DEFAULTS, **before}  # it may be of a version that had fewer settings
+        there, here = (_rows_of_a_step(each) for each in ({**settings, **before}, settings))
+        in_parts = settings.get("zero") is not None  # whose files are each process's own
+        free = ("output", "versions", *(_SPLIT if there == here and not in_parts else ()))
         differ = [
             f"{name} ({before[name]} there, {value} here)"
             for name, value in settings.items()
-            if name not in ("output", "versions") and before.get(name, value) != value
+            if name not in free and before.get(name, value) != value
         ]
         if differ:
+            split = "" if there == here else (
+                f" A step has {there} rows there and {here} here: --batch-size and "
+                "--gradient-accumulation make as many in any number of processes."
+            )
             raise UserError(
-                f"{output} holds a run with other settings: {'; '.join(differ)}. Give the same "
-                "settings to resume it, or --overwrite to start again"
+                f"{output} holds a run with other settings: {'; '.join(differ)}.{split} Give the "
+                "same settings to resume it, or --overwrite to start again"
             )
     elif before and not overwrite:
         raise UserError(
             f"{output} already holds a run: --resume goes on with it, --overwrite starts again"
         )
+
+
+def _rows_of_a_step(settings: dict[str, Any]) -> int:
+    return math.prod(settings.get(name, 1) for name in _SPLIT)
 
 
 @contextmanager

@@ -129,6 +129,7 @@ class SurvivingTrainer(MeanTrainer):
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         sampler = super()._get_train_sampler(*args, **kwargs)
         if isinstance(sampler, LengthGroupedSampler):
+            sampler.batch_size *= self.args.world_size  # of a step, however it is split
             return _SeededByEpoch(sampler, self)
         return sampler
 
