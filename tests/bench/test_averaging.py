@@ -271,7 +271,9 @@ def test_two_processes_go_on_in_the_middle_of_an_epoch(tmp_path):
     assert resumed["record"] == whole["record"]
 
     (settings.output / "metrics.json").unlink()
-    other = rf"processes \(2 there, 1 here\)\. A step has {EFFECTIVE // 2} rows there and 4 here: --"
+    other = (
+        rf"processes \(2 there, 1 here\)\. A step has {EFFECTIVE // 2} rows there and 4 here: --"
+    )
     with pytest.raises(UserError, match=other):
         train(settings, **split)
 

@@ -24,6 +24,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from rosa.bench.setup.checking import RESAMPLED
 from rosa.bench.setup.methods import METHODS
 from tests.helpers import fails, review, run, write_csv
 from tests.models import WORDS, needs_packages, save_with_tokenizer, tiny_bert, tiny_gpt2
@@ -56,7 +57,12 @@ def basics(encoder, tmp_path):
     return ["--model", encoder, "--train", write_csv(tmp_path / "t.csv")]
 
 
-QUICK = ["--epochs", 2, "--batch-size", 8, "--lr", 0.01, "--resample-every", "epoch"]
+SHORT = ["--epochs", 2, "--batch-size", 8, "--lr", 0.01]
+QUICK = [*SHORT, "--resample-every", "epoch"]
+
+
+def quick(method: str) -> list[object]:
+    return [*(QUICK if method in RESAMPLED else SHORT), "--method", method]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -64,7 +70,7 @@ def test_a_run_of_each_method(basics, encoder, tmp_path, method, capsys, monkeyp
     needs_packages(method)
     out = tmp_path / "run"
     rank = ["--rank", 2] if METHODS[method].has_rank else []
-    run("train", *basics, *QUICK, *rank, "--method", method, "--output", out)
+    run("train", *basics, *quick(method), *rank, "--output", out)
     assert "accuracy" in capsys.readouterr().out
     metrics = json.loads((out / "metrics.json").read_text())
     assert 0 <= metrics["accuracy"] <= 1
@@ -98,7 +104,7 @@ def test_lora_fa_trains_b_alone(basics, tmp_path):
     numbers = {}
     for method in ("lora", "lora_fa", "head"):
         out = tmp_path / method
-        run("train", *basics, *QUICK, "--method", method, "--output", out)
+        run("train", *basics, *quick(method), "--output", out)
         numbers[method] = json.loads((out / "metrics.json").read_text())["trainable_parameters"]
     factors = load_file(tmp_path / "lora_fa" / "adapter" / "adapter_model.safetensors")
     b = [values for key, values in factors.items() if "lora_B" in key]
@@ -121,7 +127,7 @@ def test_an_interrupted_run_is_resumed_as_if_it_had_not_been(
 ):
     # Informed draws of two runs that differ by rounding can part, where two directions hold about
     # the same of the gradient; that such runs resume is tested with the callback.
-    how = [*QUICK, "--method", method, "--epochs", 3, "--record-changes"]
+    how = [*quick(method), "--epochs", 3, "--record-changes"]
     how += ["--directions", "svd"] if method == "rosa" else []
     run("train", *basics, *how, "--output", tmp_path / "whole")
     from transformers import Trainer
@@ -195,7 +201,7 @@ def test_exports_agree_with_the_trained_model(basics, encoder, tmp_path, form, w
 
 def test_merging_weight_by_weight_refuses_what_it_cannot_do(basics, tmp_path, capsys):
     out, place = tmp_path / "run", tmp_path / "export"
-    run("train", *basics, *QUICK, "--method", "lora", "--output", out)
+    run("train", *basics, *quick("lora"), "--output", out)
     how = ["export", out, "--output", place]
     message = fails(capsys, *how, "--to", "merged", "--low-memory")
     assert "--low-memory merges ROSA adapters" in message
@@ -230,7 +236,7 @@ def test_layers_that_the_checkpoint_lacks_are_trained_and_saved(tmp_path, method
     base = save_with_tokenizer(BertForMaskedLM(tiny_bert().config), tmp_path / "base")
     train, out = write_csv(tmp_path / "t.csv"), tmp_path / "run"
     files = ["--train", train, "--validation", train]
-    run("train", "--model", base, *files, *QUICK, "--method", method, "--output", out)
+    run("train", "--model", base, *files, *quick(method), "--output", out)
     metrics = json.loads((out / "metrics.json").read_text())
     folders = [out]
     if method != "head":
@@ -273,8 +279,8 @@ def test_bf16_on_any_hardware_trains_float32_weights(decoder, tmp_path, method):
     base = save_with_tokenizer(tiny_gpt2().to(torch.bfloat16), tmp_path / "base")
     path, out = tmp_path / "t.txt", tmp_path / "run"
     path.write_text("\n".join(review(True) for _ in range(40)))
-    options = ["--precision", "bf16", "--method", method]
-    run("train", "--model", base, "--train", path, *options, *QUICK, "--output", out)
+    options = ["--precision", "bf16", *quick(method)]
+    run("train", "--model", base, "--train", path, *options, "--output", out)
     weights = load_file(next(out.glob("[am]*/*.safetensors")))
     assert {w.dtype for w in weights.values() if w.is_floating_point()} == {torch.float32}
 
@@ -290,7 +296,7 @@ def test_texts_longer_than_the_model_reads_are_cut(encoder, decoder, tmp_path, c
 
 def test_a_lora_run_can_be_merged_too(basics, tmp_path, capsys):
     out = tmp_path / "run"
-    run("train", *basics, *QUICK, "--method", "lora", "--output", out)
+    run("train", *basics, *quick("lora"), "--output", out)
     run("export", out, "--to", "merged", "--output", tmp_path / "merged")
     assert (tmp_path / "merged" / "config.json").exists()
     message = fails(capsys, "export", out, "--to", "lora", "--output", tmp_path / "x")
@@ -382,6 +388,22 @@ def test_bad_settings(basics, tmp_path, capsys, arguments, message):
     out = tmp_path / "run"
     assert message in fails(capsys, "train", *basics, "--output", out, *arguments)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("typed", [["--trained", "B"], ["--resample-every", "epoch"]])
+def test_rosas_settings_are_refused_for_another_method(basics, tmp_path, capsys, typed):
+    message = f"{typed[0]}: {typed[0][2:].replace('-', '_')} is ROSA's, and means nothing to method"
+    out = ["--output", tmp_path / "run", "--dry-run"]
+    assert message in fails(capsys, "train", *basics, "--method", "lora", *typed, *out)
+    assert message in fails(capsys, "plan", *basics[:2], "--method", "full", *typed)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"{typed[0][2:]}: {typed[1]}\nmethod: lora\n")
+    assert message in fails(capsys, "train", *basics, "--recipe", recipe, *out)
+    recipe.write_text(
+        f"{typed[0][2:]}: {typed[1]}\n"
+    )  # of ROSA's recipe, LoRA is run with the rest
+    run("train", *basics, "--recipe", recipe, "--method", "lora", *out)
+    run("train", *basics, *typed, *out)
 
 
 def test_a_rank_for_a_method_without_one_is_refused(basics, tmp_path, capsys):
@@ -541,7 +563,7 @@ def test_running_out_of_memory_says_what_takes_less(basics, tmp_path, capsys, mo
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_training_that_diverges_says_so(basics, tmp_path, capsys, accumulation):
     how = ["--method", "full", "--lr", 1e30, "--gradient-accumulation", accumulation]
-    message = fails(capsys, "train", *basics, *QUICK[:4], *how, "--output", tmp_path / "run")
+    message = fails(capsys, "train", *basics, *SHORT[:4], *how, "--output", tmp_path / "run")
     assert "diverged" in message
     assert "--lr" in message
     assert not (tmp_path / "run" / "metrics.json").exists()
@@ -552,7 +574,7 @@ def test_layers_computed_again_learn_the_same(decoder, tmp_path, method):
     (tmp_path / "t.jsonl").write_text(
         "".join(json.dumps({"text": review(True)}) + "\n" for _ in "a" * 40)
     )
-    how = ["train", "--model", decoder, "--train", tmp_path / "t.jsonl", *QUICK, "--method", method]
+    how = ["train", "--model", decoder, "--train", tmp_path / "t.jsonl", *quick(method)]
     how += ["--rank", 2] if method == "rosa" else []
     losses = []
     for more in ([], ["--gradient-checkpointing"]):
@@ -656,7 +678,7 @@ def test_roberta_reads_two_tokens_fewer_than_it_has_places(tmp_path, capsys):
     lines = [f"{' '.join(random.choices(WORDS[4:], k=50))},{i % 2}" for i in range(30)]
     train, out = tmp_path / "t.csv", tmp_path / "run"
     train.write_text("\n".join(["text,label", *lines]))
-    run("train", "--model", base, "--train", train, *QUICK, "--method", "lora", "--output", out)
+    run("train", "--model", base, "--train", train, *quick("lora"), "--output", out)
     assert "the model reads 32 tokens at most" in capsys.readouterr().out
     run("evaluate", out, "--validation", train, "--max-length", 64)
     assert "the model reads 32 tokens at most" in capsys.readouterr().out

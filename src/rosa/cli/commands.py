@@ -169,9 +169,28 @@ SHARED = (
 )
 
 
+def _check_meant(context: typer.Context) -> None:
+    """Raise UserError if one of ROSA's settings is given to another method.
+
+    A file's settings are defaults: they may be ROSA's beside a method that was typed.
+    """
+    from rosa.bench.setup.checking import check_meant
+
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = {name: source.name for name, source in sources.items() if source is not None}
+    wanted = ["COMMANDLINE"]
+    if given["method"] != "COMMANDLINE":
+        wanted.append("DEFAULT_MAP")
+    for name in OPTIONS.keys() & context.params:
+        if given.get(name) in wanted:
+            option_name = f"--{name.replace('_', '-')}"
+            check_meant(context.params["method"], OPTIONS[name].name, option_name)
+
+
 @command()
 @takes(*OPTIONS)
 def train(
+    context: typer.Context,
     recipe: Recipe = None,
     resume: Annotated[
         bool, option(OUTPUT, "Go on with the run in the output folder.", "--resume")
@@ -201,6 +220,7 @@ def train(
     from rosa.bench.storage.runs import trained_place
     from rosa.bench.train.training import train as run
 
+    _check_meant(context)
     if dry_run:
         from rosa.bench.rehearsal import COLUMNS, rehearse
 
@@ -565,6 +585,7 @@ def evaluate(
     *("load_in", "batch_size", "gradient_accumulation", "gradient_checkpointing", "max_length"),
 )
 def plan(
+    context: typer.Context,
     gpus: Annotated[int, option(PLAN, "Data-parallel processes, an accelerator each.")] = 1,
     sharded: Annotated[
         bool, option(PLAN, "The weights lie in parts over them (FSDP 2).", "--sharded")
@@ -595,6 +616,7 @@ def plan(
     from rosa.bench.planning import plan as make
     from rosa.bench.report.tables import metrics_table
 
+    _check_meant(context)
     size = parse_memory(memory)
     settings = settings_of({**given, "output": Path("plan"), "precision": precision})
     found = make(settings, steps, gpus, tflops, sharded)

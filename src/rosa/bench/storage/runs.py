@@ -111,9 +111,13 @@ def check_output(output: Path, settings: dict[str, Any], resume: bool, overwrite
             if name not in free and before.get(name, value) != value
         ]
         if differ:
-            split = "" if there == here else (
-                f" A step has {there} rows there and {here} here: --batch-size and "
-                "--gradient-accumulation make as many in any number of processes."
+            split = (
+                ""
+                if there == here
+                else (
+                    f" A step has {there} rows there and {here} here: --batch-size and "
+                    "--gradient-accumulation make as many in any number of processes."
+                )
             )
             raise UserError(
                 f"{output} holds a run with other settings: {'; '.join(differ)}.{split} Give the "
