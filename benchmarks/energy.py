@@ -32,8 +32,8 @@ from rosa.bench.tasks.demo import model_folder
 from rosa.bench.tokens.reading import longest_input
 from rosa.bench.tokens.tokenizing import tokenize
 from rosa.bench.train.building import adapt, load_base
+from rosa.bench.train.preparing import load_task
 from rosa.bench.train.trainer import build_trainer
-from rosa.bench.train.training import load_task
 
 VARIANTS = {
     "LoRA": {"method": "lora"},

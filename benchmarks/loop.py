@@ -35,8 +35,8 @@ from transformers import (
 from rosa.bench.planning import plan
 from rosa.bench.setup.checking import check
 from rosa.bench.setup.settings import RunSettings
+from rosa.bench.train.preparing import prepare
 from rosa.bench.train.trainer import build_trainer, collator
-from rosa.bench.train.training import prepare
 
 
 class Stopwatch(TrainerCallback):

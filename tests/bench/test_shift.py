@@ -19,6 +19,7 @@ from rosa.bench.storage import runs
 from rosa.bench.tasks import python_texts
 from rosa.bench.tokens.tokenizing import tokenize
 from rosa.bench.train import training
+from rosa.bench.train.preparing import load_task
 from rosa.errors import UserError
 from tests.helpers import fails, run
 from tests.models import save_with_tokenizer, tiny_bert, tiny_gpt2
@@ -82,7 +83,7 @@ def test_the_losses_before_training_are_the_pretrained_models(world):
     settings = RunSettings(
         world.model, world.data, task="corpus", data=world.data, max_length=CONTEXT
     )
-    rows = tokenize(settings, training.load_task(settings), None, tokenizer)
+    rows = tokenize(settings, load_task(settings), None, tokenizer)
     for name, key in (("test", "test_loss"), ("source", "source_loss")):
         ids = torch.tensor(rows[name]["input_ids"][:])
         text = (world.data / f"{name}.txt").read_text("utf-8")

@@ -11,7 +11,7 @@ import pytest
 from rosa.bench import tasks
 from rosa.bench.tasks.files import read_table
 from rosa.bench.tasks.task import DataSettings
-from rosa.bench.train.training import _named_as_before
+from rosa.bench.train.evaluating import _named_as_before
 
 BOM = "\ufeff"
 

@@ -618,7 +618,7 @@ BUGS = [TypeError, RuntimeError, KeyError, ValueError, AttributeError, IndexErro
 @pytest.mark.parametrize(
     "place",
     [
-        "rosa.bench.train.training.load_base",
+        "rosa.bench.train.preparing.load_base",
         "rosa.bench.train.training.tokenize",
         "rosa.bench.train.building.find_targets",
         "rosa.model.RosaModel._create_and_replace",

@@ -22,7 +22,7 @@ from rosa.bench.setup.quantizing import HEADS
 from rosa.bench.setup.settings import RunSettings, in_bf16
 from rosa.bench.storage import runs
 from rosa.bench.train.building import Base, adapt
-from rosa.bench.train.training import is_decoder
+from rosa.bench.train.preparing import is_decoder
 from rosa.errors import UserError, blame
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from rosa.bench.setup.settings import RunSettings
 from rosa.bench.storage import runs
 from rosa.bench.tasks.task import Task
 from rosa.bench.tokens.tokenizing import ANSWER_IDS, lengths
+from rosa.bench.train.preparing import prepare
 from rosa.bench.train.trainer import steps_of
-from rosa.bench.train.training import prepare
 
 COLUMNS = ("trained", "layers", "weight", "by", "numbers")
 SHOWN_DRAWS = 8

@@ -209,7 +209,7 @@ def _write_texts(folder: Path, source: dict[str, str], target: dict[str, str]) -
 
 
 def _check_decoder(model: str, text: str) -> None:
-    from rosa.bench.train.training import is_decoder
+    from rosa.bench.train.preparing import is_decoder
 
     runs.check_model(model)
     if not is_decoder(runs.load_config(model)):
@@ -294,7 +294,7 @@ def _make_decoder(place: Path, text: Path, context: int, how: Pretraining) -> No
 
 
 def _start(model: str, data: Path, output: Path, context: int) -> dict[str, float]:
-    from rosa.bench.train.training import evaluate_base
+    from rosa.bench.train.evaluating import evaluate_base
 
     settings = RunSettings(
         model=model, output=output, method="full", task="corpus", data=data, max_length=context

@@ -572,7 +572,7 @@ def evaluate(
     """
     from rosa.bench.report.tables import metrics_table
     from rosa.bench.tasks.task import DataSettings
-    from rosa.bench.train.training import evaluate as run
+    from rosa.bench.train.evaluating import evaluate as run
 
     given["text_columns"] = tuple(given.pop("text_column"))
     settings = DataSettings(validation=validation, **given)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from rosa.bench.setup.settings import RunSettings
 from rosa.bench.storage import runs
 from rosa.bench.storage.record import Record
-from rosa.bench.train.training import load_task, train
+from rosa.bench.train.preparing import load_task
+from rosa.bench.train.training import train
 
 ERROR = "error.txt"
 """Why a cell failed, in its folder."""

@@ -139,7 +139,7 @@ def _adalora(
         target_r=rank,
         init_r=math.ceil(1.5 * rank),
         lora_alpha=2 * rank if settings.alpha is None else settings.alpha,  # type: ignore[arg-type]
-        total_step=1,  # set when the number of steps is known; see training.py
+        total_step=1,  # set when the number of steps is known; see trainer.py
         **shared,
     )
 
