@@ -96,7 +96,9 @@ def _command(
     sabotage: Sabotage | None = None,
     largest: int | None = None,
     log: Path | None = None,
+    environment: dict[str, str] | None = None,
 ) -> None:
+    os.environ |= environment or {}
     import torch
 
     descriptor = os.open(os.devnull if log is None else log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,13 @@ without_gloo = pytest.mark.skipif(
     not distributed.is_available() or not distributed.is_gloo_available(),
     reason="torch was built without gloo",
 )
+
+
+def free_port() -> int:
+    """One of this machine's that nobody listens at."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def in_processes(count: int, folder: Path, work: Callable[..., None], *args: Any) -> None:

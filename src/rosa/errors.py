@@ -92,6 +92,15 @@ def is_disk_full(error: BaseException) -> bool:
     )
 
 
+def is_of_another_process(error: BaseException) -> bool:
+    """Whether a process of the same training has ended, or does not answer."""
+    import torch
+
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+
+
 def _by_a_reader(error: BaseException) -> bool:
     """Whether the code that raised it is a library's that reads what users give."""
     trace = error.__traceback__

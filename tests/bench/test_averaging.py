@@ -6,7 +6,6 @@ import json
 import os
 import random
 import shutil
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -28,6 +27,7 @@ from rosa.bench.train import building, training
 from rosa.errors import UserError
 from tests.chats import chat_model, words, write_chats
 from tests.models import needs_packages, save_with_tokenizer, tiny_bert, tiny_gpt2
+from tests.processes import free_port
 
 EFFECTIVE = 16
 CHATS = ["chats"] if find_spec("trl") else []
@@ -209,12 +209,6 @@ def train_in_two(rank: int, port: int, runs: list[tuple[RunSettings, dict[str, i
         torch.save(train(settings, **split), settings.output / f"found{rank}.pt")
         unset_hf_deepspeed_config()  # or the next model is loaded in parts
     torch.distributed.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def writing_settings(folder: Path) -> RunSettings:

@@ -17,6 +17,7 @@ from filelock import FileLock
 from tests.chats import chat_model, write_chats
 from tests.helpers import fails, write_csv
 from tests.helpers import run as run_here
+from tests.processes import free_port, without_gloo
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="it has no such signals")
 if sys.platform != "win32":
@@ -162,6 +163,27 @@ def test_a_run_replaced_by_another_that_is_killed_can_be_replaced_again(folder, 
     assert not (out / "metrics.json").exists()  # no finished run
     assert crash.run(crash.command(folder, out, "--overwrite")) == 0
     assert not crash.differences(out, folder / "whole")
+
+
+@without_gloo
+def test_where_one_of_two_processes_is_killed_the_other_says_so_and_one_goes_on(folder, tmp_path):
+    out, log = tmp_path / "run", tmp_path / "log"
+    halves = crash.command(folder, out, "--batch-size", 4)
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    shared |= {"MASTER_PORT": str(free_port())}
+    ranks = [{**shared, "RANK": str(n), "LOCAL_RANK": str(n)} for n in range(2)]
+    killed = crash.start(halves, Sabotage(PLACES[0][0], 11), None, None, ranks[1])
+    left = crash.start(halves, None, None, log, ranks[0])
+    killed.join()
+    assert killed.exitcode == KILLED
+    left.join(60)
+    assert left.exitcode == 2
+    told = log.read_text()
+    assert "another process of this training has ended" in told
+    assert "Traceback" not in told
+    assert crash.run(crash.command(folder, out, "--resume")) == 0
+    history = json.loads((out / "history.json").read_text())
+    assert history["steps"][-1]["step"] == 30
 
 
 def test_two_processes_do_not_train_in_one_folder(folder, tmp_path, capsys):

@@ -21,13 +21,12 @@ from tests.bench.test_averaging import (
     EFFECTIVE,
     PREFERENCES,
     assert_same,
-    free_port,
     settings_for,
     train,
     train_in_two,
     writing_settings,
 )
-from tests.processes import without_gloo
+from tests.processes import free_port, without_gloo
 
 pytest.importorskip("deepspeed")
 pytestmark = [

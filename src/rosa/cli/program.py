@@ -12,7 +12,7 @@ from rich.console import Console
 
 from rosa.bench import processes
 from rosa.cli.commands import app
-from rosa.errors import UserError, is_disk_full, is_out_of_memory
+from rosa.errors import UserError, is_disk_full, is_of_another_process, is_out_of_memory
 
 GRACE = 10
 """Seconds that another process than the first waits before it tells its error: if the first has
@@ -77,6 +77,11 @@ def _mistake(error: Exception) -> str | None:
             "the disk is full, or has no place for a file as large "
             f"({_first_line(error)}): make room. What was whole before still is, and --resume "
             "goes on from a training's last checkpoint"
+        )
+    if is_of_another_process(error):
+        return (
+            "another process of this training has ended, or does not answer: what it said itself "
+            f"tells why ({_first_line(error)}). --resume goes on from the last checkpoint"
         )
     if isinstance(error, ImportError):
         if (error.name or "").partition(".")[0] == "rosa":
