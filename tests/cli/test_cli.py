@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -228,6 +229,34 @@ def test_evaluating_a_run_and_its_exports_gives_its_metrics(basics, tmp_path, ca
         capsys.readouterr()
         run("evaluate", folder, "--validation", train)
         assert f"{metrics['accuracy']:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["rosa", "lora", "full"])
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_a_checkpoint_is_evaluated_and_exported_as_a_run_is(
+    encoder, decoder, tmp_path, capsys, kind, method
+):
+    train, out = write_csv(tmp_path / "t.csv"), tmp_path / "run"
+    if kind == "decoder":
+        train = (tmp_path / "t.txt").resolve()
+        train.write_text("\n".join(" ".join(random.choices(WORDS[8:], k=12)) for _ in range(40)))
+    files = ["--train", train, "--validation", train, "--max-length", 10, "--output", out]
+    run("train", "--model", encoder if kind == "encoder" else decoder, *files, *quick(method))
+    (out / "metrics.json").unlink()  # as if it were being trained
+    history = json.loads((out / "history.json").read_text())
+    checkpoints = sorted(out.glob("checkpoints/*"), key=lambda p: int(p.name[11:]))
+    assert len(checkpoints) == 2
+    for row, folder in zip(history["epochs"], checkpoints, strict=True):
+        forms = [folder]
+        if method != "full":
+            run("export", folder, "--to", "merged", "--output", tmp_path / f"{folder.name}-plain")
+            forms.append(tmp_path / f"{folder.name}-plain")
+        for form in forms:
+            capsys.readouterr()
+            run("evaluate", form, "--validation", train, "--max-length", 10)
+            found = re.search(r"eval_loss +│ ([0-9.]+)", capsys.readouterr().out)
+            assert float(found[1]) == pytest.approx(row["eval_loss"], abs=2e-4)
+    assert "or name one of its checkpoints" in fails(capsys, "evaluate", out, "--validation", train)
 
 
 @pytest.mark.parametrize("method", ["rosa", "lora", "head"])

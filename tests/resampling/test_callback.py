@@ -281,6 +281,24 @@ def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, data, checkpoint):
         torch.testing.assert_close(q, p, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize(
+    ("every", "draws"), [(5, {10, 15}), ("auto", {12, 15, 18}), ("never", set())]
+)
+def test_another_schedule_is_taken_from_a_checkpoint_on_and_said(
+    tmp_path, data, every, draws, monkeypatch
+):
+    for name, value in (("SHORTEST_ROUND", 3), ("COUNTED", 2), ("ITEMS_A_NUMBER", 1e-6)):
+        monkeypatch.setattr(f"rosa.resampling.callback.{name}", value)
+    options = {"base": tiny_bert(), "save_strategy": "steps", "save_steps": 8, "max_steps": 20}
+    train(tmp_path, data, every=7, **options)
+    resume = str(tmp_path / "checkpoint-8")
+    with pytest.warns(
+        UserWarning, match=f"were made with every=7, those to come .* every={every!r}"
+    ):
+        _, callback, _ = train(tmp_path, data, every=every, resume=resume, **options)
+    assert callback.drawn_at == [7, *sorted(draws)]
+
+
 def test_the_best_model_is_loaded_at_the_end(tmp_path, data):
     trainer, *_ = train(
         tmp_path,

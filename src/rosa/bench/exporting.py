@@ -34,7 +34,7 @@ def export_folder(
     """Export a trained adapter from its folder, with its tokenizer.
 
     Args:
-        folder: a run's folder or an adapter's.
+        folder: a run's folder, a checkpoint's, or an adapter's.
         form: `merged`, a plain model of the base's class; `lora`, a LoRA adapter; or `rosa`, the
             adapter itself in a smaller file.
         output: where it goes; must not exist or be empty.

@@ -462,7 +462,9 @@ def synthetic(
 
 @command()
 def export(
-    folder: Annotated[Path, typer.Argument(help="A run's folder, or an adapter's.")],
+    folder: Annotated[
+        Path, typer.Argument(help="A run's folder, a checkpoint's, or an adapter's.")
+    ],
     to: Annotated[
         str,
         typer.Option(
@@ -554,7 +556,9 @@ def export(
 @command()
 @takes("task", "data", "text_column", "label_column")
 def evaluate(
-    folder: Annotated[Path, typer.Argument(help="A run's folder, an adapter's, or a model's.")],
+    folder: Annotated[
+        Path, typer.Argument(help="A run's folder, a checkpoint's, an adapter's, or a model's.")
+    ],
     validation: Annotated[Path | None, option(DATA, "File to evaluate on.")] = None,
     max_length: Annotated[
         int | None,
@@ -626,7 +630,9 @@ def plan(
 
 @command()
 def generate(
-    folder: Annotated[Path, typer.Argument(help="A run's folder, an adapter's, or a model's.")],
+    folder: Annotated[
+        Path, typer.Argument(help="A run's folder, a checkpoint's, an adapter's, or a model's.")
+    ],
     prompt: Annotated[str | None, typer.Option(help="A text to go on with, as it stands.")] = None,
     message: Annotated[str | None, typer.Option(help="What to answer, as in a chat.")] = None,
     system: Annotated[

@@ -126,7 +126,18 @@ class RosaCallback(TrainerCallback, ExportableState):
         self._adapters = [active.adapter for active in found]
         self._stepped = self._counted = 0
         self._last_step, self._draw_at = -1, None
-        before, trained = self._before(state), self._trained()
+        how, before = self._before(state)
+        trained = self._trained()
+        now = self.state()["args"]
+        changed = [name for name, value in how.items() if now.get(name) != value]
+        if changed:
+            warnings.warn(
+                "the checkpoint's draws were made with "
+                + ", ".join(f"{name}={how[name]!r}" for name in changed)
+                + ", those to come are with "
+                + ", ".join(f"{name}={getattr(self, name)!r}" for name in changed),
+                stacklevel=2,
+            )
         if before.get("trained", trained) != trained:
             raise UserError(
                 f"the checkpoint is of a training of factors {before['trained']}, this one is of "
@@ -142,7 +153,7 @@ class RosaCallback(TrainerCallback, ExportableState):
                 stacklevel=2,
             )
         if self.every == "auto":
-            self.period = before.get("period")
+            self.period = None if "every" in changed else before.get("period")
             if self.period is None:
                 self._counter = ItemCounter(kwargs["model"])
                 self._counted, items = recall_count(self._seen)
@@ -153,14 +164,14 @@ class RosaCallback(TrainerCallback, ExportableState):
         if kwargs.get("optimizer") is not None:
             self._decay = DecayTowardDrawn(kwargs["optimizer"], self._adapters)
 
-    def _before(self, state: TrainerState) -> dict[str, Any]:
-        """What the checkpoint that is gone on from holds, if it does."""
+    def _before(self, state: TrainerState) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Arguments and attributes in the checkpoint that is gone on from, if it holds them."""
         if state.global_step == 0:
-            return {}
+            return {}, {}
         saved: Any = state.stateful_callbacks or {}  # a dict, once it comes from a file
         found = saved.get(type(self).__name__, {})
         found = found[0] if isinstance(found, list) else found
-        return found.get("attributes", {})
+        return found.get("args", {}), found.get("attributes", {})
 
     def _sees(self) -> bool:
         return self._counter is not None or any(a.sketch is not None for a in self._adapters)

@@ -86,6 +86,12 @@ def settings_of(folder: Path) -> dict[str, Any]:
     return found if ours else {}
 
 
+def run_of(place: Path) -> dict[str, Any]:
+    """The settings of the run whose folder this is, or is in: its adapter's, or a checkpoint's."""
+    above = (place, *place.absolute().parents[:2])
+    return next((found for found in map(settings_of, above) if found), {})
+
+
 def check_output(output: Path, settings: dict[str, Any], resume: bool, overwrite: bool) -> None:
     """Raise unless `output` can be the folder of a run with these settings; changes nothing.
 
@@ -254,7 +260,7 @@ def load_trained(
     """The trained model of a run's folder or an adapter's, on its base, ready to evaluate.
 
     Args:
-        folder: a run's folder, an adapter's, or a plain model's.
+        folder: a run's folder, a checkpoint's, an adapter's, or a plain model's.
         model: the base model; None takes the one that the adapter names.
         whole: load the base's weights as they are, where the run had quantized them.
 
@@ -304,7 +310,10 @@ def trained_place(folder: Path) -> Path:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder: name a run's or an adapter's")
     if (folder / SETTINGS).is_file() and not is_done(folder):
-        raise UserError(f"the run in {folder} is not finished: go on with it by --resume first")
+        raise UserError(
+            f"the run in {folder} is not finished: go on with it by --resume first, or name one of "
+            f"its {CHECKPOINTS}"
+        )
     return next((p for p in (folder / ADAPTER, folder / MODEL) if p.is_dir()), folder)
 
 
@@ -355,8 +364,7 @@ def load_base(place: Path, model: str | None = None, whole: bool = False) -> Pre
         auto: Any = AutoModelForSequenceClassification
     else:
         auto, how = AutoModelForCausalLM, {}
-    settings = place.parent / SETTINGS
-    run = read_json(settings) if settings.is_file() else {}
+    run = run_of(place)
     load_in = "full" if whole else run.get("load_in", "full")
     how.update(quantization(load_in, run.get("precision") == "bf16"))
     with blame(f"the model {base} cannot be loaded"):

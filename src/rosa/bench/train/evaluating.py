@@ -31,7 +31,7 @@ def evaluate(
     """The metrics of a trained model on validation data.
 
     Args:
-        folder: a run's folder, an adapter's, or a plain model's.
+        folder: a run's folder, a checkpoint's, an adapter's, or a plain model's.
         data: a task by name, or a validation file.
         model: the base model of an adapter, if not the one that it names.
         max_length: longest text in tokens; None takes the run's own, or the usual one.
@@ -44,7 +44,7 @@ def evaluate(
     if tokenizer is None:
         raise UserError(f"{folder} has no tokenizer: save it beside the model")
     labels = tuple((trained.config.id2label or {}).values())
-    before = runs.settings_of(folder) or runs.settings_of(folder.parent)  # an adapter's is above
+    before = runs.run_of(folder)
     data = _named_as_before(data, before)
     task = tasks.load_validation(data, is_decoder(trained.config), labels)
     how = {

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -20,7 +21,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from rosa.bench.processes import is_first
-from rosa.bench.storage import checkpoints
+from rosa.bench.storage import checkpoints, runs
 from rosa.bench.train.averaging import MeanTrainer
 
 _STOPPING = b"\nstopping: the step is ended and saved first (once more stops at once)\n"
@@ -166,6 +167,8 @@ class SurvivingTrainer(MeanTrainer):
         if self.args.should_save:
             checkpoints.begin(self._checkpoint)
         super()._save_checkpoint(*args, **kwargs)
+        if self.args.should_save and isinstance(self.model, PeftModel):  # as beside any adapter
+            runs.save_config(self.model.config, self._checkpoint)
 
 
 class _SeededByEpoch(Sampler[int]):
