@@ -129,13 +129,11 @@ class RosaCallback(TrainerCallback, ExportableState):
         how, before = self._before(state)
         trained = self._trained()
         now = self.state()["args"]
-        changed = [name for name, value in how.items() if now.get(name) != value]
+        changed = [name for name in now if how.get(name, now[name]) != now[name]]
         if changed:
+            there, here = (", ".join(f"{n}={d[n]!r}" for n in changed) for d in (how, now))
             warnings.warn(
-                "the checkpoint's draws were made with "
-                + ", ".join(f"{name}={how[name]!r}" for name in changed)
-                + ", those to come are with "
-                + ", ".join(f"{name}={getattr(self, name)!r}" for name in changed),
+                f"the checkpoint's draws were made with {there}, those to come are with {here}",
                 stacklevel=2,
             )
         if before.get("trained", trained) != trained:
