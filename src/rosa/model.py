@@ -34,7 +34,8 @@ from rosa.files.checkpoint import (
     state_keys,
     warn_of_another_base,
 )
-from rosa.files.loading import as_before, guard
+from rosa.files.loading import guard
+from rosa.files.restoring import as_before
 from rosa.kinds.parameter import ParamWrapper
 from rosa.kinds.registry import kind_of
 from rosa.layers.base import RosaLayer

@@ -20,11 +20,9 @@ from peft.utils import (
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForSequenceClassification
 
 from rosa import RosaConfig, export_lora, resample
 from rosa.layers.in_model import rosa_layers
-from tests.helpers import moved
 from tests.models import Mlp, tiny_bert, tiny_gpt2
 
 TARGETS = ["first", "middle", "last"]
@@ -385,41 +383,6 @@ def test_low_level_state_dicts_round_trip():
     other = attach(copy.deepcopy(base), seed=4)
     set_peft_model_state_dict(other, get_peft_model_state_dict(model))
     torch.testing.assert_close(other(x), model(x))
-
-
-def test_loading_by_transformers_itself_says_what_to_do(tmp_path):
-    base = tiny_bert()
-    base.save_pretrained(tmp_path / "base")
-    base = type(base).from_pretrained(tmp_path / "base")
-    config = RosaConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
-    get_peft_model(base, config).save_pretrained(str(tmp_path / "adapter"))
-    with pytest.raises(NotImplementedError, match="is loaded by PEFT: PeftModel"):
-        AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
-
-
-@pytest.mark.parametrize("build", [tiny_bert, tiny_gpt2])
-def test_a_model_that_transformers_could_not_load_it_into_is_as_it_was(tmp_path, build):
-    base = build().requires_grad_(False)
-    plain = copy.deepcopy(base)
-    model = get_peft_model(copy.deepcopy(base), RosaConfig(r=2, target_modules="all-linear"))
-    moved(model)
-    model.save_pretrained(str(tmp_path / "adapter"))
-    ids = torch.randint(5, 30, (2, 6))
-    for _ in range(2):
-        with pytest.raises(NotImplementedError, match="is loaded by PEFT: PeftModel"):
-            base.load_adapter(str(tmp_path / "adapter"))
-        assert not list(rosa_layers(base))
-        assert not hasattr(base, "peft_config")
-        assert not base._hf_peft_config_loaded
-        assert base.state_dict().keys() == plain.state_dict().keys()
-        assert not any(p.requires_grad for p in base.parameters())
-        torch.testing.assert_close(base(ids).logits, plain(ids).logits, rtol=0, atol=0)
-    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter")
-    torch.testing.assert_close(loaded(ids).logits, model.eval()(ids).logits)
-    base.add_adapter(LoraConfig(r=2, target_modules="all-linear"))
-    with pytest.raises(ValueError, match="already carries another PEFT method"):
-        base.load_adapter(str(tmp_path / "adapter"), "second")
-    assert [*base.peft_config] == ["default"]
 
 
 def test_a_head_whose_name_begins_like_a_factor_travels_too():

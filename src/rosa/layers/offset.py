@@ -45,10 +45,11 @@ class OffsetDict(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         if name in self.__dict__.get("adapters", ()):
-            # Where transformers' own loading of an adapter's folder looks for a place to put O.
+            # Where accelerate's load_checkpoint_in_model looks for a place to put O.
             raise NotImplementedError(
-                "a ROSA adapter is loaded by PEFT: PeftModel.from_pretrained(base_model, folder) "
-                "or peft.AutoPeftModelFor...; transformers' own loading cannot place its offsets"
+                "this loader places parameters by their names, and ROSA's offsets are none: load "
+                "an adapter by PeftModel.from_pretrained(base_model, folder), or a state dict by "
+                "model.load_state_dict"
             )
         return super().__getattr__(name)
 

@@ -331,7 +331,7 @@ def load_base(place: Path, model: str | None = None, whole: bool = False) -> Pre
     from peft import PeftConfig
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from rosa.files.loading import check_config
+    from rosa.files.checking import check_config
 
     check_config(place)
     if not (place / "adapter_model.safetensors").is_file():

@@ -1,0 +1,107 @@
+"""A ROSA adapter on a plain transformers model: its own `load_adapter`, and `from_pretrained`.
+
+Transformers places tensors by the names of parameters, which an offset is none of. So PEFT loads a
+ROSA adapter there as well: into the model itself, which stays of its own class.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+from peft import PeftModel, inject_adapter_in_model
+from transformers import PreTrainedModel
+from transformers.utils.loading_report import LoadStateDictInfo
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from rosa.config import RosaConfig
+from rosa.errors import UserError
+from rosa.files.checking import check_config
+from rosa.files.restoring import as_before
+from rosa.layers.drawing import from_file
+from rosa.registration import ROSA
+
+_PREFIX = "base_model.model."
+"""Of the names in an adapter's file; a plain model has none."""
+_HUB = ("subfolder", "revision", "cache_dir", "force_download", "proxies", "token")
+"""What says where on the hub an adapter is."""
+
+
+def guarded_plain(load: Any) -> Any:
+    """Transformers' `load_adapter`, which takes ROSA's adapters too."""
+    signature = inspect.signature(load)
+
+    @functools.wraps(load)
+    def load_adapter(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        asked = signature.bind(self, *args, **kwargs).arguments
+        asked |= asked.pop("kwargs", {})
+        name = asked.get("adapter_name") or "default"
+        before = self._hf_peft_config_loaded
+        try:
+            with as_before(self, name):
+                if _is_rosa(asked):
+                    return _load(self, name, asked)
+                return load(self, *args, **kwargs)
+        except BaseException:
+            self._hf_peft_config_loaded = before
+            raise
+
+    return load_adapter
+
+
+def _is_rosa(asked: Mapping[str, Any]) -> bool:
+    """Whether the adapter that is asked for is ROSA's, by its config."""
+    if asked.get("hotswap") is True:  # which is LoRA's alone, and transformers says so
+        return False
+    if asked.get("peft_config") is not None:
+        return isinstance(asked["peft_config"], RosaConfig)
+    place, how = _source(asked)
+    file = None if place is None else find_adapter_config_file(place, **how)
+    if file is None:
+        return False
+    check_config(Path(file).parent)
+    return json.loads(Path(file).read_text(encoding="utf-8")).get("peft_type") == ROSA
+
+
+def _source(asked: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """A folder or a name on the hub, and where there."""
+    loaded = asked.get("load_config")
+    how = {**getattr(loaded, "download_kwargs", {}), **(asked.get("adapter_kwargs") or {})}
+    how = {name: how[name] for name in _HUB if how.get(name) is not None}
+    if asked.get("local_files_only"):
+        how["local_files_only"] = True
+    known = getattr(loaded, "pretrained_model_name_or_path", None)
+    return asked.get("peft_model_id") or known, how
+
+
+def _load(model: PreTrainedModel, name: str, asked: Mapping[str, Any]) -> LoadStateDictInfo:
+    """Load a ROSA adapter by PEFT; raises as that does, and if there is one of the name."""
+    if name in (getattr(model, "peft_config", None) or {}):
+        raise UserError(f"Adapter with name {name} already exists. Please use a different name.")
+    trains, config = bool(asked.get("is_trainable")), asked.get("peft_config")
+    state = asked.get("adapter_state_dict")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
+        if state is None:
+            place, how = _source(asked)
+            low = bool(asked.get("low_cpu_mem_usage"))
+            options: Any = {"config": config, "low_cpu_mem_usage": low, **how}
+            PeftModel.from_pretrained(model, str(place), name, trains, **options)
+        else:
+            config.inference_mode = not trains  # type: ignore[union-attr]  # one was given
+            with from_file():
+                inject_adapter_in_model(config, model, name)  # type: ignore[arg-type]
+            named = {key.removeprefix(_PREFIX): value for key, value in state.items()}
+            peft.set_peft_model_state_dict(model, named, name)
+    model._hf_peft_config_loaded = True
+    model.train(model.training and trains)
+    empty: dict[str, Any] = {"error_msgs": [], "conversion_errors": {}}
+    names = [field.name for field in dataclasses.fields(LoadStateDictInfo)]
+    return LoadStateDictInfo(**{each: empty.get(each, set()) for each in names})

@@ -1,0 +1,73 @@
+"""A model is what it was before, where adding one of ROSA's adapters to it fails."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+from weakref import ref
+
+from peft.utils import AuxiliaryTrainingWrapper, TrainableTokensWrapper
+from torch import nn
+
+from rosa.config import RosaConfig
+from rosa.layers.in_model import rosa_layers
+
+
+@contextlib.contextmanager
+def as_before(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """Let a model be what it was before, where adding one of ROSA's adapters to it fails.
+
+    Its modules are those that they were, so are what is trained of them and the other adapters. An
+    adapter that was there before is left alone.
+
+    Args:
+        model: a plain model, or one with adapters.
+        adapter_name: of the new one.
+    """
+    if any(adapter_name in layer.adapters for _, layer in rosa_layers(model)):
+        yield
+        return
+    configured = hasattr(model, "peft_config")
+    # Parameters weakly: whoever holds one shares it, and the adapter would be given a copy.
+    held = {m: (dict(m._modules), _weakly(m._parameters)) for m in model.modules()}
+    trained = [(ref(parameter), parameter.requires_grad) for parameter in model.parameters()]
+    wrappers = [
+        (module, set(module._adapters), module._active_adapter)
+        for module in held
+        if isinstance(module, AuxiliaryTrainingWrapper)
+    ]
+    try:
+        yield
+    except BaseException:
+        ours = [layer for _, layer in rosa_layers(model) if adapter_name in layer.adapters]
+        known: Any = getattr(model, "peft_config", None) or {}
+        if not ours and not isinstance(known.get(adapter_name), RosaConfig):
+            raise
+        for layer in reversed(ours):  # what lies inside first
+            layer.delete_adapter(adapter_name)
+        for wrapper, adapters, active in wrappers:
+            if isinstance(wrapper, TrainableTokensWrapper) and adapter_name not in adapters:
+                wrapper.token_adapter.delete_adapter(adapter_name)
+            wrapper._adapters, wrapper._active_adapter = adapters, active  # type: ignore[assignment]
+        for module, (modules, parameters) in held.items():
+            now = module._parameters
+            there = {n: _found(each, now.get(n)) for n, each in parameters.items()}
+            module.__dict__.update(_modules=modules, _parameters=there)
+        for parameter, was_trained in ((found(), state) for found, state in trained):
+            if parameter is not None:
+                parameter.requires_grad_(was_trained)
+        known.pop(adapter_name, None)
+        if not configured and "peft_config" in vars(model):
+            del model.peft_config
+        raise
+
+
+def _weakly(parameters: Mapping[str, Any]) -> dict[str, ref[Any] | None]:
+    return {name: None if each is None else ref(each) for name, each in parameters.items()}
+
+
+def _found(known: ref[Any] | None, now: Any) -> Any:
+    """The parameter that was there; the one that is, if that is no more."""
+    before = None if known is None else known()
+    return now if known is not None and before is None else before
