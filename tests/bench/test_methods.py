@@ -214,6 +214,23 @@ def test_what_only_rosa_has_is_refused_of_others(given):
         settings_of("dora", set=(given,))
 
 
+def test_settings_that_contradict_each_other_or_mean_nothing_are_refused():
+    assert settings_of("rosa", set=("trained=B",)) == settings_of("rosa", trained="B")
+    assert settings_of("rosa", trained="B", set=("trained=B",)).trained == "B"
+    with pytest.raises(UserError, match="--set trained=A and trained B contradict each other"):
+        settings_of("rosa", trained="B", set=("trained=A",))
+    for method in ("full", "head", "targets"):
+        with pytest.raises(UserError, match=f"{method} has no alpha"):
+            settings_of(method, alpha=4.0)
+
+
+@pytest.mark.parametrize("given", ["trained=B", "directions=svd", "first_draw=3"])
+def test_relora_has_rosas_schedule_and_nothing_else_of_it(given):
+    assert settings_of("relora", set=("resample_every=3",)).resample_every == "3"
+    with pytest.raises(UserError, match="means nothing to method relora"):
+        settings_of("relora", set=(given,))
+
+
 def test_an_optimizer_without_weight_decay_says_so(monkeypatch):
     monkeypatch.setattr(methods, "find_spec", lambda name: name)
     for method in OPTIMIZERS:

@@ -88,6 +88,25 @@ def test_batches_of_like_length_are_the_same_when_resumed_within_an_epoch(folder
     assert not crash.differences(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.parametrize("lr", [0.01, 0.3])  # the last epoch is the best, and is not
+def test_stopped_at_an_epochs_end_it_has_evaluated_it(folder, tmp_path, lr):
+    def command(name: str, *more: str) -> list[Any]:
+        files = ["--model", folder / "base", "--train", folder / "reviews.csv"]
+        how = ["--epochs", 2.5, "--batch-size", 24, "--lr", lr, "--rank", 2]
+        return ["train", *files, *how, "--output", tmp_path / name, *more]
+
+    assert crash.run(command("whole")) == 0
+    epochs = told(tmp_path / "whole")["epochs"]
+    assert len(epochs) == 3
+    for row in epochs:
+        out = f"stopped-{row['step']}"
+        sabotage = Sabotage(PLACES[0][0], row["step"], BEFORE, signal.SIGTERM)
+        assert crash.run(command(out), sabotage) == TERMINATED
+        assert crash.run(command(out, "--resume")) == 0
+        assert told(tmp_path / out) == told(tmp_path / "whole")
+        assert not crash.differences(tmp_path / out, tmp_path / "whole")
+
+
 @pytest.mark.parametrize("more", [[], ["--packing"]])
 def test_runs_of_chats_survive_too(tmp_path, more):
     pytest.importorskip("trl")

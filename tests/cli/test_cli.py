@@ -92,6 +92,61 @@ def test_a_run_of_each_method(basics, encoder, tmp_path, method, capsys, monkeyp
     assert (place / "tokenizer.json").exists()
 
 
+def evaluated(capsys, folder: Path, validation: Path) -> tuple[float, float]:
+    """The loss and the accuracy that are printed."""
+    capsys.readouterr()
+    run("evaluate", folder, "--validation", validation)
+    printed = capsys.readouterr().out
+    assert "time" not in printed
+    loss, accuracy = re.findall(r"(?:eval_loss|accuracy) +│ ([0-9.]+)", printed)
+    return float(loss), float(accuracy)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_was_trained_is_what_is_loaded(basics, tmp_path, capsys, method, precision):
+    needs_packages(method)
+    out, data = tmp_path / "run", basics[3]
+    how = ["--validation", data, "--precision", precision, "--output", out, "--lr", 0.05]
+    run("train", *basics, *quick(method), *how)
+    metrics = json.loads((out / "metrics.json").read_text())
+    expected = metrics["eval_loss"], metrics["accuracy"]
+    rounding = 2e-4 if precision == "fp32" else 2e-2
+    # AdaLoRA adds to its loss what depends on the ranks that it had.
+    compared = slice(1, 2) if method == "adalora" else slice(2)
+    found = evaluated(capsys, out, data)
+    assert found[compared] == pytest.approx(expected[compared], abs=rounding)
+    if METHODS[method].config is None:
+        return
+    merged = ["export", out, "--to", "merged", "--output", tmp_path / "merged"]
+    if method in ("prompt", "ptuning", "prefix"):
+        assert "a trained prompt, which changes no weight" in fails(capsys, *merged)
+    elif precision == "fp32":
+        run(*merged)
+        found = evaluated(capsys, tmp_path / "merged", data)
+        assert found[compared] == pytest.approx(expected[compared], abs=rounding)
+
+
+@pytest.mark.parametrize("method", ["lora_ga", "adalora", "ptuning"])
+def test_what_cannot_be_gone_on_with_is_refused(basics, tmp_path, capsys, method):
+    out = tmp_path / "run"
+    how = [*basics, *quick(method), "--output", out]
+    run("train", *how)
+    (out / "metrics.json").unlink()
+    checkpoint = next(out.glob("checkpoints/*"))
+    if method == "lora_ga":
+        run("train", *how, "--resume")
+        (out / "metrics.json").unlink()
+        other = [*how, "--resume", "--batch-size", 4, "--gradient-accumulation", 2]
+        assert "holds a run with other settings" in fails(capsys, "train", *other)
+        message = fails(capsys, "evaluate", checkpoint, "--validation", basics[3])
+        assert "fits the base that its training changed" in message
+    else:
+        message = fails(capsys, "train", *how, "--resume")
+        assert f"{method} cannot be resumed" in message
+        evaluated(capsys, checkpoint, basics[3])
+
+
 def test_the_same_seed_gives_the_same_run(basics, tmp_path):
     records = []
     for name in ("one", "two"):

@@ -282,7 +282,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, data, checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("every", "draws"), [(5, {10, 15}), ("auto", {12, 15, 18}), ("never", set())]
+    ("every", "draws"), [(5, {10, 15}), (7.0, set()), ("auto", {12, 15, 18}), ("never", set())]
 )
 def test_another_schedule_is_taken_from_a_checkpoint_on_and_said(
     tmp_path, data, every, draws, monkeypatch

@@ -72,6 +72,11 @@ def export_folder(
     trained, tokenizer = runs.load_trained(folder, model, whole=True)
     if not isinstance(trained, PeftModel):
         raise _no_adapter(folder)
+    if trained.active_peft_config.is_prompt_learning:
+        raise UserError(
+            f"{folder} holds a trained prompt, which changes no weight: there is nothing to merge "
+            "or to export. Use it by PEFT, as it is"
+        )
     errors: dict[str, float] = {}
     expected, half = _logits(trained), trained.dtype in (torch.float16, torch.bfloat16)
     with staged(output) as place:

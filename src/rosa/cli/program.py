@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 from rich.console import Console
 
@@ -39,7 +42,9 @@ def main() -> None:
         with processes.cleaning_up():
             app()
     except SystemExit as stop:
-        interrupt = _interrupt_of(stop)
+        if (lost := _cause(stop, is_of_another_process)) is not None:  # and it was told to end
+            _complain(f"error: {_lost(lost)}")
+        interrupt: Any = _cause(stop, lambda error: isinstance(error, KeyboardInterrupt))
         if interrupt is None:
             raise
         saved = (
@@ -49,7 +54,9 @@ def main() -> None:
         _complain(str(interrupt) or saved)
         sys.exit(getattr(interrupt, "code", 130))
     except Exception as error:
-        if not processes.is_first():
+        if is_of_another_process(error):  # torchrun asks all to end then, who would say nothing
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        elif not processes.is_first():
             time.sleep(GRACE)
         mistake = _mistake(error)
         if mistake is None or debug:
@@ -79,10 +86,7 @@ def _mistake(error: Exception) -> str | None:
             "goes on from a training's last checkpoint"
         )
     if is_of_another_process(error):
-        return (
-            "another process of this training has ended, or does not answer: what it said itself "
-            f"tells why ({_first_line(error)}). --resume goes on from the last checkpoint"
-        )
+        return _lost(error)
     if isinstance(error, ImportError):
         if (error.name or "").partition(".")[0] == "rosa":
             return None
@@ -92,14 +96,21 @@ def _mistake(error: Exception) -> str | None:
     return str(error) if isinstance(error, (UserError, OSError)) else None
 
 
-def _first_line(error: Exception) -> str:
+def _lost(error: BaseException) -> str:
+    return (
+        "another process of this training has ended, or does not answer: what it said itself "
+        f"tells why ({_first_line(error)}). --resume goes on from the last checkpoint"
+    )
+
+
+def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _interrupt_of(stop: SystemExit) -> KeyboardInterrupt | None:
-    """The interrupt for which typer stopped the program, if it was one."""
-    cause: BaseException | None = stop
-    while cause is not None and not isinstance(cause, KeyboardInterrupt):
+def _cause(error: BaseException, is_it: Callable[[BaseException], bool]) -> BaseException | None:
+    """The error that this one came of, itself or further back; None if there is no such one."""
+    cause: BaseException | None = error
+    while cause is not None and not is_it(cause):
         cause = cause.__cause__ or cause.__context__
     return cause
 

@@ -129,7 +129,8 @@ class RosaCallback(TrainerCallback, ExportableState):
         how, before = self._before(state)
         trained = self._trained()
         now = self.state()["args"]
-        changed = [name for name in now if how.get(name, now[name]) != now[name]]
+        # 3 steps are not 3.0 epochs.
+        changed = [n for n, value in now.items() if repr(how.get(n, value)) != repr(value)]
         if changed:
             there, here = (", ".join(f"{n}={d[n]!r}" for n in changed) for d in (how, now))
             warnings.warn(

@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 RESAMPLED = ("rosa", "relora")
 """The methods whose subspaces are drawn anew while they train."""
 OF_ROSA = ("directions", "trained", "resample_every", "moments", "first_draw")
+OF_RELORA = ("resample_every", "moments")
 """Settings that mean something to those alone."""
+NOT_RESUMED = {
+    "adalora": "its ranks change as it trains, and PEFT loads it with those that it began with",
+    "ptuning": "PEFT saves what its prompt encoder gives, and not the encoder",
+}
+"""Methods of PEFT's whose training cannot be gone on with, and why."""
 
 
 def check(settings: RunSettings) -> RunSettings:
@@ -36,6 +42,8 @@ def check(settings: RunSettings) -> RunSettings:
         check_rank("rank", settings.rank)
     elif settings.rank is not None:
         raise UserError(f"method {settings.method} has no rank: leave --rank out")
+    if settings.alpha is not None and method.config is None:
+        raise UserError(f"method {settings.method} has no alpha: leave --alpha out")
     settings = replace(settings, lr=method.lr if settings.lr is None else settings.lr)
     for name in ("lr", "beta", "epochs", "batch_size", "eval_batch_size", "gradient_accumulation"):
         value = getattr(settings, name)
@@ -106,13 +114,17 @@ def _with_options(settings: RunSettings) -> RunSettings:
             rest.append(text)
         else:
             check_meant(settings.method, name, f"--set {text}")
-            settings = replace(settings, **{name: convert(f"--set {text}", value, kinds[name])})
+            found, before = convert(f"--set {text}", value, kinds[name]), getattr(settings, name)
+            if before not in (found, getattr(RunSettings, name)):
+                raise UserError(f"--set {text} and {name} {before} contradict each other: give one")
+            settings = replace(settings, **{name: found})
     return replace(settings, set=tuple(rest))
 
 
 def check_meant(method: str, setting: str, given: str) -> None:
     """Raise UserError if a setting that is given to one method means nothing to it."""
-    if setting in OF_ROSA and method not in RESAMPLED:
+    means = {"rosa": OF_ROSA, "relora": OF_RELORA}.get(method, ())
+    if setting in OF_ROSA and setting not in means:
         raise UserError(
             f"{given}: {setting} is ROSA's, and means nothing to method {method}: leave it out"
         )

@@ -109,8 +109,9 @@ def check_output(output: Path, settings: dict[str, Any], resume: bool, overwrite
     if before and resume:
         before = {**DEFAULTS, **before}  # it may be of a version that had fewer settings
         there, here = (_rows_of_a_step(each) for each in ({**settings, **before}, settings))
-        in_parts = settings.get("zero") is not None  # whose files are each process's own
-        free = ("output", "versions", *(_SPLIT if there == here and not in_parts else ()))
+        # ZeRO's files are each process's own; LoRA-GA's base is changed by what the split rounds.
+        is_bound = settings.get("zero") is not None or settings.get("method") == "lora_ga"
+        free = ("output", "versions", *(_SPLIT if there == here and not is_bound else ()))
         differ = [
             f"{name} ({before[name]} there, {value} here)"
             for name, value in settings.items()
@@ -275,6 +276,8 @@ def load_trained(
         plain = load_base(place, model, whole)
         with fitting(place, plain):
             trained = PeftModel.from_pretrained(plain, str(place))
+        if trained.peft_type == "ADALORA":  # which it asks for with every loss, trained or not
+            trained.base_model.trainable_adapter_name = trained.active_adapter  # type: ignore[union-attr]
     elif (place / "config.json").is_file():
         architecture = (read_json(place / "config.json").get("architectures") or [""])[0]
         decoder = architecture.endswith(("ForCausalLM", "LMHeadModel"))
@@ -343,6 +346,11 @@ def load_base(place: Path, model: str | None = None, whole: bool = False) -> Pre
     base = model or config.base_model_name_or_path
     if base is None:
         raise UserError(f"{place} does not name its base model: give --model")
+    if getattr(config, "init_lora_weights", None) == "lora_ga":
+        raise UserError(
+            f"{place} is a checkpoint of LoRA-GA, which fits the base that its training changed, "
+            "and no other: finish the run by --resume, and take its adapter"
+        )
     if config.task_type not in (None, "CAUSAL_LM", "SEQ_CLS"):
         raise _other_task(place, str(getattr(config.task_type, "value", config.task_type)))
     check_model(base)

@@ -7,13 +7,25 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+from safetensors.torch import load_file, save_file
 
 from rosa.bench.processes import is_first
 from rosa.bench.setup.methods import find_method
 from rosa.bench.setup.settings import RunSettings
 from rosa.bench.storage import runs
 from rosa.bench.tasks.task import Task
+
+_BEGINNING = "rosa_beginning"
+
+
+def keep_beginning(model: Any) -> None:
+    """Keep the factors that LoRA-GA begins with, which it has taken out of the base's weights."""
+    folder = TemporaryDirectory()
+    model.save_pretrained(folder.name)
+    setattr(model, _BEGINNING, folder)
 
 
 def save_trained(
@@ -27,8 +39,12 @@ def save_trained(
 
     adapted = find_method(settings.method).config is not None
     place = settings.output / (runs.ADAPTER if adapted else runs.MODEL)
+    beginning = getattr(model, _BEGINNING, None)
     with _at_hand(p for p in model.parameters() if p.requires_grad or not adapted):
-        model.save_pretrained(str(place), is_main_process=is_first())
+        if beginning is None:
+            model.save_pretrained(str(place), is_main_process=is_first())
+        elif is_first():
+            _save_without(beginning.name, model, place)
     if not is_first():
         return place
     if adapted:
@@ -58,6 +74,20 @@ def save_trained(
     )
     ModelCard(text).save(place / "README.md")
     return place
+
+
+def _save_without(beginning: str, model: Any, place: Path) -> None:
+    """Save LoRA-GA's adapter less what it began with, as one of the base that it was given.
+
+    PEFT leaves the head out then.
+    """
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(model)
+    model.save_pretrained(str(place), path_initial_model_for_weight_conversion=beginning)
+    file = place / "adapter_model.safetensors"
+    head = {key: value.contiguous() for key, value in state.items() if ".lora_" not in key}
+    save_file({**head, **load_file(file)}, file, metadata={"format": "pt"})
 
 
 def _at_hand(parameters: Iterable[Any]) -> AbstractContextManager[Any]:

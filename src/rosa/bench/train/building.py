@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rosa.bench.setup.methods import configure, find_method
 from rosa.bench.setup.quantizing import quantization, quantize, quantized
 from rosa.bench.setup.settings import RunSettings, in_bf16
+from rosa.bench.storage.saving import keep_beginning
 from rosa.bench.tasks.task import Task
 from rosa.errors import UserError, blame
 
@@ -112,10 +113,13 @@ def adapt(
         f"{settings.method} cannot be put into {type(model).__name__}", ValueError, TypeError
     ):
         try:
-            return get_peft_model(model, config), recorder
+            adapted = get_peft_model(model, config)
         except NoMatchingPeftModuleError as error:  # ROSA raises it too, as every method of PEFT
             names = " ".join(settings.target_modules)
             raise UserError(f"--target-modules {names}: {error}") from error
+    if settings.method == "lora_ga":
+        keep_beginning(adapted)
+    return adapted, recorder
 
 
 def target_weights(settings: RunSettings, model: nn.Module, task_type: str | None) -> list[str]:

@@ -50,6 +50,7 @@ def evaluate(
     how = {
         "max_length": max_length or before.get("max_length") or usual_length(data.validation),
         "loss_on": before.get("loss_on", RunSettings.loss_on),
+        "precision": before.get("precision", RunSettings.precision),
     }
     if task.is_chat:
         give_template(tokenizer, None, how["loss_on"])
@@ -111,7 +112,8 @@ def measure(settings: RunSettings, trainer: Any, ready: Ready) -> dict[str, floa
             tested = trainer.evaluate(rows[part], metric_key_prefix=part)
             metrics[f"{part}_loss"] = tested[f"{part}_loss"]
     else:
-        known = ("eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+        names = ("loss", "runtime", "samples_per_second", "steps_per_second")
+        known = [f"eval_{name}" for name in (*names, "model_preparation_time")]
         metrics.update(
             {k.removeprefix("eval_"): v for k, v in found.items() if k not in (*known, "epoch")}
         )

@@ -116,6 +116,7 @@ class SurvivingTrainer(MeanTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._stopper: Stopper | None = None
+        self._ended = 0  # the last step so far that ended an epoch
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's."""
@@ -135,8 +136,15 @@ class SurvivingTrainer(MeanTrainer):
         return sampler
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's, at each step's end; then a checkpoint is whole, and older ones go."""
-        stopping = self._is_to_stop()
+        """As the Trainer's, at each step's end; then a checkpoint is whole, and older ones go.
+
+        At the end of an epoch it is called once more, to evaluate: only then may it stop.
+        """
+        step, last = self.state.global_step, self.state.max_steps
+        is_over = self._ended == step
+        if float(self.state.epoch or 0).is_integer() or step >= last:
+            self._ended = step
+        stopping = self._is_to_stop() if is_over or self._ended != step else None
         self.control.should_save |= stopping is not None
         saves = self.control.should_save
         with _or_give_up(self._checkpoint):

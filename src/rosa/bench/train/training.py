@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from rosa.bench.processes import is_first, join, peak_memory_mib, say
-from rosa.bench.setup.checking import check
+from rosa.bench.setup.checking import NOT_RESUMED, check
 from rosa.bench.setup.settings import RunSettings
 from rosa.bench.setup.zero import zero_config
 from rosa.bench.storage import runs
@@ -26,7 +26,7 @@ from rosa.bench.train.evaluating import measure
 from rosa.bench.train.preparing import prepare
 from rosa.bench.train.surviving import Clock
 from rosa.bench.train.trainer import build_trainer
-from rosa.errors import blame
+from rosa.errors import UserError, blame
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -62,6 +62,11 @@ def train(
     from accelerate.utils import broadcast_object_list
 
     settings = check(settings)
+    if resume and settings.method in NOT_RESUMED:
+        raise UserError(
+            f"{settings.method} cannot be resumed: {NOT_RESUMED[settings.method]}. --overwrite "
+            "starts again"
+        )
     runs.check_model(settings.model)
     state = join()
     spread = {"processes": state.num_processes, "zero": zero_config(settings)}
