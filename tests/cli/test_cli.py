@@ -25,8 +25,10 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from rosa.bench.grid.cell import MODELS
 from rosa.bench.setup.checking import RESAMPLED
 from rosa.bench.setup.methods import METHODS
+from rosa.bench.setup.settings import RunSettings
 from tests.helpers import fails, review, run, write_csv
 from tests.models import WORDS, needs_packages, save_with_tokenizer, tiny_bert, tiny_gpt2
 
@@ -145,6 +147,11 @@ def test_what_cannot_be_gone_on_with_is_refused(basics, tmp_path, capsys, method
         message = fails(capsys, "train", *how, "--resume")
         assert f"{method} cannot be resumed" in message
         evaluated(capsys, checkpoint, basics[3])
+        # In a comparison it begins again.
+        settings = RunSettings(
+            model=str(basics[1]), output=out, train=basics[3], epochs=1, method=method
+        )
+        assert MODELS.train(settings, method, lambda share: None).epochs == 1
 
 
 def test_the_same_seed_gives_the_same_run(basics, tmp_path):

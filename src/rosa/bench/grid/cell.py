@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from rosa.bench.setup.checking import NOT_RESUMED
 from rosa.bench.setup.settings import RunSettings
 from rosa.bench.storage import runs
 from rosa.bench.storage.record import Record
@@ -35,7 +36,9 @@ def _by_trainer(settings: RunSettings, variant: str, told: Told) -> Record:
             told(state.global_step / state.max_steps)
 
     begun = bool(runs.settings_of(settings.output))
-    record = train(settings, resume=begun, variant=variant, callbacks=[Share()])
+    again = begun and settings.method in NOT_RESUMED
+    how = {"resume": begun and not again, "overwrite": again}
+    record = train(settings, variant=variant, callbacks=[Share()], **how)
     shutil.rmtree(settings.output / runs.CHECKPOINTS, ignore_errors=True)  # the run is finished
     return record
 
