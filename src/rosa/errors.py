@@ -92,13 +92,16 @@ def is_disk_full(error: BaseException) -> bool:
     )
 
 
+_PEER_GONE = (
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket Timeout"),
+    *("Timed out waiting", "remote process exited", "communicator was aborted"),
+)
+"""What gloo and NCCL say where the process at the other end is no more, or does not answer."""
+
+
 def is_of_another_process(error: BaseException) -> bool:
     """Whether a process of the same training has ended, or does not answer."""
-    import torch
-
-    if isinstance(error, torch.distributed.DistError):
-        return True
-    return isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _PEER_GONE)
 
 
 def _by_a_reader(error: BaseException) -> bool:

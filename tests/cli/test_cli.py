@@ -146,6 +146,8 @@ def test_what_cannot_be_gone_on_with_is_refused(basics, tmp_path, capsys, method
     else:
         message = fails(capsys, "train", *how, "--resume")
         assert f"{method} cannot be resumed" in message
+        run("train", *how[:-1], tmp_path / "new", "--resume")  # nothing there: it begins
+        run("train", *how[:-1], tmp_path / "new", "--resume")  # finished
         evaluated(capsys, checkpoint, basics[3])
         # In a comparison it begins again.
         settings = RunSettings(
@@ -296,7 +298,7 @@ def test_evaluating_a_run_and_its_exports_gives_its_metrics(basics, tmp_path, ca
 @pytest.mark.parametrize("method", ["rosa", "lora", "full"])
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])
 def test_a_checkpoint_is_evaluated_and_exported_as_a_run_is(
-    encoder, decoder, tmp_path, capsys, kind, method
+    encoder, decoder, tmp_path, capsys, kind, method, monkeypatch
 ):
     train, out = write_csv(tmp_path / "t.csv"), tmp_path / "run"
     if kind == "decoder":
@@ -318,6 +320,11 @@ def test_a_checkpoint_is_evaluated_and_exported_as_a_run_is(
             run("evaluate", form, "--validation", train, "--max-length", 10)
             found = re.search(r"eval_loss +│ ([0-9.]+)", capsys.readouterr().out)
             assert float(found[1]) == pytest.approx(row["eval_loss"], abs=2e-4)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run("evaluate", Path("..", "run", "checkpoints", folder.name), "--validation", train)
+    printed = re.search(r"eval_loss +│ ([0-9.]+)", capsys.readouterr().out)
+    assert float(printed[1]) == pytest.approx(row["eval_loss"], abs=2e-4)  # of as short texts
     assert "or name one of its checkpoints" in fails(capsys, "evaluate", out, "--validation", train)
 
 

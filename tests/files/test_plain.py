@@ -130,6 +130,27 @@ def test_a_state_dict_and_its_config_are_loaded(tmp_path):
         close(logits(plain), logits(model))
 
 
+def test_its_arguments_are_transformers(tmp_path):
+    base = tiny_gpt2()
+    model = learned(base)
+    model.save_pretrained(str(tmp_path / "within"))
+    base.transformer.h[0].eval()
+    state = load_peft_weights(str(tmp_path / "within"), "cpu")
+    for name, how in (
+        ("folder", {"adapter_kwargs": {"subfolder": "within"}}),
+        ("state", {"adapter_kwargs": {"subfolder": "within"}, "adapter_state_dict": state}),
+    ):
+        base.load_adapter(str(tmp_path), name, is_trainable=True, local_files_only=True, **how)
+    assert base.training
+    assert not base.transformer.h[0].training
+    for name in ("folder", "state"):
+        base.set_adapter(name)
+        close(logits(copy.deepcopy(base).eval()), logits(model))
+    with pytest.raises(TypeError, match="revision"):
+        base.load_adapter(str(tmp_path / "within"), "third", revision="v2")
+    assert "third" not in base.peft_config
+
+
 @pytest.mark.parametrize("fault", ["weights", "config", "tensor", "other base", "name", "hotswap"])
 def test_where_it_fails_the_model_is_as_it_was(tmp_path, fault):
     base = tiny_gpt2().eval()

@@ -54,7 +54,9 @@ def main() -> None:
         _complain(str(interrupt) or saved)
         sys.exit(getattr(interrupt, "code", 130))
     except Exception as error:
-        if is_of_another_process(error):  # torchrun asks all to end then, who would say nothing
+        if _cause(
+            error, is_of_another_process
+        ):  # torchrun asks all to end then, who would say nothing
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         elif not processes.is_first():
             time.sleep(GRACE)
@@ -85,8 +87,8 @@ def _mistake(error: Exception) -> str | None:
             f"({_first_line(error)}): make room. What was whole before still is, and --resume "
             "goes on from a training's last checkpoint"
         )
-    if is_of_another_process(error):
-        return _lost(error)
+    if (lost := _cause(error, is_of_another_process)) is not None:
+        return _lost(lost)
     if isinstance(error, ImportError):
         if (error.name or "").partition(".")[0] == "rosa":
             return None

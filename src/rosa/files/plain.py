@@ -1,7 +1,7 @@
 """A ROSA adapter on a plain transformers model: its own `load_adapter`, and `from_pretrained`.
 
-Transformers places tensors by the names of parameters, which an offset is none of. So PEFT loads a
-ROSA adapter there as well: into the model itself, which stays of its own class.
+Transformers places tensors by the names of parameters, which an offset is none of. So a ROSA
+adapter is loaded there as PEFT does it: into the model itself, which stays of its own class.
 """
 
 from __future__ import annotations
@@ -16,22 +16,26 @@ from pathlib import Path
 from typing import Any
 
 import peft
-from peft import PeftModel, inject_adapter_in_model
+from peft import PeftConfig, inject_adapter_in_model
+from peft.utils import load_peft_weights
 from transformers import PreTrainedModel
+from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.loading_report import LoadStateDictInfo
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from rosa.config import RosaConfig
 from rosa.errors import UserError
-from rosa.files.checking import check_config
+from rosa.files.checking import check_config, check_weights
 from rosa.files.restoring import as_before
 from rosa.layers.drawing import from_file
 from rosa.registration import ROSA
 
 _PREFIX = "base_model.model."
 """Of the names in an adapter's file; a plain model has none."""
-_HUB = ("subfolder", "revision", "cache_dir", "force_download", "proxies", "token")
+_HUB = ("subfolder", "revision", "cache_dir", "force_download", "token", "local_files_only")
 """What says where on the hub an adapter is."""
+_OPTIONS = {field.name for field in dataclasses.fields(LoadStateDictConfig)}
+"""What transformers' `load_adapter` takes by its `**kwargs`."""
 
 
 def guarded_plain(load: Any) -> Any:
@@ -41,13 +45,15 @@ def guarded_plain(load: Any) -> Any:
     @functools.wraps(load)
     def load_adapter(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         asked = signature.bind(self, *args, **kwargs).arguments
-        asked |= asked.pop("kwargs", {})
+        more = asked.pop("kwargs", {})
         name = asked.get("adapter_name") or "default"
         before = self._hf_peft_config_loaded
         try:
             with as_before(self, name):
-                if _is_rosa(asked):
-                    return _load(self, name, asked)
+                if _is_rosa({**more, **asked}):
+                    if unknown := more.keys() - _OPTIONS:
+                        raise TypeError(f"load_adapter has no argument {', '.join(unknown)}")
+                    return _load(self, name, {**more, **asked})
                 return load(self, *args, **kwargs)
         except BaseException:
             self._hf_peft_config_loaded = before
@@ -71,9 +77,13 @@ def _is_rosa(asked: Mapping[str, Any]) -> bool:
 
 
 def _source(asked: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
-    """A folder or a name on the hub, and where there."""
+    """A folder or a name on the hub, and where there.."""
     loaded = asked.get("load_config")
-    how = {**getattr(loaded, "download_kwargs", {}), **(asked.get("adapter_kwargs") or {})}
+    how = {
+        **getattr(loaded, "download_kwargs", {}),
+        **asked.get("download_kwargs", {}),
+        **(asked.get("adapter_kwargs") or {}),
+    }
     how = {name: how[name] for name in _HUB if how.get(name) is not None}
     if asked.get("local_files_only"):
         how["local_files_only"] = True
@@ -82,26 +92,30 @@ def _source(asked: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
 
 
 def _load(model: PreTrainedModel, name: str, asked: Mapping[str, Any]) -> LoadStateDictInfo:
-    """Load a ROSA adapter by PEFT; raises as that does, and if there is one of the name."""
+    """Load a ROSA adapter as PEFT does; raises as that does, and if there is one of the name."""
     if name in (getattr(model, "peft_config", None) or {}):
         raise UserError(f"Adapter with name {name} already exists. Please use a different name.")
-    trains, config = bool(asked.get("is_trainable")), asked.get("peft_config")
+    (place, how), config = _source(asked), asked.get("peft_config")
+    trains, low = (bool(asked.get(each)) for each in ("is_trainable", "low_cpu_mem_usage"))
     state = asked.get("adapter_state_dict")
-    with warnings.catch_warnings():
+    if config is None:
+        config = PeftConfig.from_pretrained(str(place), **how)
+    if state is None:
+        check_weights(str(place), how)
+        state = load_peft_weights(str(place), "cpu", **how)
+    config.inference_mode = not trains
+    before = set(model.modules())
+    with from_file(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
-        if state is None:
-            place, how = _source(asked)
-            low = bool(asked.get("low_cpu_mem_usage"))
-            options: Any = {"config": config, "low_cpu_mem_usage": low, **how}
-            PeftModel.from_pretrained(model, str(place), name, trains, **options)
-        else:
-            config.inference_mode = not trains  # type: ignore[union-attr]  # one was given
-            with from_file():
-                inject_adapter_in_model(config, model, name)  # type: ignore[arg-type]
-            named = {key.removeprefix(_PREFIX): value for key, value in state.items()}
-            peft.set_peft_model_state_dict(model, named, name)
+        inject_adapter_in_model(config, model, name, low_cpu_mem_usage=low)
+        named = {key.removeprefix(_PREFIX): value for key, value in state.items()}
+        peft.set_peft_model_state_dict(model, named, name, low_cpu_mem_usage=low)
     model._hf_peft_config_loaded = True
-    model.train(model.training and trains)
+    if not trains:
+        model.eval()
+    else:  # what is new is as what it was put into
+        for module in set(model.modules()) - before:
+            module.training = model.training
     empty: dict[str, Any] = {"error_msgs": [], "conversion_errors": {}}
     names = [field.name for field in dataclasses.fields(LoadStateDictInfo)]
     return LoadStateDictInfo(**{each: empty.get(each, set()) for each in names})

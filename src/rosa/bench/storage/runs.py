@@ -88,8 +88,11 @@ def settings_of(folder: Path) -> dict[str, Any]:
 
 def run_of(place: Path) -> dict[str, Any]:
     """The settings of the run whose folder this is, or is in: its adapter's, or a checkpoint's."""
-    above = (place, *place.absolute().parents[:2])
-    return next((found for found in map(settings_of, above) if found), {})
+    found = settings_of(place)
+    for folder in place.resolve().parents[:2]:
+        with suppress(UserError):  # others have files of that name
+            found = found or settings_of(folder)
+    return found
 
 
 def check_output(output: Path, settings: dict[str, Any], resume: bool, overwrite: bool) -> None:
@@ -118,6 +121,7 @@ def check_output(output: Path, settings: dict[str, Any], resume: bool, overwrite
             if name not in free and before.get(name, value) != value
         ]
         if differ:
+            bound = " How a step's rows are split is a part of them here." if is_bound else ""
             split = (
                 ""
                 if there == here
@@ -127,8 +131,8 @@ def check_output(output: Path, settings: dict[str, Any], resume: bool, overwrite
                 )
             )
             raise UserError(
-                f"{output} holds a run with other settings: {'; '.join(differ)}.{split} Give the "
-                "same settings to resume it, or --overwrite to start again"
+                f"{output} holds a run with other settings: {'; '.join(differ)}.{split}{bound} "
+                "Give the same settings to resume it, or --overwrite to start again"
             )
     elif before and not overwrite:
         raise UserError(
@@ -346,10 +350,11 @@ def load_base(place: Path, model: str | None = None, whole: bool = False) -> Pre
     base = model or config.base_model_name_or_path
     if base is None:
         raise UserError(f"{place} does not name its base model: give --model")
-    if getattr(config, "init_lora_weights", None) == "lora_ga":
+    if getattr(config, "init_lora_weights", None) == "lora_ga" and model is None:
         raise UserError(
-            f"{place} is a checkpoint of LoRA-GA, which fits the base that its training changed, "
-            "and no other: finish the run by --resume, and take its adapter"
+            f"{place} is of LoRA-GA, without what it began with: it fits the base that its "
+            "training changed, and no other. Of a checkpoint, finish the run by --resume and take "
+            "its adapter; else train it again, or give the changed base by --model"
         )
     if config.task_type not in (None, "CAUSAL_LM", "SEQ_CLS"):
         raise _other_task(place, str(getattr(config.task_type, "value", config.task_type)))

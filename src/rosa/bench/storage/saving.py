@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from rosa.bench.processes import is_first
@@ -18,7 +19,7 @@ from rosa.bench.setup.settings import RunSettings
 from rosa.bench.storage import runs
 from rosa.bench.tasks.task import Task
 
-_BEGINNING = "rosa_beginning"
+_BEGINNING, WEIGHTS = "rosa_beginning", "adapter_model.safetensors"
 
 
 def keep_beginning(model: Any) -> None:
@@ -39,14 +40,12 @@ def save_trained(
 
     adapted = find_method(settings.method).config is not None
     place = settings.output / (runs.ADAPTER if adapted else runs.MODEL)
-    beginning = getattr(model, _BEGINNING, None)
     with _at_hand(p for p in model.parameters() if p.requires_grad or not adapted):
-        if beginning is None:
-            model.save_pretrained(str(place), is_main_process=is_first())
-        elif is_first():
-            _save_without(beginning.name, model, place)
+        model.save_pretrained(str(place), is_main_process=is_first())
     if not is_first():
         return place
+    if (beginning := getattr(model, _BEGINNING, None)) is not None:
+        _as_of_the_base(beginning.name, place)
     if adapted:
         runs.save_config(model.config, place)
     tokenizer.save_pretrained(str(place))
@@ -76,18 +75,23 @@ def save_trained(
     return place
 
 
-def _save_without(beginning: str, model: Any, place: Path) -> None:
-    """Save LoRA-GA's adapter less what it began with, as one of the base that it was given.
+def _as_of_the_base(beginning: str, place: Path) -> None:
+    """Make LoRA-GA's saved adapter one of the base that it was given, to that base's rounding.
 
-    PEFT leaves the head out then.
+    Its product less the one that it began with, which is none of the base's any more: factors of
+    twice the rank. PEFT's own conversion leaves the head out.
     """
-    from peft import get_peft_model_state_dict
-
-    state = get_peft_model_state_dict(model)
-    model.save_pretrained(str(place), path_initial_model_for_weight_conversion=beginning)
-    file = place / "adapter_model.safetensors"
-    head = {key: value.contiguous() for key, value in state.items() if ".lora_" not in key}
-    save_file({**head, **load_file(file)}, file, metadata={"format": "pt"})
+    first, file = load_file(Path(beginning, WEIGHTS)), place / WEIGHTS
+    state = load_file(file)
+    for name, side in ((".lora_A.", 0), (".lora_B.", 1)):
+        for key in [key for key in state if name in key]:
+            state[key] = torch.cat([state[key], first[key] * (1 - 2 * side)], dim=side)
+    save_file(state, file, metadata={"format": "pt"})
+    config = runs.read_json(place / "adapter_config.json")
+    config |= {"init_lora_weights": True, "lora_ga_config": None}
+    scale = 2**0.5 if config.get("use_rslora") else 2  # of alpha over r, or over its root
+    config |= {"r": 2 * config["r"], "lora_alpha": scale * config["lora_alpha"]}
+    runs.write_json(place / "adapter_config.json", config)
 
 
 def _at_hand(parameters: Iterable[Any]) -> AbstractContextManager[Any]:

@@ -117,9 +117,11 @@ class SurvivingTrainer(MeanTrainer):
         super().__init__(*args, **kwargs)
         self._stopper: Stopper | None = None
         self._ended = 0  # the last step so far that ended an epoch
+        self._asked: int | None = None  # the signal to stop, of which all processes know
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's."""
+        self._asked = None
         with Stopper() as self._stopper:
             return super().train(*args, **kwargs)
 
@@ -138,14 +140,16 @@ class SurvivingTrainer(MeanTrainer):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """As the Trainer's, at each step's end; then a checkpoint is whole, and older ones go.
 
-        At the end of an epoch it is called once more, to evaluate: only then may it stop.
+        At the end of an epoch it is called once more, to evaluate: only then it stops.
         """
         step, last = self.state.global_step, self.state.max_steps
-        is_over = self._ended == step
+        self._asked = self._asked or self._is_to_stop()
+        self.control.should_save |= self._asked is not None
+        is_called_again = self._ended == step
         if float(self.state.epoch or 0).is_integer() or step >= last:
             self._ended = step
-        stopping = self._is_to_stop() if is_over or self._ended != step else None
-        self.control.should_save |= stopping is not None
+        waits = self._ended == step and not is_called_again
+        stopping = None if waits else self._asked
         saves = self.control.should_save
         with _or_give_up(self._checkpoint):
             super()._maybe_log_save_evaluate(*args, **kwargs)

@@ -62,11 +62,6 @@ def train(
     from accelerate.utils import broadcast_object_list
 
     settings = check(settings)
-    if resume and settings.method in NOT_RESUMED:
-        raise UserError(
-            f"{settings.method} cannot be resumed: {NOT_RESUMED[settings.method]}. --overwrite "
-            "starts again"
-        )
     runs.check_model(settings.model)
     state = join()
     spread = {"processes": state.num_processes, "zero": zero_config(settings)}
@@ -76,6 +71,11 @@ def train(
     if resume and runs.is_done(settings.output):
         say(f"the run in {settings.output} is finished: nothing to resume")
         return read_record(settings.output)
+    if resume and settings.method in NOT_RESUMED and runs.settings_of(settings.output):
+        raise UserError(
+            f"{settings.method} cannot be resumed: {NOT_RESUMED[settings.method]}. --overwrite "
+            "starts again"
+        )
 
     ready = prepare(settings)
     task, tokenizer, rows = ready.task, ready.tokenizer, ready.rows
