@@ -54,9 +54,8 @@ def main() -> None:
         _complain(str(interrupt) or saved)
         sys.exit(getattr(interrupt, "code", 130))
     except Exception as error:
-        if _cause(
-            error, is_of_another_process
-        ):  # torchrun asks all to end then, who would say nothing
+        if _cause(error, is_of_another_process):
+            # Torchrun asks all others to end then, and they would say nothing.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         elif not processes.is_first():
             time.sleep(GRACE)

@@ -77,7 +77,7 @@ def _is_rosa(asked: Mapping[str, Any]) -> bool:
 
 
 def _source(asked: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
-    """A folder or a name on the hub, and where there.."""
+    """A folder or a name on the hub, and where there."""
     loaded = asked.get("load_config")
     how = {
         **getattr(loaded, "download_kwargs", {}),
