@@ -717,7 +717,7 @@ BUGS = [TypeError, RuntimeError, KeyError, ValueError, AttributeError, IndexErro
     "place",
     [
         "rosa.bench.train.preparing.load_base",
-        "rosa.bench.train.training.tokenize",
+        "rosa.bench.train.preparing.tokenize",
         "rosa.bench.train.building.find_targets",
         "rosa.model.RosaModel._create_and_replace",
         "rosa.bench.train.training.build_trainer",
