@@ -109,7 +109,7 @@ def evaluated(capsys, folder: Path, validation: Path) -> tuple[float, float]:
 def test_what_was_trained_is_what_is_loaded(basics, tmp_path, capsys, method, precision):
     needs_packages(method)
     out, data = tmp_path / "run", basics[3]
-    how = ["--validation", data, "--precision", precision, "--output", out, "--lr", 0.05]
+    how = ["--validation", data, "--precision", precision, "--output", out, "--lr", 0.02]
     run("train", *basics, *quick(method), *how)
     metrics = json.loads((out / "metrics.json").read_text())
     expected = metrics["eval_loss"], metrics["accuracy"]
