@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 
 from rosa.bench.processes import is_first
@@ -19,7 +20,7 @@ from rosa.bench.setup.settings import RunSettings
 from rosa.bench.storage import runs
 from rosa.bench.tasks.task import Task
 
-_BEGINNING, WEIGHTS = "rosa_beginning", "adapter_model.safetensors"
+_BEGINNING = "rosa_beginning"
 
 
 def keep_beginning(model: Any) -> None:
@@ -81,17 +82,17 @@ def _as_of_the_base(beginning: str, place: Path) -> None:
     Its product less the one that it began with, which is none of the base's any more: factors of
     twice the rank. PEFT's own conversion leaves the head out.
     """
-    first, file = load_file(Path(beginning, WEIGHTS)), place / WEIGHTS
-    state = load_file(file)
+    file = place / SAFETENSORS_WEIGHTS_NAME
+    first, state = load_file(Path(beginning, SAFETENSORS_WEIGHTS_NAME)), load_file(file)
     for name, side in ((".lora_A.", 0), (".lora_B.", 1)):
         for key in [key for key in state if name in key]:
             state[key] = torch.cat([state[key], first[key] * (1 - 2 * side)], dim=side)
     save_file(state, file, metadata={"format": "pt"})
-    config = runs.read_json(place / "adapter_config.json")
+    config = runs.read_json(place / CONFIG_NAME)
     config |= {"init_lora_weights": True, "lora_ga_config": None}
     scale = 2**0.5 if config.get("use_rslora") else 2  # of alpha over r, or over its root
     config |= {"r": 2 * config["r"], "lora_alpha": scale * config["lora_alpha"]}
-    runs.write_json(place / "adapter_config.json", config)
+    runs.write_json(place / CONFIG_NAME, config)
 
 
 def _at_hand(parameters: Iterable[Any]) -> AbstractContextManager[Any]:
