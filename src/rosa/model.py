@@ -44,7 +44,7 @@ from rosa.layers.parts import check_not_in_parts
 from rosa.layers.statedict import give_pretrained, is_in_parts
 from rosa.packing import keep_order
 from rosa.pretrained.memory import Owners, make_private, owners_of, tenants, weight_owners
-from rosa.pretrained.sharding import check_unsharded_by_torch, reshard, whole
+from rosa.pretrained.sharding import check_unsharded_by_torch, is_dtensor, reshard, whole
 from rosa.pretrained.zero3 import at_hand
 from rosa.switching import or_as_before
 from rosa.targeting.matching import has_embeddings, is_target, resolve_all_linear
@@ -167,7 +167,8 @@ class RosaModel(BaseTuner):
                     capped.append(f"{target.name} ({r} to {most})")
         owners.clear()  # a weight that it holds seems to be another's
         for target in targets:  # here, since PEFT's loops hold the parameters
-            if not isinstance(target.module, RosaLayer) and not target.kind.is_quantized:
+            own = target.kind.is_quantized or is_dtensor(target.weight)  # memory of its own
+            if not isinstance(target.module, RosaLayer) and not own:
                 make_private(target.base, target.parameter, held)
         if capped:
             warnings.warn(

@@ -13,8 +13,8 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import Replicate, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from rosa import RosaCallback, RosaConfig, resample, watch
@@ -25,7 +25,9 @@ pytestmark = pytest.mark.skipif(
     not distributed.is_available() or not distributed.is_gloo_available(),
     reason="torch was built without gloo",
 )
-CONFIG = RosaConfig(r=2, directions="orthonormal", target_modules=["query", "dense"])
+CONFIG = RosaConfig(
+    r=2, directions="orthonormal", target_modules=["query", "dense", "word_embeddings"]
+)
 
 
 @pytest.fixture
@@ -47,9 +49,17 @@ def shard_layers(model, mesh):
     return model
 
 
-def in_tensor_parallel(model, mesh):
-    for layer in model.get_submodule("bert.encoder.layer"):
-        parallelize_module(layer, mesh, {"attention.self.query": ColwiseParallel()})
+def embeddings_in_tensor_parallel(model, mesh):
+    plan = {"bert.embeddings.word_embeddings": RowwiseParallel(input_layouts=Replicate())}
+    return parallelize_module(model, mesh, plan)
+
+
+def cut_twice(model, mesh):
+    both = init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "tensor"))
+    linear = model.get_submodule("bert.encoder.layer.1.attention.self.query")
+    linear.weight = nn.Parameter(
+        distribute_tensor(linear.weight.detach(), both, [Shard(0), Shard(1)])
+    )
     return model
 
 
@@ -59,7 +69,7 @@ def replicated(model, mesh):
     return model
 
 
-SHARDED = [shard_all, shard_layers, in_tensor_parallel, replicated]
+SHARDED = [shard_all, shard_layers, embeddings_in_tensor_parallel, cut_twice, replicated]
 MESSAGE = "sharded over processes"
 
 

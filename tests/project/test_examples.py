@@ -19,6 +19,7 @@ PRINTED = {
     "fully_sharded": r"loss 5.*loss [1-4].*process 0 holds 100% of the weights",
     "lightning_callback": r"step 20: a new subspace.*loss \d",
     "lora_to_rosa": r"loss on new texts \d.*exported as a LoRA adapter",
+    "tensor_parallel": r"loss 5.*loss [1-4].*process 0 holds 100% of the weights",
     "torch_loop": r"a new subspace.*merged into a plain LlamaForCausalLM; its logits differ by \d",
     "trainer": r"drawn at \[\d+.*accuracy (0\.\d+).*, saved \1",
     "vision": r"the base: 0\.9\d of digits.*adapted: 0\.[6-9].*disabled: 0\.9",

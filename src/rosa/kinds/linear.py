@@ -14,7 +14,9 @@ from rosa.layers.base import RosaLayer
 from rosa.layers.changed import is_patched, with_changed_weight
 from rosa.layers.fused import adapted_linear, can_fuse
 from rosa.layers.plain import guarded, linear_product, plain_sum
+from rosa.layers.tensor_parallel import add_parallel, look_at_all, parallel_product
 from rosa.layers.tracing import is_traced
+from rosa.pretrained.sharding import is_dtensor
 from rosa.pretrained.views import MatrixView
 from rosa.pretrained.weight import SUPPORTED_DTYPES
 
@@ -24,6 +26,7 @@ class RosaLinear(RosaLayer):
 
     adapts = "torch.nn.Linear, transformers' Conv1D"
     runs_in_parts = True
+    runs_in_shards = True
 
     @staticmethod
     def matches(module: nn.Module) -> bool:
@@ -38,6 +41,8 @@ class RosaLinear(RosaLayer):
             return False  # attention reads its weight
         if not isinstance(base, nn.Linear) or not own or base.weight.is_meta:
             return True
+        if is_dtensor(base.weight):
+            return True  # by a forward that takes and gives the shards of tensor parallelism
         if base.weight.dtype not in SUPPORTED_DTYPES or not base.weight.numel():
             return True  # refused for that, by name
         probe = torch.linspace(-1, 1, base.in_features, device=base.weight.device)[None]
@@ -73,6 +78,9 @@ class RosaLinear(RosaLayer):
             if isinstance(dropout, nn.Identity) and can_fuse(self.base_layer, x, a):
                 out = adapted_linear(self.base_layer, x, a, b, one.scaling, one.sketch)
                 return guarded(self, out) if self.base_weight.is_lent else out
+        if active and self.is_in_shards:
+            product, look = partial(parallel_product, self), partial(look_at_all, self)
+            return plain_sum(self, active, product, x, *args, look=look, add=add_parallel, **kwargs)
         if active and is_patched(self.base_layer):
             return with_changed_weight(self, x, *args, **kwargs)
         return plain_sum(self, active, partial(linear_product, self), x, *args, **kwargs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from rosa.algebra import subspace
 from rosa.algebra.lowrank import LowRank
 from rosa.algebra.sketch import Sketch, Watch
 from rosa.config import RosaConfig
-from rosa.pretrained.sharding import own_part, whole, write
+from rosa.pretrained.sharding import cut_dim, own_part, whole, write
 
 
 class Adapter:
@@ -95,6 +96,18 @@ class Adapter:
             if cast and weight.dtype.is_floating_point:
                 dtype = weight.dtype
             factor.data = factor.data.to(weight.device if device is None else device, dtype)
+
+    def cut_as(self, weight: Tensor) -> None:
+        """Let the factors lie as a weight does that tensor parallelism has cut."""
+        from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+        how: Any = weight
+        cuts = (Replicate(), Shard(0)) if cut_dim(weight) == 0 else (Shard(1), Replicate())
+        for factors, cut in zip(self._factors, cuts, strict=True):
+            whole = factors[self.name]
+            spread = distribute_tensor(whole.detach(), how.device_mesh, [cut], src_data_rank=None)
+            # Not by setattr, which makes another on the meta device of it under low_cpu_mem_usage.
+            factors._parameters[self.name] = nn.Parameter(spread, whole.requires_grad)
 
     @torch.no_grad()
     def learned(self) -> LowRank:

@@ -26,7 +26,7 @@ from rosa.layers.front import Front
 from rosa.layers.kind import Kind
 from rosa.layers.offset import OffsetDict
 from rosa.layers.tracing import is_traced
-from rosa.pretrained.sharding import check_kept
+from rosa.pretrained.sharding import check_kept, from_first
 from rosa.pretrained.weight import BaseWeight
 from rosa.pretrained.zero3 import is_in_part
 
@@ -52,6 +52,7 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
 
     Attributes:
         adapters: what each adapter is here, by name.
+        is_in_shards: whether tensor parallelism had cut the weight, and so cuts the factors.
     """
 
     adapter_layer_names = ("rosa_A", "rosa_B")
@@ -86,7 +87,10 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
         base = self.get_base_layer()
         view = self.view_of(base, self.parameter_name)
         self._base_weight = self.weight_class(name, view, fingerprint)
+        self.is_in_shards = self._base_weight.shard is not None
         self.base_fingerprint()
+        if self.is_in_shards:
+            self._base_weight.refresh()
         self._active_adapter = adapter_name
         self.register_state_dict_post_hook(statedict.after_save)
         self.register_load_state_dict_pre_hook(parts.before_load)
@@ -350,9 +354,14 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
         frozen = {**self.frozen_peft_weight_names, adapter_name: adapter.stays}
         self.frozen_peft_weight_names = frozen  # of the instance: PEFT's own is the class's
         adapter.place(base.parameter, cast=True)
+        if self.is_in_shards:
+            adapter.cut_as(base.parameter)
         on_meta = adapter.is_on_meta or base.parameter.is_meta
         if not on_meta and not waits_for_file(config):
             drawn = draw(adapter, self.pretrained_weight(), base.norm)
+            if self.is_in_shards:  # for no two processes draw the same
+                a, b = drawn
+                drawn = from_first(a, base.parameter), from_first(b, base.parameter)
             adapter.terms = take(adapter, drawn).to("cpu")
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 

@@ -44,8 +44,8 @@ def _product(weight: Tensor, a: Tensor, b: Tensor, scaling: float, view: MatrixV
     if any(map(is_dtensor, (weight, a, b))):
         raise UserError(
             f"a weight of {type(view.module).__name__} is asked for while it is spread over "
-            "processes: call fully_shard on a module that holds it and its adapter, and read it in "
-            "a forward pass of that"
+            "processes: in FSDP call fully_shard on a module that holds it and its adapter, and "
+            "read it in a forward pass of that; in tensor parallelism leave the layer out"
         )
     return weight + view.as_stored((b * scaling) @ a).to(weight.dtype)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -53,6 +54,7 @@ def plain_sum(
     x: Tensor,
     *args: Any,
     look: Callable[[Sketch, Tensor, Tensor], None] = Sketch.add,
+    add: Callable[[Tensor, Tensor], Tensor] = torch.add,
     beside: Callable[[Tensor, Tensor], Tensor] | None = None,
     **kwargs: Any,
 ) -> Tensor:
@@ -65,6 +67,7 @@ def plain_sum(
         x: the inputs.
         args: further ones of the base layer.
         look: see `watched`.
+        add: adds a product to the output.
         beside: takes the base layer's outputs and the inputs, and adds what else is to be added.
         kwargs: and those by name.
     """
@@ -75,7 +78,7 @@ def plain_sum(
         if beside is not None:
             result = beside(result, x)
         for adapter in active:
-            result = result + product(adapter, x)
+            result = add(result, product(adapter, x))
         result = result.to(dtype)
         if active and result.requires_grad and not is_traced():
             if x.requires_grad:
@@ -90,8 +93,10 @@ def guarded(layer: RosaLayer, result: Tensor) -> Tensor:
     """A layer's result that is not gone backward through once its weight has changed."""
     base = layer.base_weight
     if base.standing and result.requires_grad:
-        # Of a weight in rows autograd keeps one that is gathered anew: torch counts no changes.
-        standing = partial(getattr, base, "standing") if base.is_lent else None
+        # Of a weight in shards torch counts no changes: they are written past its tensor, and for a
+        # pass it may be gathered anew.
+        in_shards = base.is_lent or base.shard is not None
+        standing = partial(getattr, base, "standing") if in_shards else None
         return Unchanged.apply(result, base.parameter, standing)  # type: ignore[return-value]
     return result
 

@@ -20,7 +20,7 @@ from rosa.algebra.lowrank import LowRank
 from rosa.errors import UserError
 from rosa.layers import offset
 from rosa.layers.adapter import Adapter
-from rosa.pretrained.sharding import is_dtensor, own_part, write
+from rosa.pretrained.sharding import cut_as, is_dtensor, own_part, write
 from rosa.pretrained.weight import BaseWeight
 from rosa.pretrained.zero3 import is_in_part
 
@@ -135,7 +135,7 @@ def give_pretrained(layer: Stateful, state_dict: dict[str, Any], prefix: str) ->
     if is_in_part(base.parameter):
         if state_dict[key].numel():  # else nobody has asked for it
             state_dict[key] = base.pretrained_of(state_dict[key])
-    elif base.rows is None or is_dtensor(state_dict[key]):
+    elif base.shard is None or is_dtensor(state_dict[key]):
         state_dict[key] = base.pretrained_as_stored()
     elif any(state_dict.get(f"{prefix}rosa_offset.{n}.in_weight", 1) for n in base.standing):
         state_dict[key] = base.pretrained_of(state_dict[key])  # gathered, as FSDP's savers do
@@ -156,9 +156,13 @@ def before_load(layer: Stateful, state_dict: dict[str, Any], prefix: str, *_: An
         brings_weight = not base.holds(base.standing, base.fingerprint() or (0.0, 0.0))
     elif in_place:
         written = base.is_written()
-        brings_weight &= written if base.rows is None else base.rows.any(written)
+        brings_weight &= written if base.shard is None else base.shard.any(written)
     arrived = layer.arrived or Arrived()
     for name, adapter in layer.adapters.items():
+        for part, factor in zip(PARTS, adapter.factors, strict=False):
+            key = prefix + part.format(name)
+            if key in state_dict and not is_dtensor(state_dict[key]):
+                state_dict[key] = cut_as(state_dict[key], factor)
         _check_of_one_time(layer.name, adapter, state_dict, prefix)
         factors = dict(zip(PARTS, adapter.factors, strict=False))
         for part in PARTS:
@@ -168,7 +172,7 @@ def before_load(layer: Stateful, state_dict: dict[str, Any], prefix: str, *_: An
                 into = arrived.perhaps if known else arrived.parts
                 into.setdefault(name, set()).add(part)
         mark = state_dict.get(f"{prefix}rosa_offset.{name}.in_weight")
-        if mark is not None and (base.rows is None or brings_weight or not in_place):
+        if mark is not None and (base.shard is None or brings_weight or not in_place):
             arrived.marks[name] = Mark(int(mark))
     if brings_weight and not arrived.weight:
         arrived.before = base.fingerprint()

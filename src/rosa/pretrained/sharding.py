@@ -1,8 +1,9 @@
 """Tensors and models that are spread over processes, so that no process holds them whole.
 
 torch's `fully_shard` (FSDP2) cuts each parameter along its first dimension and makes it whole for
-the passes alone: between them a process holds its rows, and ROSA changes those. DeepSpeed's ZeRO 3
-cuts its flattened numbers (`rosa.pretrained.zero3`). What else spreads weights is refused.
+the passes alone. Tensor parallelism cuts a linear layer's along the first or the second, and
+computes with the shards. ROSA changes the shards. DeepSpeed's ZeRO 3 cuts a parameter's flattened
+numbers (`rosa.pretrained.zero3`). What else spreads weights is refused.
 """
 
 from __future__ import annotations
@@ -59,18 +60,26 @@ def is_dtensor(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def is_in_rows(tensor: Tensor) -> bool:
-    """Whether each process holds some rows of it, as `fully_shard` leaves a parameter."""
+def cut_dim(tensor: Tensor) -> int | None:
+    """The one dimension that a tensor is cut along; None if it is whole, or cut in other ways."""
     if not is_dtensor(tensor):
-        return False
-    from torch.distributed.tensor import Replicate, Shard
+        return None
+    from torch.distributed.tensor import Shard
 
-    placements = list(tensor.placements)  # type: ignore[attr-defined]
-    return placements.count(Shard(0)) == 1 and placements.count(Replicate()) == len(placements) - 1
+    cuts = [p for p in tensor.placements if not p.is_replicate()]  # type: ignore[attr-defined]
+    return cuts[0].dim if len(cuts) == 1 and type(cuts[0]) is Shard else None
+
+
+def is_cut(weight: Tensor) -> bool:
+    """Whether tensor parallelism has cut a matrix by its rows or by its columns, and nothing else.
+
+    Not beside other ways to spread it, as in a mesh of several dimensions.
+    """
+    return cut_dim(weight) is not None and weight.device_mesh.ndim == 1  # type: ignore[attr-defined]
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor: all of it, its rows, or its part of ZeRO 3's."""
+    """What this process holds of a tensor: all of it, its shard, or its part of ZeRO 3's."""
     if zero3.is_in_part(tensor):
         return tensor.ds_tensor  # type: ignore[attr-defined]
     return tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
@@ -94,6 +103,14 @@ def cut_as(values: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(values, how.device_mesh, how.placements, src_data_rank=None)
 
 
+def from_first(values: Tensor, like: Tensor) -> Tensor:
+    """What the first of the processes that a tensor is spread over holds of some values."""
+    mesh: Any = like.device_mesh  # type: ignore[attr-defined]
+    values = values.contiguous()
+    torch.distributed.broadcast(values, group=mesh.get_group(), group_src=0)
+    return values
+
+
 @torch.no_grad()
 def write(parameter: Tensor, values: Tensor) -> None:
     """Let a parameter be values that every process holds, spread as it is."""
@@ -104,7 +121,7 @@ def write(parameter: Tensor, values: Tensor) -> None:
 
 
 def check_unsharded(model: nn.Module, instead: str) -> None:
-    """Raise ValueError for a model in FSDP (1 or 2) or ZeRO 3, which keep parts of the weights.
+    """Raise ValueError for a model in FSDP (1 or 2), ZeRO 3 or tensor parallelism.
 
     Args:
         model: the model.
@@ -113,6 +130,9 @@ def check_unsharded(model: nn.Module, instead: str) -> None:
     if any(map(zero3.is_in_part, model.parameters())):
         raise UserError(f"the model is in parts over processes (ZeRO 3): {instead}")
     check_unsharded_by_torch(model, instead)
+    for name, parameter in model.named_parameters():
+        if is_dtensor(parameter):
+            raise UserError(f"{name} is cut over processes (tensor parallelism): {instead}")
 
 
 def check_unsharded_by_torch(model: nn.Module, instead: str) -> None:

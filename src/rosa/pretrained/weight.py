@@ -15,7 +15,7 @@ from rosa.algebra.lowrank import LowRank, add_product, full_precision
 from rosa.errors import UserError
 from rosa.pretrained.files import WeightFile
 from rosa.pretrained.memory import check_in_memory
-from rosa.pretrained.rows import WeightMemory
+from rosa.pretrained.shard import WeightMemory
 from rosa.pretrained.sharding import is_dtensor, is_sharded
 from rosa.pretrained.versions import Versions, same_state
 from rosa.pretrained.views import MatrixView
@@ -49,7 +49,7 @@ class BaseWeight(WeightMemory):
         file: where else W_0 lies, if anybody has said so: then no copy is made of it.
         kept: the exact W_0, where it is kept: the copy (out, in) in main memory, or that file.
 
-    Of a weight in rows over processes, what stands in memory and the copy are this process's rows;
+    Of a weight in shards over processes, what stands in memory and the copy are this process's;
     `present`, `pretrained` and the fingerprint are of the whole weight, which all have to ask for.
     """
 
@@ -57,7 +57,7 @@ class BaseWeight(WeightMemory):
         self, name: str, view: MatrixView, fingerprint: tuple[float, float] | None = None
     ) -> None:
         super().__init__(name, view)
-        self._of_rows: tuple[float, float] | None = None  # the fingerprint of those here alone
+        self._of_shard: tuple[float, float] | None = None  # the fingerprint of the shard here alone
         self.shape = view.shape
         self.standing: dict[str, LowRank] = {}
         self.kept: Tensor | WeightFile | None = None
@@ -100,7 +100,7 @@ class BaseWeight(WeightMemory):
 
     def fingerprint(self) -> tuple[float, float] | None:
         """See `subspace.fingerprint`, of the pretrained weight; None on the meta device."""
-        if self._fingerprint is None and not self.parameter.is_meta and self.rows is None:
+        if self._fingerprint is None and not self.parameter.is_meta and self.shard is None:
             weight = self.pretrained() if self.standing else self.matrix
             self._fingerprint = subspace.fingerprint(weight)
         return self._fingerprint
@@ -113,11 +113,11 @@ class BaseWeight(WeightMemory):
         if is_in_part(self.parameter):
             with self.at_hand():
                 self.fingerprint()
-        if self.rows is None:
+        if self.shard is None:
             return
-        if self._of_rows is None:
-            self._of_rows = subspace.fingerprint(self._pretrained_here())
-        if self.rows.any(self._fingerprint is None):
+        if self._of_shard is None:
+            self._of_shard = subspace.fingerprint(self._pretrained_here())
+        if self.shard.any(self._fingerprint is None):
             self._fingerprint = subspace.fingerprint(self.pretrained())
 
     def recall(self, fingerprint: tuple[float, float]) -> None:
@@ -192,7 +192,7 @@ class BaseWeight(WeightMemory):
     def _exact(self) -> Tensor | WeightFile:
         """What holds W_0 exactly: its file if it still does, or a copy (out, in) of it."""
         exact = self._pretrained_here().to(self.parameter.dtype)
-        whole = self.rows is None
+        whole = self.shard is None
         if whole and self.file is not None and self.file.holds(self.view.as_stored(exact)):
             return self.file
         self.file = None
@@ -231,9 +231,9 @@ class BaseWeight(WeightMemory):
         return change.size > LARGE * self.norm
 
     def cut(self) -> None:
-        """Let a copy from before be of these rows alone."""
+        """Let a copy from before be of this shard alone."""
         if isinstance(self.kept, Tensor):
-            self.kept = self.rows_of(self.kept).clone()
+            self.kept = self.part_of(self.kept).clone()
 
     # -- what others do to it ------------------------------------------------------------------
 
@@ -272,8 +272,8 @@ class BaseWeight(WeightMemory):
         return self.is_written() or self._versions.replaced(self.memory)
 
     def is_newly_sharded(self) -> bool:
-        """Whether it was cut into rows since it was last looked at."""
-        return self.rows is not None and self._versions.replaced(self.memory)
+        """Whether it was cut since it was last looked at."""
+        return self.shard is not None and self._versions.replaced(self.memory)
 
     def expect_write(self) -> None:
         """Let the weight be written to, until `arrived`."""
@@ -291,7 +291,7 @@ class BaseWeight(WeightMemory):
     def let_go(self) -> None:
         """Hold no reference to a weight that is about to be moved, until `moved`."""
         if not self.is_lent:
-            replaced = self.rows is None and self._versions.replaced(self.memory)
+            replaced = self.shard is None and self._versions.replaced(self.memory)
             self._versions.let_go(self.memory, replaced)
 
     def moved(self) -> None:
@@ -318,11 +318,11 @@ class BaseWeight(WeightMemory):
         Raises:
             UserError: a change stood in it, so that it is not known any more what it holds.
         """
-        weight, rows = self.matrix, self.rows
-        is_whole = not weight.is_meta and (rows is not None or tuple(weight.shape) == self.shape)
+        weight, shard = self.matrix, self.shard
+        is_whole = not weight.is_meta and (shard is not None or tuple(weight.shape) == self.shape)
         in_part_or_offloaded = not is_whole or hasattr(self.view.module, "_hf_hook")
         if self.is_newly_sharded():  # and else as it was
-            self._of_rows = subspace.fingerprint(self._without(self.standing))
+            self._of_shard = subspace.fingerprint(self._without(self.standing))
         elif not in_part_or_offloaded:
             if self.parameter.requires_grad or not self.standing:
                 self._forget()  # what was written is part of it
@@ -350,7 +350,7 @@ class BaseWeight(WeightMemory):
 
     def _forget(self) -> None:
         """Of the pretrained weight nothing is known but what is in memory."""
-        self.kept = self._fingerprint = self._of_rows = None
+        self.kept = self._fingerprint = self._of_shard = None
 
     def _is_pretrained_with(self, standing: Mapping[str, LowRank]) -> bool:
         """Whether the weight in memory is W_0 with this in it, as far as one can tell."""
@@ -359,7 +359,7 @@ class BaseWeight(WeightMemory):
             expected = torch.empty_like(weight)
             _write_sum(expected, exact, map(self.here, standing.values()))
             return torch.equal(weight, expected)
-        known = self._fingerprint if self.rows is None else self._of_rows
+        known = self._fingerprint if self.shard is None else self._of_shard
         if known is None:
             return bool(standing)  # nobody knows: what was believed
         found = subspace.fingerprint(self._without(standing))
@@ -378,7 +378,7 @@ class BaseWeight(WeightMemory):
     def copy(self) -> Tensor | None:
         """The exact pretrained weight (out, in), where it is kept."""
         if isinstance(self.kept, WeightFile):
-            return self.rows_of(self.view.as_matrix(self.kept.read()))
+            return self.part_of(self.view.as_matrix(self.kept.read()))
         return self.kept
 
     @torch.no_grad()
@@ -415,7 +415,7 @@ class BaseWeight(WeightMemory):
         if weight is None:
             weight = self._pretrained_here().to(self.parameter.dtype)
         stored = self.view.as_stored(weight).contiguous()
-        return stored if self.rows is None else self.rows.spread(stored.to(self.memory.device))
+        return stored if self.shard is None else self.shard.spread(stored.to(self.memory.device))
 
     @torch.no_grad()
     def with_changes(self, changes: Iterable[LowRank]) -> Tensor:

@@ -18,8 +18,8 @@ from rosa.pretrained import zero3
 from rosa.pretrained.files import WeightFile
 from rosa.pretrained.sharding import (
     check_shards,
+    cut_dim,
     is_fully_sharded,
-    is_in_rows,
     is_sharded,
     own_part,
     reshard,
@@ -130,11 +130,13 @@ def _check_layer(name: str, layer: RosaLayer, in_rows: bool) -> None:
     if in_parts:
         layer.check_parts()
         zero3.check_part(base.parameter)
-    if not (base.is_whole or in_parts or (in_rows and base.rows is not None)):
+    in_shards = base.shard is not None and (in_rows or layer.is_in_shards)
+    if not (base.is_whole or in_parts or in_shards):
         raise UserError(
             f"the weight of layer {name} is offloaded or sharded over processes: ROSA draws "
             "from whole weights, so train data-parallel without sharding or offloading, with "
-            "torch's fully_shard (FSDP 2) alone, or with DeepSpeed's ZeRO"
+            "torch's fully_shard (FSDP 2) alone, or with DeepSpeed's ZeRO; tensor parallelism "
+            "comes before get_peft_model"
         )
     if isinstance(file := layer.base_weight.kept, WeightFile):
         file.check()
@@ -149,7 +151,11 @@ def _check_factors(active: Active, in_rows: bool) -> None:
     *stack, out_features, in_features = active.adapter.shape
     times = math.prod(stack) * active.adapter.r
     numbers = times * in_features, times * out_features
-    known = [(in_rows and is_in_rows(f)) or zero3.is_in_part(f) for f in active.factors]
+    in_shards = active.layer.is_in_shards
+    known = [
+        (in_rows and cut_dim(factor) == 0) or in_shards or zero3.is_in_part(factor)
+        for factor in active.factors
+    ]
     sharded = any(is_sharded(f) and not k for f, k in zip(active.factors, known, strict=True))
     if sharded or numbers != tuple(zero3.shape_of(factor).numel() for factor in active.factors):
         raise UserError(

@@ -32,7 +32,7 @@ def team_of(found: list[Active]) -> Iterator[Team]:
     everyone = processes.everyone()
     words = everyone.told((_names(found), _states(found)))
     others = [rank for rank, (names, _) in enumerate(words) if names != words[everyone.place][0]]
-    if others and any(active.layer.base_weight.rows is not None for active in found):
+    if others and any(active.layer.base_weight.shard is not None for active in found):
         raise UserError(
             f"the processes share one model's weights, and process {everyone.place} draws other "
             f"adapters than process {others[0]}: make the same ones active in all"

@@ -28,7 +28,7 @@ from rosa.kinds.registry import KINDS, kind_of
 from rosa.layers.base import RosaLayer
 from rosa.layers.in_model import base_of, rosa_layers
 from rosa.pretrained.memory import check_in_memory
-from rosa.pretrained.sharding import is_sharded
+from rosa.pretrained.sharding import is_cut, is_sharded, whole
 from rosa.pretrained.views import MatrixView
 from rosa.pretrained.weight import SUPPORTED_DTYPES
 from rosa.pretrained.zero3 import is_in_part
@@ -319,13 +319,15 @@ def check_adaptable(target: Target) -> None:
             "layers that bitsandbytes, HQQ or torchao has quantized"
         )
     check_in_memory(name, base, weight)
-    in_part = is_sharded(weight) and not is_in_part(weight)  # ZeRO 3's is at hand
+    at_hand = is_in_part(weight) or (kind.runs_in_shards and is_cut(weight))  # ZeRO 3's; a shard
+    in_part = is_sharded(weight) and not at_hand
     in_part |= weight.numel() < (kind.numbers(base) or 0)
     if weight.numel() == 0 or in_part or (weight.ndim < 2 and kind is not ParamWrapper):
         raise UserError(
             f"the weight of {name} is empty or sharded over processes (shape "
-            f"{tuple(weight.shape)}): attach ROSA to the whole model, and train it "
-            "data-parallel without sharding of the weights"
+            f"{tuple(weight.shape)}): attach ROSA to the whole model, and shard it then "
+            "(fully_shard, DeepSpeed). Of tensor parallelism it adapts linear layers, cut once "
+            "(colwise, rowwise): leave others out with exclude_modules"
         )
     if isinstance(base, (nn.Embedding, nn.EmbeddingBag)) and base.max_norm is not None:
         raise UserError(
@@ -341,7 +343,7 @@ def check_adaptable(target: Target) -> None:
 
 def fingerprint_of_sound(target: Target) -> tuple[float, float]:
     """Of the weight as it lies in memory; ValueError if it has NaN or infinity."""
-    found = fingerprint(target.view.matrix)
+    found = fingerprint(whole(target.view.matrix))
     # The norm has read the whole weight already; that of large numbers can overflow.
     if not math.isfinite(found[0]) and not are_finite([target.weight.detach()]):
         raise UserError(

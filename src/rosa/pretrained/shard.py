@@ -1,4 +1,4 @@
-"""A weight's memory in this process: all of it, or the rows that `fully_shard` has left here."""
+"""A weight's memory in this process: all of it, or the shard that is here."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from rosa.errors import UserError
 from rosa.pretrained import zero3
 from rosa.pretrained.sharding import (
     cut_as,
+    cut_dim,
     is_dtensor,
     is_fully_sharded,
-    is_in_rows,
     own_part,
     whole,
 )
@@ -26,24 +26,27 @@ from rosa.pretrained.views import MatrixView
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Which rows of a parameter this process holds.
+class Shard:
+    """The shard of a parameter that this process holds: some rows of it, or some columns.
 
     Attributes:
-        of: the parameter in parts.
+        of: the parameter in shards.
+        dim: along which it is cut, 0 or 1.
     """
 
     of: Tensor
+    dim: int
 
     @cached_property
     def here(self) -> slice:
-        """The rows."""
-        every = torch.arange(self.of.shape[0], device=own_part(self.of).device)
-        mine = own_part(cut_as(every, self.of))
+        """The rows, or the columns."""
+        size, how = self.of.shape[self.dim], own_part(self.of)
+        every = torch.arange(size, device=how.device).view(*(1,) * self.dim, size)
+        mine = own_part(cut_as(every, self.of))[(0,) * self.dim]
         return slice(int(mine[0]), int(mine[-1]) + 1) if len(mine) else slice(0, 0)
 
     def change(self, change: LowRank, transposed: bool) -> LowRank:
-        """What of a change of the weight as ([n,] out, in) is in these rows.
+        """What of a change of the weight as ([n,] out, in) is in this shard.
 
         Args:
             change: of the whole weight.
@@ -52,7 +55,12 @@ class Rows:
         b, a = change.B, change.A
         if b.dim() > 2:  # a stack: some of the matrices
             return LowRank(b[self.here], a[self.here])
-        return LowRank(b, a[:, self.here]) if transposed else LowRank(b[self.here], a)
+        of_inputs = transposed == (self.dim == 0)
+        return LowRank(b, a[:, self.here]) if of_inputs else LowRank(b[self.here], a)
+
+    def part_of(self, stored: Tensor) -> Tensor:
+        """Of a whole tensor of the parameter's shape, what is in this shard."""
+        return stored[self.here] if self.dim == 0 else stored[:, self.here]
 
     def any(self, here: bool) -> bool:
         """Whether something is so in any process; all must ask for it."""
@@ -62,13 +70,13 @@ class Rows:
             torch.distributed.all_reduce(found, group=how.device_mesh.get_group(dim))
         return bool(found)
 
-    def spread(self, rows: Tensor) -> Tensor:
-        """These rows, in the shape they are stored in, as a tensor like the parameter."""
+    def spread(self, here: Tensor) -> Tensor:
+        """What is in this shard, in the shape it is stored in, as a tensor like the parameter."""
         from torch.distributed.tensor import DTensor
 
         how: Any = self.of
         return DTensor.from_local(
-            rows.contiguous(),
+            here.contiguous(),
             how.device_mesh,
             how.placements,
             run_check=False,
@@ -78,7 +86,7 @@ class Rows:
 
 
 class WeightMemory:
-    """Where a weight lies, and which rows of it.
+    """Where a weight lies, and which shard of it.
 
     Args:
         name: the layer's, for messages.
@@ -89,9 +97,9 @@ class WeightMemory:
         self.name = name
         self.view = view
         self._versions = Versions()
-        self._rows: Rows | None = None
+        self._shard: Shard | None = None
         self._is_spread = False  # over processes, whenever it is not whole
-        self._changes = 0  # of all rows together, that torch had counted when it was last noted
+        self._changes = 0  # of all shards together, that torch had counted when it was last noted
 
     @property
     def parameter(self) -> Tensor:
@@ -101,13 +109,13 @@ class WeightMemory:
     @property
     def matrix(self) -> Tensor:
         """The weight in memory as (out, in): a view, without gradient history."""
-        if self.rows is None and not is_dtensor(self.parameter):
+        if self.shard is None and not is_dtensor(self.parameter):
             return self.view.matrix
         return self.view.as_matrix(self.memory.detach())
 
     @property
     def memory(self) -> Tensor:
-        """The parameter, or the rows of it that are here.
+        """The parameter, or the shard of it that is here.
 
         Raises:
             UserError: it is whole for the passes alone: what is written into it then is lost.
@@ -118,27 +126,29 @@ class WeightMemory:
                 "cannot be changed now: wait for the end of the step, or call reshard() of the "
                 "outermost module that fully_shard was called on"
             )
-        if self.rows is None and is_dtensor(self.parameter):
+        if self.shard is None and is_dtensor(self.parameter):
             raise UserError(
-                f"the weight of {self.name} is sharded over processes, and not by its first "
-                "dimension (fully_shard's shard_placement_fn, tensor parallelism): leave that out"
+                f"the weight of {self.name} is sharded over processes in a way that ROSA does not "
+                "know (fully_shard's shard_placement_fn, or several ways at once): leave that out"
             )
-        return self.parameter if self.rows is None else own_part(self.parameter)
+        return self.parameter if self.shard is None else own_part(self.parameter)
 
     @property
-    def rows(self) -> Rows | None:
-        """Which rows of the weight are here; None for all of it."""
+    def shard(self) -> Shard | None:
+        """Which shard of the weight is here; None for all of it."""
         parameter = self.parameter
-        if (self._rows is None or self._rows.of is not parameter) and is_in_rows(parameter):
-            first = self._rows is None
-            self._rows, self._is_spread = Rows(parameter), True
-            if first:
-                self.cut()
-        return self._rows
+        if self._shard is None or self._shard.of is not parameter:
+            dim = cut_dim(parameter)
+            if dim == 0 or (dim == 1 and parameter.dim() == 2):
+                first = self._shard is None
+                self._shard, self._is_spread = Shard(parameter, dim), True
+                if first:
+                    self.cut()
+        return self._shard
 
     @property
     def is_lent(self) -> bool:
-        """Whether a weight in rows is whole just now, for a pass of the model."""
+        """Whether a weight in shards is whole just now, for a pass of the model."""
         if is_dtensor(self.parameter):
             return False
         if not self._is_spread and self._versions.replaced(self.parameter):
@@ -149,13 +159,13 @@ class WeightMemory:
         """Take note that the weight is now of a state; what others write is told from that on."""
         note = self._versions.copied if moved else self._versions.arrived
         note(self.memory, state)
-        self._changes = 0 if self.rows is None else self.parameter._version
+        self._changes = 0 if self.shard is None else self.parameter._version
 
     def _is_written(self) -> bool:
-        """Whether others have written into it: into these rows, or into all as one tensor."""
+        """Whether others have written into it: into this shard, or into all as one tensor."""
         if self._versions.written(self.memory):
             return True
-        known = self.rows is not None and not self._versions.replaced(self.memory)
+        known = self.shard is not None and not self._versions.replaced(self.memory)
         return known and self.parameter._version != self._changes
 
     def at_hand(self, written: bool = False) -> AbstractContextManager[None]:
@@ -164,19 +174,19 @@ class WeightMemory:
 
     def here(self, change: LowRank) -> LowRank:
         """What of a change is in the memory."""
-        return change if self.rows is None else self.rows.change(change, self.view.transposed)
+        return change if self.shard is None else self.shard.change(change, self.view.transposed)
 
-    def rows_of(self, matrix: Tensor) -> Tensor:
+    def part_of(self, matrix: Tensor) -> Tensor:
         """What of a whole matrix (out, in) is in the memory."""
-        if self.rows is None:
+        if self.shard is None:
             return matrix
-        return self.view.as_matrix(self.view.as_stored(matrix)[self.rows.here])
+        return self.view.as_matrix(self.shard.part_of(self.view.as_stored(matrix)))
 
     def gathered(self, matrix: Tensor) -> Tensor:
         """All of a matrix (out, in) that is held as the weight is."""
-        if self.rows is None:
+        if self.shard is None:
             return matrix
-        return self.view.as_matrix(whole(self.rows.spread(self.view.as_stored(matrix))))
+        return self.view.as_matrix(whole(self.shard.spread(self.view.as_stored(matrix))))
 
     def cut(self) -> None:
-        """Take note that the memory is some rows from now on."""
+        """Take note that the memory is a shard from now on."""
