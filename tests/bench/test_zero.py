@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 import torch
 from torch import multiprocessing
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from rosa.bench.setup.checking import check
 from rosa.bench.setup.settings import RunSettings
+from rosa.bench.train.building import load_base
+from rosa.bench.train.preparing import load_task
 from rosa.errors import UserError
 from tests.bench.test_averaging import (
     CHATS,
@@ -38,8 +41,9 @@ ZEROS: dict[str, dict[str, Any]] = {
     "stage 3": {"stage": 3, "stage3_param_persistence_threshold": 0},
 }
 CASES = [
+    ("text", "lora"),
     *(("classification", method) for method in ("rosa", "lora", "head")),
-    *((task, "rosa") for task in ("regression", "pairs", "e2e", *CHATS, *PREFERENCES)),
+    *((task, "rosa") for task in ("regression", "text", "pairs", "e2e", *CHATS, *PREFERENCES)),
 ]
 STAGE_2 = {"zero_optimization": {"stage": 2}}
 SPLIT = {"batch_size": EFFECTIVE // 4, "gradient_accumulation": 2}
@@ -96,6 +100,22 @@ def test_zero_goes_on_from_a_checkpoint(tmp_path, zero):
     for each in (found, expected):
         each["norms"] = each["norms"][-1:]
     assert_same(found, expected)
+
+
+def load_two(rank: int, port: int, settings: RunSettings) -> None:
+    sizes = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": str(port)}
+    ranks = dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
+    os.environ |= {**sizes, **ranks, "MASTER_ADDR": "127.0.0.1"}
+    base = load_base(settings, load_task(settings), None)
+    assert not any(parameter.numel() for parameter in base.model.parameters())
+    assert not is_deepspeed_zero3_enabled()  # the next model is whole again
+    torch.distributed.destroy_process_group()
+
+
+def test_in_stage_3_a_decoder_is_cut_as_it_is_loaded(tmp_path):
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    settings = with_config(settings_for("text", tmp_path), ZEROS["stage 3"])
+    multiprocessing.spawn(load_two, (free_port(), settings), nprocs=2, daemon=True)
 
 
 def diverge(rank: int, port: int, settings: RunSettings) -> None:

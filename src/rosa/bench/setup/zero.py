@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -47,6 +49,21 @@ def zero_config(settings: RunSettings) -> dict[str, Any] | None:
     return {**_OF_THE_RUN, **values}
 
 
+@contextmanager
+def parts_at_once(settings: RunSettings) -> Iterator[None]:
+    """While a model is loaded: let ZeRO 3 cut each weight as it comes."""
+    values = zero_config(settings)
+    if values is None or _stage(values) != 3:
+        yield
+        return
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    sizes = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}  # any
+    held = HfDeepSpeedConfig({**values, **sizes})  # transformers asks whether one is
+    yield
+    del held
+
+
 def check_zero(settings: RunSettings) -> None:
     """Raise UserError where a run cannot be trained as its config of DeepSpeed says."""
     values = zero_config(settings)
@@ -59,8 +76,6 @@ def check_zero(settings: RunSettings) -> None:
             "--deepspeed is for processes that torchrun starts, be it one: "
             "torchrun --nproc-per-node 2 -m rosa train ..."
         )
-    from deepspeed.runtime.zero.config import get_zero_config
-
     given = f"--deepspeed {settings.deepspeed}"
     for name in values:
         if name not in (*_OF_THE_RUN, *_SAID_OTHERWISE, *_BESIDE):
@@ -73,7 +88,7 @@ def check_zero(settings: RunSettings) -> None:
     if zero.get("round_robin_gradients"):
         raise UserError(f"{given}: turn round_robin_gradients off: a draw finds no factor there")
     with blame(given, ValueError):
-        stage = get_zero_config(values).stage
+        stage = _stage(values)
     for name, says in _SAID_OTHERWISE.items():
         value = values.get(name, "auto")
         if "auto" not in (value, isinstance(value, dict) and value.get("enabled")):
@@ -93,3 +108,9 @@ def check_zero(settings: RunSettings) -> None:
         raise UserError("--on-nan skip: DeepSpeed has made the step by then: leave one of them out")
     if settings.record_changes:
         raise UserError("--record-changes needs whole weights: leave it or --deepspeed out")
+
+
+def _stage(values: dict[str, Any]) -> int:
+    from deepspeed.runtime.zero.config import get_zero_config
+
+    return int(get_zero_config(values).stage)

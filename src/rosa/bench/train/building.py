@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rosa.bench.setup.methods import configure, find_method
 from rosa.bench.setup.quantizing import quantization, quantize, quantized
 from rosa.bench.setup.settings import RunSettings, in_bf16
+from rosa.bench.setup.zero import parts_at_once
 from rosa.bench.storage.saving import keep_beginning
 from rosa.bench.tasks.task import Task
 from rosa.errors import UserError, blame
@@ -32,6 +34,11 @@ class Base:
     task_type: str | None
 
 
+def by_trl(settings: RunSettings, task: Task) -> bool:
+    """Whether TRL trains: chats, preferences, and texts that are packed into rows."""
+    return task.is_chat or task.is_preference or settings.packing
+
+
 def load_base(settings: RunSettings, task: Task, pad_token_id: int | None) -> Base:
     """The pretrained model for a task."""
     import torch
@@ -53,7 +60,12 @@ def load_base(settings: RunSettings, task: Task, pad_token_id: int | None) -> Ba
         "language": (AutoModelForCausalLM, "CAUSAL_LM"),
     }
     auto, task_type = classes[task.kind]
-    with blame(f"the model {settings.model} cannot be loaded for {task.kind}"):
+    # A new head is drawn whole, and what TRL computes is looked at on the whole model.
+    plain = task.kind == "language" and not by_trl(settings, task)
+    with (
+        parts_at_once(settings) if plain else nullcontext(),
+        blame(f"the model {settings.model} cannot be loaded for {task.kind}"),
+    ):
         model, loading = auto.from_pretrained(settings.model, output_loading_info=True, **how)
     quantize(settings.load_in, model)
     if model.config.pad_token_id is None:
@@ -160,7 +172,7 @@ def _target_shapes(model: nn.Module, shared: dict[str, Any]) -> dict[str, tuple[
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)) and is_target(config, name):
             if isinstance(module, Conv1D):
-                shapes[name] = (module.weight.shape[0], module.weight.shape[1])
+                shapes[name] = (module.nx, module.nf)
             else:
                 shapes[name] = (module.in_features, module.out_features)
     return shapes

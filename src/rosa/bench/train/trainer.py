@@ -13,7 +13,7 @@ from rosa.bench.setup.settings import RunSettings, in_bf16
 from rosa.bench.setup.zero import zero_config
 from rosa.bench.storage import runs
 from rosa.bench.tasks.task import Task
-from rosa.bench.train.building import target_weights
+from rosa.bench.train.building import by_trl, target_weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -121,11 +121,6 @@ def steps_of(settings: RunSettings, rows: int) -> tuple[int, int]:
     batches = -(-rows // (settings.batch_size * join().num_processes))
     epoch = -(-batches // settings.gradient_accumulation)
     return epoch, settings.steps or math.ceil(settings.epochs * epoch)
-
-
-def by_trl(settings: RunSettings, task: Task) -> bool:
-    """Whether TRL trains: chats, preferences, and texts that are packed into rows."""
-    return task.is_chat or task.is_preference or settings.packing
 
 
 def _kind(settings: RunSettings, task: Task, tokenizer: Any) -> tuple[Any, Any, dict[str, Any]]:
