@@ -25,7 +25,13 @@ from torch import nn
 
 from rosa.config import RosaConfig, as_rosa_config
 from rosa.errors import NothingToAdaptError, UserError
-from rosa.files.beside import check_beside, check_tensors, own_tensors, tensors_beside
+from rosa.files.beside import (
+    check_beside,
+    check_tensors,
+    held_twice,
+    own_tensors,
+    tensors_beside,
+)
 from rosa.files.checkpoint import (
     check_adapter_file,
     fill_in,
@@ -47,6 +53,7 @@ from rosa.pretrained.memory import Owners, make_private, owners_of, tenants, wei
 from rosa.pretrained.sharding import check_unsharded_by_torch, is_dtensor, reshard, whole
 from rosa.pretrained.zero3 import at_hand
 from rosa.switching import or_as_before
+from rosa.targeting.held import check_not_held
 from rosa.targeting.matching import has_embeddings, is_target, resolve_all_linear
 from rosa.targeting.names import COMPILED, check_adapter_name, check_modules_to_save
 from rosa.targeting.nesting import check_nesting
@@ -165,6 +172,8 @@ class RosaModel(BaseTuner):
                 r, most = _rank_and_alpha(config, target.name)[0], min(target.view.shape[-2:])
                 if r > most:
                     capped.append(f"{target.name} ({r} to {most})")
+        new = ((t.name, t.module) for t in targets if not isinstance(t.module, RosaLayer))
+        check_not_held(model, new)
         owners.clear()  # a weight that it holds seems to be another's
         for target in targets:  # here, since PEFT's loops hold the parameters
             own = target.kind.is_quantized or is_dtensor(target.weight)  # memory of its own
@@ -372,6 +381,8 @@ class RosaModel(BaseTuner):
         found = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
+        for key in held_twice(model, found):
+            del found[key]
         layers = layers_of(model, adapter_name)
         beside = tensors_beside(model, state_dict)
         fill_in(model, layers, adapter_name, beside, found, state_dict)

@@ -138,3 +138,17 @@ def test_a_fingerprint_survives_a_change_of_precision_and_sees_a_change_of_weigh
     assert subspace.same_fingerprint(mark, half, torch.finfo(torch.bfloat16).eps)
     other = subspace.fingerprint(weight + 0.05 * torch.randn(40, 30))
     assert not subspace.same_fingerprint(mark, other, torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_fingerprint_does_not_depend_on_torchs_default_precision(dtype):
+    weight = torch.randn(19, 23)
+    subspace._fixed_vectors.cache_clear()
+    torch.set_default_dtype(dtype)
+    try:
+        found = subspace.fingerprint(weight)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert subspace.fingerprint(weight) == found
+    subspace._fixed_vectors.cache_clear()
+    assert subspace.fingerprint(weight) == found

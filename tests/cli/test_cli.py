@@ -801,3 +801,9 @@ def test_commands_for_one_process_are_refused_in_several(tmp_path, capsys, monke
     message = fails(capsys, command, *options.get(command, []))
     assert f"rosa {command} is for one process" in message
     assert not list(tmp_path.iterdir())
+
+
+def test_a_second_file_is_not_ignored(basics, tmp_path, capsys):
+    other = write_csv(tmp_path / "other.csv")
+    said = fails(capsys, "train", *basics, "--train", other, "--output", tmp_path / "run")
+    assert "--train was given more than once" in said

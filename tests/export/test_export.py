@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertForSequenceClassification, GPT2LMHeadModel
 
-from rosa import RosaConfig, export_lora, export_merged, resample
+from rosa import RosaConfig, export_lora, export_merged, export_rosa, resample
 from rosa.errors import ExportError, UserError
 from rosa.export import lora
 from rosa.export.lazily import mapped_lazily
@@ -402,3 +402,116 @@ def test_what_a_folder_holds_stays_as_it_is(tmp_path, export):
     assert not list((tmp_path / "new").glob(".export*"))
     with pytest.raises(ValueError, match="is a file"):
         export(model, tmp_path / "new" / "notes.txt")
+
+
+class Reads(nn.Module):
+    """Reads a weight that it calls as well, or does not call."""
+
+    def __init__(self, calls: bool) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(50, 12), nn.Linear(12, 50)
+        self.calls = calls
+
+    def forward(self, ids):
+        if self.calls:
+            return self.embed(ids) @ self.embed.weight.T
+        return self.embed.weight[ids] @ self.head.weight.T + self.head.bias
+
+
+@pytest.mark.parametrize(
+    ("calls", "targets"),
+    [(True, ["embed"]), (False, ["head"]), (False, ["embed", "head"])],
+)
+def test_weights_that_are_read_are_no_loras(tmp_path, calls, targets):
+    model = learned(Reads(calls), target_modules=targets)
+    model(torch.randint(50, (3, 4)))
+    with pytest.raises(ExportError, match="reads the weight"):
+        export_lora(model, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
+def tripled(module: nn.Module) -> None:
+    plain = type(module).forward
+    module.forward = lambda x: 3 * plain(module, x)  # type: ignore[method-assign]
+
+
+def the_same(module: nn.Module) -> None:
+    plain = type(module).forward
+    module.forward = lambda x: plain(module, x)  # type: ignore[method-assign]
+
+
+def hooked(module: nn.Module) -> None:
+    module.register_forward_hook(lambda _module, _args, out: 3 * out)
+
+
+@pytest.mark.parametrize("name", ["embed", "head"])
+@pytest.mark.parametrize("change", [tripled, hooked])
+def test_what_is_computed_inside_a_module_is_no_loras(tmp_path, name, change):
+    model = learned(tiny_gpt2(tied=False), target_modules=["wte" if name == "embed" else "lm_head"])
+    change(next(m for m in model.modules() if isinstance(m, RosaLayer)).get_base_layer())
+    model(torch.randint(50, (3, 4)))
+    if change is hooked:
+        with pytest.warns(UserWarning, match="has hooks"):
+            export_lora(model, tmp_path / "lora")
+    else:
+        with pytest.raises(ExportError, match="a forward of its own"):
+            export_lora(model, tmp_path / "lora")
+
+
+def test_a_forward_of_its_own_that_computes_the_same_is_exported(tmp_path):
+    base = tiny_gpt2(tied=False)
+    model = learned(copy.deepcopy(base), target_modules=["lm_head"])
+    the_same(model.base_model.model.lm_head.base_layer)
+    export_lora(model, tmp_path)
+    ids = torch.randint(50, (3, 4))
+    lora = PeftModel.from_pretrained(base, str(tmp_path)).eval()
+    torch.testing.assert_close(lora(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("trained", [["pooler"], ["classifier"], ["bert.encoder.layer.1"]])
+@pytest.mark.parametrize("name", ["default", "other"])
+@pytest.mark.parametrize("form", ["adapter", "lora", "rosa"])
+def test_all_biases_beside_modules_that_are_trained_whole(tmp_path, trained, name, form):
+    base, ids = tiny_bert(), torch.randint(50, (3, 9))
+    model = learned(
+        copy.deepcopy(base), target_modules=["query"], modules_to_save=trained, bias="all"
+    )
+    write = {"adapter": PeftModel.save_pretrained, "lora": export_lora, "rosa": export_rosa}[form]
+    write(model, tmp_path / "out")
+    held = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert not [key for key in held if "modules_to_save" in key or "original_module" in key]
+    loaded = PeftModel.from_pretrained(base, str(tmp_path / "out"), adapter_name=name).eval()
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_file_that_holds_biases_twice_is_loaded(tmp_path):
+    """As PEFT writes them, and as earlier versions did."""
+    base, ids = tiny_bert(), torch.randint(50, (3, 9))
+    options = {"target_modules": ["query"], "modules_to_save": ["pooler"], "bias": "all"}
+    model = learned(copy.deepcopy(base), **options)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    state = load_file(path)
+    for inside in ("modules_to_save.default", "original_module"):
+        key = f"base_model.model.bert.pooler.{inside}.dense.bias"
+        state[key] = state["base_model.model.bert.pooler.dense.bias"] + 1  # is not looked at
+    save_file(state, path)
+    loaded = PeftModel.from_pretrained(base, str(tmp_path), adapter_name="other").eval()
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_tied_weights_with_tokens_of_their_own_are_no_plain_model(tmp_path):
+    options = {"target_modules": ["c_attn"], "task_type": "CAUSAL_LM"}
+    tokens = {"wte": [4, 5], "lm_head": [6]}
+    model = learned(tiny_gpt2(tied=True), **options, trainable_token_indices=tokens)
+    with pytest.raises(UserError, match="tied, and each has trained tokens"):
+        export_merged(model, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("targets", [["wte"], ["conv"]])
+def test_pefts_conversion_is_refused_for_other_layers_than_linear_ones(targets):
+    base = tiny_gpt2(tied=False) if targets == ["wte"] else nn.Sequential(nn.Conv1d(3, 5, 2))
+    model = learned(base, target_modules=targets if targets == ["wte"] else ["0"])
+    with pytest.raises(TypeError, match="do not support LoRA conversion"):
+        convert_to_lora(model, rank=2)

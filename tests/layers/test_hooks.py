@@ -88,3 +88,31 @@ def test_a_forward_of_the_instance_is_refused_or_given_the_changed_weight():
     before = conv(x)
     model = get_peft_model(nn.Sequential(conv), RosaConfig(r=2, target_modules=["0"]))
     torch.testing.assert_close(model(x), before)
+
+
+@pytest.mark.parametrize("hook", ["pre", "post", "both"])
+@pytest.mark.parametrize("kind", ["linear", "embedding", "conv"])
+@pytest.mark.parametrize("with_kwargs", [False, True])
+def test_compiled_and_exported_it_computes_the_same(kind, hook, with_kwargs):
+    layer = LAYERS[kind]()
+    x: Tensor = torch.randint(9, (4, 3)) if kind == "embedding" else torch.randn(4, 6, 6)
+    if with_kwargs and hook != "post":
+        layer.register_forward_pre_hook(
+            lambda m, args, kwargs: (halve_the_inputs(m, args), kwargs), with_kwargs=True
+        )
+    if with_kwargs and hook != "pre":
+        layer.register_forward_hook(
+            lambda m, args, kwargs, out: clamp_the_outputs(m, args, out), with_kwargs=True
+        )
+    if not with_kwargs:
+        HOOKS[hook](layer)
+    model: Any = get_peft_model(nn.Sequential(layer), RosaConfig(r=2, target_modules=["0"]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    expected = model(x)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), expected)
+    exported = torch.export.export(model.base_model.model.eval(), (x,)).module()
+    torch.testing.assert_close(exported(x), expected)

@@ -709,3 +709,42 @@ def test_a_model_that_cannot_be_run_is_exported_with_a_warning(tmp_path, why, mo
         model.base_model.disable_adapter_layers()
     with pytest.warns(UserWarning, match="has not run yet"):
         export_lora(model, tmp_path)
+
+
+class Holding(nn.Module):
+    """Calls a module by a reference that torch does not know of."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(5, 5), nn.Linear(5, 5)
+        if how == "attribute":
+            self.__dict__["held"] = self.one
+        else:
+            lists = {"list": [self.one], "dict": {"a": self.one}, "nested": [(1, {"b": self.one})]}
+            self.held: Any = lists[how]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x))
+
+
+@pytest.mark.parametrize("how", ["attribute", "list", "dict", "nested"])
+def test_a_module_that_is_held_unregistered_is_refused(how):
+    base, x = Holding(how), torch.randn(3, 5)
+    before = base(x)
+    with pytest.raises(UserError, match=r"one is held by held too"):
+        attach(base, ["one", "two"])
+    assert torch.equal(base(x), before)
+    assert not list(rosa_layers(base))
+    model = attach(base, ["two"])
+    torch.testing.assert_close(model(x), before)
+
+
+def test_a_loss_inside_disable_adapter_beside_one_with_it_is_told_in_words():
+    model = trained(tiny_llama(), "all-linear").train()
+    model.enable_input_require_grads()
+    ids = torch.randint(50, (2, 5))
+    loss = model(ids, labels=ids).loss
+    with model.disable_adapter():
+        loss = loss + model(ids, labels=ids).loss
+    with pytest.raises(RuntimeError, match="before the backward pass"):
+        loss.backward()

@@ -363,3 +363,19 @@ def test_a_model_without_rosa_is_refused_before_training(tmp_path, data):
     with pytest.raises(ValueError, match="has no ROSA layers"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_tokens_are_counted_where_the_trainer_computes_the_loss(mask):
+    model = tiny_gpt2().train()
+    counter = ItemCounter(model)
+    ids = torch.randint(50, (3, 7))
+    how = (
+        {"attention_mask": (torch.arange(7) < torch.tensor([[7], [4], [2]])).int()} if mask else {}
+    )
+    model(input_ids=ids, **how)  # as Trainer does with label smoothing, or a loss of its own
+    assert counter.counted() == (13 if mask else 21)
+    classifier = tiny_bert().train()
+    counter = ItemCounter(classifier)
+    classifier(input_ids=ids)
+    assert counter.counted() == 3

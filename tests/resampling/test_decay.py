@@ -149,3 +149,50 @@ def test_in_the_trainer(tmp_path):
         drawn, learned = layer.adapters["default"].drawn(), layer.adapters["default"].learned()
         torch.testing.assert_close(learned.A, drawn.A, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(learned.B, drawn.B, rtol=1e-4, atol=1e-6)
+
+
+def test_a_loop_of_ones_own_has_it_from_the_first_draw_on():
+    model, optimizer = adapted()
+    resample(model, optimizer)
+    drawn = [f.detach().clone() for f in factors(model)]
+    for _ in range(50):
+        step(model, optimizer)
+    close([f.detach() for f in factors(model)], drawn)
+    resample(model, optimizer)  # once more, and no second pull
+    drawn = [f.detach().clone() for f in factors(model)]
+    move(model)
+    moved = [f.detach().clone() for f in factors(model)]
+    step(model, optimizer)
+    for factor, start, place in zip(factors(model), drawn, moved, strict=True):
+        close(factor.detach(), place - LR * DECAY * (place - start))
+
+
+def test_another_adapter_of_the_optimizers_takes_its_place():
+    model, optimizer = adapted()
+    resample(model, optimizer)
+    model.add_adapter("other", RosaConfig(r=2, directions="svd", target_modules=["first"]))
+    model.set_adapter("other")
+    ((_, layer), *_) = rosa_layers(model)
+    trained = [layer.rosa_A["other"], layer.rosa_B["other"]]
+    optimizer.add_param_group({"params": trained})
+    resample(model, optimizer)
+    drawn = [f.detach().clone() for f in trained]
+    for _ in range(50):
+        step(model, optimizer)
+    close([f.detach() for f in trained], drawn)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_that_a_scaler_skips_move_nothing(fused):
+    torch.manual_seed(0)
+    config = RosaConfig(r=2, directions="svd", target_modules=["first", "middle"])
+    model = get_peft_model(Mlp(torch.float32), config)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=DECAY, fused=fused)
+    resample(model, optimizer)
+    move(model)
+    before = [f.detach().clone() for f in factors(model)]
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model(torch.randn(4, 7)).sum() * float("inf")).backward()
+    scaler.step(optimizer)
+    assert all(map(torch.equal, [f.detach() for f in factors(model)], before))

@@ -15,7 +15,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -195,9 +195,9 @@ def fingerprint(weight: Tensor) -> tuple[float, float]:
 @functools.lru_cache(maxsize=64)
 def _fixed_vectors(out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
     fixed = torch.Generator().manual_seed(0)
-    # On the CPU, whatever device is torch's default while they are made: they are kept.
-    u, v = (torch.randn(n, generator=fixed, device="cpu") for n in (out_features, in_features))
-    return u, v
+    # Whatever device and precision are torch's default while they are made: they are kept.
+    how: dict[str, Any] = {"generator": fixed, "device": "cpu", "dtype": torch.float32}
+    return torch.randn(out_features, **how), torch.randn(in_features, **how)
 
 
 def same_fingerprint(

@@ -14,6 +14,8 @@ from typer.core import TyperCommand
 from rosa.errors import UserError
 
 ALL = "--help-all"
+FILES = ("train", "validation", "test")
+"""Options of which the last would count, as of any, where the rows of all are meant."""
 FILE = "rosa.file"
 """Where a command's context keeps the path of the file that gives defaults of its options."""
 
@@ -33,6 +35,12 @@ class Command(TyperCommand):
                 parameter.hidden = False  # type: ignore[attr-defined]  # arguments too
             typer.echo(super().get_help(ctx))
             ctx.exit()
+        for parameter in self.params:
+            if parameter.name in FILES and sum(args.count(word) for word in parameter.opts) > 1:
+                raise UserError(
+                    f"{parameter.opts[0]} was given more than once, and takes one file: put the "
+                    "rows into one"
+                )
         try:
             return super().parse_args(ctx, args)
         except typer.BadParameter as error:

@@ -47,6 +47,7 @@ def merged_lazily(model: PeftModel, adapter: str) -> tuple[Any, Weights]:
         )
         for name, layer in rosa_layers(model)
     }
+    _check_tokens_apart(model, adapter)
     return _unloaded(_copy(model), adapter), weights
 
 
@@ -64,6 +65,7 @@ def mapped_lazily(base: nn.Module, folder: Path) -> tuple[Any, Weights]:
     pretrained = base.state_dict()
     model = load_on_meta(base, folder)
     adapter = model.active_adapters[0]
+    _check_tokens_apart(model, adapter)
     weights: dict[str, Callable[[], Tensor]] = {}
     layers = layers_of(model, adapter)
     for name, layer in layers.items():
@@ -87,6 +89,26 @@ def mapped_lazily(base: nn.Module, folder: Path) -> tuple[Any, Weights]:
         if isinstance(tensor, Tensor) and tensor.is_meta and name not in weights:
             weights[name] = partial(pretrained.__getitem__, name)
     return plain, weights
+
+
+def _check_tokens_apart(model: PeftModel, adapter: str) -> None:
+    """Raise UserError where tied weights have trained tokens of their own: a plain model has one.
+
+    PEFT would merge one side's tokens into both.
+    """
+    sides: dict[int, str] = {}
+    for name, module in model.named_modules():
+        own = module.token_adapter if isinstance(module, TrainableTokensWrapper) else None
+        if own is None or own.tied_adapter is not None or adapter not in own.token_indices:
+            continue
+        weight = own.get_base_layer().weight
+        if (other := sides.setdefault(id(weight), name)) != name:
+            one, two = (_plain(f"{n}.")[:-1] for n in (other, name))
+            raise UserError(
+                f"{one} and {two} are tied, and each has trained tokens of its own "
+                "(trainable_token_indices): a plain model has one weight for both. Untie them "
+                "(tie_word_embeddings=False), or train the same tokens on both"
+            )
 
 
 def _plain(key: str) -> str:

@@ -29,8 +29,10 @@ from rosa.export.checking import is_rounding, same, without_weights
 from rosa.export.ranks import ALL, Budget, changes_within
 from rosa.export.running import see_one_run
 from rosa.export.staging import rosa_adapter, staged
+from rosa.files.beside import held_twice
 from rosa.files.checkpoint import is_rosa_key
 from rosa.kinds.parameter import ParamWrapper
+from rosa.layers.base import RosaLayer
 from rosa.layers.in_model import layers_of
 
 _PREFIX = "base_model.model."
@@ -88,6 +90,7 @@ def write_lora(
     kept, errors = changes_within(budget, layers, adapter)
     for name, layer in layers.items():
         change = kept[name]
+        _warn_of_hooks(name, layer)
         try:
             factors = layer.as_lora(layer.get_base_layer(), change)
         except ValueError as error:
@@ -131,8 +134,20 @@ def write_lora(
     return errors
 
 
+def _warn_of_hooks(name: str, layer: RosaLayer) -> None:
+    """Warn of hooks of an adapted module, in which ROSA's product lies and LoRA's does not."""
+    base = layer.get_base_layer()
+    if base._forward_hooks or base._forward_pre_hooks:
+        warnings.warn(
+            f"the module of layer {name.removeprefix(_PREFIX)} has hooks, beside which PEFT's LoRA "
+            "adds its product: if they change inputs or outputs, the exported adapter computes "
+            "something else",
+            stacklevel=5,
+        )
+
+
 def _check_called(model: PeftModel, adapter: str) -> None:
-    """Raise ExportError where the model reads a layer's weight instead of calling the layer.
+    """Raise ExportError where the model reads a layer's weight, be it beside calling the layer.
 
     Known once the model has run. Layers that no run has reached were not trained: they hold no
     change, however often their weight was looked at.
@@ -144,17 +159,15 @@ def _check_called(model: PeftModel, adapter: str) -> None:
             f"{found[0].removeprefix(_PREFIX)} lies in a TransformerEncoderLayer of torch, which "
             "in eval mode reads the pretrained weights, where LoRA has no effect"
         )
-    called = {name for name, layer in layers.items() if layer.was_called}
     read = [
         name.removeprefix(_PREFIX)
         for name, layer in layers.items()
-        if called and name not in called and layer.was_read
-        if not is_rounding(layer.whole_change(adapter))
+        if layer.was_read and not is_rounding(layer.whole_change(adapter))
     ]
     if read:
         raise _no_lora(
-            f"the model reads the weight of {', '.join(read[:5])} instead of calling the layer, "
-            "where LoRA has no effect"
+            f"the model reads the weight of {', '.join(read[:5])}, where LoRA has no effect (if "
+            "it was you who read it, load the adapter anew and export that)"
         )
 
 
@@ -184,7 +197,8 @@ def _is_taken_for_experts(base: nn.Module, name: str) -> bool:
 def _beside_layers(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     """What an adapter's file holds beside its layers' factors and offsets: heads, biases."""
     found = get_peft_model_state_dict(model, adapter_name=adapter)
-    return {k: v for k, v in found.items() if not is_rosa_key(k) and ".lora_" not in k}
+    own = {*held_twice(model, found), *(k for k in found if is_rosa_key(k) or ".lora_" in k)}
+    return {key: value for key, value in found.items() if key not in own}
 
 
 def _check_lora(

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from rosa.algebra.lowrank import are_finite
@@ -81,6 +81,8 @@ def check_beside(
             Nothing has been changed then.
     """
     check_tensors(state_dict)
+    twice = set(held_twice(model, state_dict))
+    state_dict = {key: value for key, value in state_dict.items() if key not in twice}
     own, parameters = own_tensors(model), set(own_tensors(model, buffers=False))
     whole = {key: name for name, key in _whole_modules(model, adapter_name)}
     around = tuple(
@@ -115,6 +117,20 @@ def check_beside(
         floats = like is not None and value.is_floating_point() and value.shape == like.shape
         result[key] = value.to(like.dtype) if floats else value  # type: ignore[union-attr]
     return result
+
+
+def held_twice(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of some names that are of a module that is saved whole, by where it lies in a wrapper.
+
+    PEFT saves its biases by these names too (``bias="all"``), which hold the adapter's.
+    """
+    inside = tuple(
+        f"{_named(name)}.{held}."
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+        for held in ("original_module", "modules_to_save")
+    )
+    return [name for name in names if name.startswith(inside)]
 
 
 def own_tensors(model: nn.Module, buffers: bool = True) -> dict[str, Tensor]:

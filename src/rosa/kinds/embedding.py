@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rosa.algebra.lowrank import LowRank
 from rosa.layers.adapter import Adapter
 from rosa.layers.base import RosaLayer
-from rosa.layers.changed import is_patched, with_changed_weight
+from rosa.layers.changed import check_not_patched, is_patched, with_changed_weight
 from rosa.layers.plain import plain_sum
 from rosa.layers.tracing import is_traced
 from rosa.pretrained.views import MatrixView
@@ -43,6 +44,12 @@ class RosaEmbedding(RosaLayer):
     def view_of(base: nn.Module, parameter: str) -> MatrixView:
         """The weight as (width, entries), as which it would be multiplied with one-hot inputs."""
         return MatrixView(base, parameter, transposed=True)
+
+    @staticmethod
+    def as_lora(base: nn.Module, change: LowRank) -> tuple[Tensor, Tensor]:
+        """The factors; ValueError where the module makes something else of its weight by now."""
+        check_not_patched(base)
+        return change.A, change.B
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The rows of W + s B A, transposed, that indices (...) name: (..., width)."""

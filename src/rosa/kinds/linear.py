@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from rosa.algebra.lowrank import LowRank
 from rosa.layers.base import RosaLayer
-from rosa.layers.changed import is_patched, with_changed_weight
+from rosa.layers.changed import check_not_patched, is_patched, with_changed_weight
 from rosa.layers.fused import adapted_linear, can_fuse
 from rosa.layers.plain import guarded, linear_product, plain_sum
 from rosa.layers.tensor_parallel import add_parallel, look_at_all, parallel_product
@@ -25,6 +26,7 @@ class RosaLinear(RosaLayer):
     """ROSA on `nn.Linear` or on transformers' `Conv1D` (a linear layer stored transposed)."""
 
     adapts = "torch.nn.Linear, transformers' Conv1D"
+    is_linear = True
     runs_in_parts = True
     runs_in_shards = True
 
@@ -67,6 +69,13 @@ class RosaLinear(RosaLayer):
     def view_of(base: nn.Module, parameter: str) -> MatrixView:
         """The weight as (out, in), as which Conv1D does not store it."""
         return MatrixView(base, parameter, transposed=isinstance(base, Conv1D))
+
+    @staticmethod
+    def as_lora(base: nn.Module, change: LowRank) -> tuple[Tensor, Tensor]:
+        """The factors; ValueError where the module makes something else of its weight by now."""
+        if base.weight.is_meta or not RosaLinear.is_plain(base):
+            check_not_patched(base)
+        return change.A, change.B
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus ``s B A x`` per active adapter; (..., in) to (..., out)."""

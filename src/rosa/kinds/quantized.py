@@ -161,6 +161,7 @@ class RosaQuantizedLinear(RosaLayer):
 
     adapts = "linear layers that bitsandbytes, HQQ or torchao has quantized"
     is_quantized = True
+    is_linear = True
     weight_class = QuantizedWeight
 
     def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:

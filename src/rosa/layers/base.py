@@ -333,8 +333,8 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
         return self.adapters[adapter].change()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """True: the change is additive."""
-        return True
+        """Whether PEFT's `convert_to_lora` makes the same of it, which it does of linear layers."""
+        return self.is_linear
 
     # -- adapters ------------------------------------------------------------------------------
 

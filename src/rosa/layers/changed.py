@@ -34,6 +34,15 @@ def is_patched(base: nn.Module) -> bool:
     return "forward" in vars(base) and not hasattr(base, "_hf_hook")
 
 
+def check_not_patched(base: nn.Module) -> None:
+    """Raise ValueError for a module with a forward of its own, beside which LoRA's product lies."""
+    if is_patched(base):
+        raise ValueError(
+            f"{type(base).__name__} was given a forward of its own, which uses the changed "
+            "weight; LoRA adds its product beside it"
+        )
+
+
 def check_no_dropout(layer: str, config: RosaConfig) -> None:
     """Raise ValueError for dropout in such a layer: its product has no inputs of its own."""
     if config.rosa_dropout > 0:

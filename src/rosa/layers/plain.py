@@ -25,7 +25,7 @@ def within_hooks(
     """``compute(module, x, ...)``, inside the module's own hooks if it has any.
 
     They then see, and may change, the inputs and outputs of all that is computed, as they would of
-    the module alone. Where calls are traced they stay around the module.
+    the module alone. Where calls are traced those of the backward pass see nothing.
 
     Args:
         module: with or without hooks.
@@ -34,8 +34,10 @@ def within_hooks(
         args: others.
         kwargs: and those by name.
     """
-    if is_traced() or not any(getattr(module, name) for name in _HOOKS):
+    if not any(getattr(module, name) for name in _HOOKS):
         return compute(module, x, *args, **kwargs)
+    if is_traced():
+        return _between_hooks(module, compute, (x, *args), kwargs)
     own = module.__dict__.get("forward")
     module.__dict__["forward"] = partial(compute, module.forward)
     try:
@@ -45,6 +47,24 @@ def within_hooks(
             del module.__dict__["forward"]
         else:
             module.__dict__["forward"] = own
+
+
+def _between_hooks(
+    module: nn.Module, compute: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor:
+    """The same by calling the hooks, as torch does: for tracers, which follow no other call."""
+    for key, before in module._forward_pre_hooks.items():
+        if key in module._forward_pre_hooks_with_kwargs:
+            given: Any = before(module, args, kwargs)  # type: ignore[call-arg]
+            args, kwargs = (args, kwargs) if given is None else given
+        elif (given := before(module, args)) is not None:  # type: ignore[call-arg]
+            args = given if isinstance(given, tuple) else (given,)
+    result = compute(module.forward, *args, **kwargs)
+    for key, after in module._forward_hooks.items():
+        named = (kwargs,) if key in module._forward_hooks_with_kwargs else ()
+        given = after(module, args, *named, result)  # type: ignore[call-arg]
+        result = result if given is None else given
+    return result
 
 
 def plain_sum(
@@ -80,10 +100,11 @@ def plain_sum(
         for adapter in active:
             result = add(result, product(adapter, x))
         result = result.to(dtype)
-        if active and result.requires_grad and not is_traced():
+        if result.requires_grad and not is_traced():
             if x.requires_grad:
                 result = guarded(layer, result)
-            result = watched(result, x, active, look)
+            if active:
+                result = watched(result, x, active, look)
         return result
 
     return within_hooks(layer.base_layer, compute, x, *args, **kwargs)
@@ -92,7 +113,8 @@ def plain_sum(
 def guarded(layer: RosaLayer, result: Tensor) -> Tensor:
     """A layer's result that is not gone backward through once its weight has changed."""
     base = layer.base_weight
-    if base.standing and result.requires_grad:
+    changes = any(adapter.terms.rank for adapter in layer.adapters.values())
+    if changes and result.requires_grad:
         # Of a weight in shards torch counts no changes: they are written past its tensor, and for a
         # pass it may be gathered anew.
         in_shards = base.is_lent or base.shard is not None

@@ -16,7 +16,9 @@ IGNORED = -100
 class ItemCounter:
     """Counts what the loss is a mean of, while a model runs forward in training mode.
 
-    That is labels, but those that the loss ignores; of a batch without labels, its examples.
+    That is labels, but those that the loss ignores. Where the model is given none, as by a Trainer
+    that computes the loss itself (label smoothing, `compute_loss_func`), it is the tokens that it
+    gives logits (n, tokens, classes) for, or else the examples.
 
     Args:
         model: its calls are counted, until `stop`.
@@ -24,14 +26,22 @@ class ItemCounter:
 
     def __init__(self, model: nn.Module) -> None:
         self._counts: list[Tensor | int] = []
-        self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
+        self._hook = model.register_forward_hook(self._count, with_kwargs=True)
 
-    def _count(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _count(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         if not model.training or not torch.is_grad_enabled():  # as a reference model's passes
             return
         labels = kwargs.get("labels")
         if isinstance(labels, Tensor):
             self._counts.append((labels != IGNORED).sum().detach())
+            return
+        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+        if isinstance(logits, Tensor) and logits.dim() == 3:
+            mask = kwargs.get("attention_mask")
+            known = isinstance(mask, Tensor) and mask.shape == logits.shape[:2]
+            self._counts.append((mask != 0).sum() if known else logits.shape[:2].numel())
             return
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() > 0]
         self._counts.append(len(tensors[0]) if tensors else 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,25 @@ from rosa.layers.adapter import Adapter
 from rosa.pretrained.sharding import cut_as
 from rosa.resampling.optimizers import stepping
 from rosa.resampling.zero import partitioned
+
+_AT_WORK: WeakKeyDictionary[Any, DecayTowardDrawn] = WeakKeyDictionary()
+"""By the optimizers that step the factors."""
+
+
+def decay_toward_drawn(optimizer: Any, adapters: list[Adapter]) -> DecayTowardDrawn:
+    """Let an optimizer's weight decay pull these to what they are now drawn as, from now on.
+
+    To be called after every draw; twice it does no more than once.
+    """
+    factors = [factor for adapter in adapters for factor in adapter.factors]
+    steps = [*stepping(optimizer, factors), *(zero.inner for zero in partitioned(optimizer))]
+    known = {id(one): one for one in map(_AT_WORK.get, steps) if one is not None}
+    for one in known.values():
+        if [*map(id, one.factors)] == [*map(id, factors)]:
+            one.refresh()
+            return one
+        one.stop()
+    return DecayTowardDrawn(optimizer, adapters)
 
 
 class DecayTowardDrawn:
@@ -34,7 +54,7 @@ class DecayTowardDrawn:
     """
 
     def __init__(self, optimizer: Any, adapters: list[Adapter]) -> None:
-        factors = [factor for adapter in adapters for factor in adapter.factors]
+        self.factors = factors = [factor for adapter in adapters for factor in adapter.factors]
         self._parts = partitioned(optimizer)
         held = {id(factor) for factor in factors}
         held |= {id(part) for zero in self._parts for part in zero.parts_of(factors)}
@@ -59,6 +79,8 @@ class DecayTowardDrawn:
         self._hooks = [
             one.register_step_post_hook(self._give_back) for one in optimizers if self._adapters
         ]
+        for one, _ in steps:
+            _AT_WORK[one] = self
         self.refresh()
 
     @torch.no_grad()
@@ -82,12 +104,18 @@ class DecayTowardDrawn:
             share = float(group["lr"] * group.get("weight_decay", 0.0))
             held = [p for p in group["params"] if p in self._drawn and p.grad is not None]
             if share and held:
-                torch._foreach_add_(held, [self._drawn[p] for p in held], alpha=share)  # type: ignore[attr-defined]
+                drawn = [self._drawn[p] for p in held]
+                if (skips := getattr(optimizer, "found_inf", None)) is not None:
+                    # A fused kernel under a GradScaler: the step was none where this is 1.
+                    drawn = [torch.where(skips.to(p.device) > 0, 0.0, p) for p in drawn]
+                torch._foreach_add_(held, drawn, alpha=share)  # type: ignore[attr-defined]
 
     def stop(self) -> None:
         """Leave the optimizer as it was."""
         for hook in self._hooks:
             hook.remove()
+        for one in [one for one, at_work in _AT_WORK.items() if at_work is self]:
+            del _AT_WORK[one]
 
 
 def _ids(group: dict[str, Any]) -> list[int]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rosa.errors import UserError
 from rosa.resampling.active import Active, active_adapters, check_finite, factors_of
+from rosa.resampling.decay import decay_toward_drawn
 from rosa.resampling.moments import check_moments, clear
 from rosa.resampling.optimizers import State, averages, forget_curvature, states_of
 from rosa.resampling.processes import everyone
@@ -32,7 +33,9 @@ def resample(
     The model's outputs stay the same to rounding. The factors stay the same Parameter objects;
     their gradients are dropped, and their entries in the optimizer's state are cleared, step counts
     too, unless `moments` says otherwise. Everything else that the optimizer holds, its
-    parameter groups and the learning-rate schedule are left alone. Call it between an optimizer
+    parameter groups and the learning-rate schedule are left alone, but that from now on its weight
+    decay, if it has any, pulls the factors to what they were drawn as (see
+    `rosa.resampling.decay`), for which a copy of them is kept. Call it between an optimizer
     step and the next forward pass. The extra memory is one layer's at a time.
 
     In a training of several processes all of them call it, at the same step: each layer is drawn in
@@ -93,6 +96,8 @@ def resample(
                 part.clear(factors_of(found))
     if moments == "clear":
         forget_curvature(optimizer)
+    if optimizer is not None:
+        decay_toward_drawn(optimizer, [active.adapter for active in found])
     torch.clear_autocast_cache()  # else an autocast around the call would go on with old factors
     return len(found)
 

@@ -101,7 +101,9 @@ def warn_of_blind(found: list[Active]) -> None:
         warnings.warn(
             f"no gradient was seen of {len(blind)} of {len(found)} weights, such as {blind[0]}: "
             "random directions are drawn for them. Call rosa.watch(model) a few steps before "
-            "rosa.resample, or give it batches; if you did, their loss is 0, NaN or infinite",
+            "rosa.resample, or give it batches; if you did, their loss is 0, NaN or infinite, or "
+            "the model is compiled (torch.compile, TrainingArguments(torch_compile=True)), whose "
+            "backward pass is not seen: draw by directions='orthonormal' there",
             stacklevel=3,
         )
 

@@ -1,0 +1,49 @@
+"""Modules that a model holds in ways that torch does not know of, and PEFT does not replace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+from rosa.errors import UserError
+
+_DEEP = 3
+"""Lists in lists, at most."""
+_OWN = frozenset(vars(nn.Module()))
+"""Attributes that every module has: its registered modules, its hooks."""
+
+
+def check_not_held(model: nn.Module, targets: Iterable[tuple[str, nn.Module]]) -> None:
+    """Raise UserError where a module to adapt is in a list, a dict or an unregistered attribute.
+
+    What the model calls there would be the module alone, with the offset in its weight and without
+    the factors' product.
+
+    Args:
+        model: that is searched.
+        targets: the modules with their names.
+    """
+    wanted = {id(module): name for name, module in targets}
+    for owner, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute in _OWN:
+                continue
+            for found in _modules_in(value, _DEEP):
+                if id(found) in wanted:
+                    name, place = wanted[id(found)], f"{owner}.{attribute}".lstrip(".")
+                    raise UserError(
+                        f"{name} is held by {place} too, not as a registered module: called by "
+                        "that it would be the pretrained module with ROSA's offset in its weight "
+                        "and nothing else. Register it (nn.ModuleList, nn.ModuleDict), call it by "
+                        f"its name, or leave it out (exclude_modules=[{name!r}])"
+                    )
+
+
+def _modules_in(value: Any, depth: int) -> Iterator[nn.Module]:
+    if isinstance(value, nn.Module):
+        yield value
+    elif depth and isinstance(value, dict | list | tuple | set):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _modules_in(each, depth - 1)
