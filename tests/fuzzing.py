@@ -456,7 +456,9 @@ def _another(kind: Kind, loaded: PeftModel, folder: Path, way: Any) -> str:
         value = value.reshape(own.shape) if own.numel() == value.numel() == 1 else value
         if not torch.equal(own, value.to(own.dtype)):
             return f"{name} is not what the file has"
-    same = all(torch.equal(value, there[name].to(value)) for name, value in kind.weights.items())
+    same = there.keys() == kind.weights.keys() and all(  # an output embedding may have come too
+        torch.equal(value, there[name].to(value)) for name, value in kind.weights.items()
+    )
     told = ("alpha", "alpha_pattern", "trainable_token_indices", "task_type")
     if same and all(config.get(name) == kind.config[name] for name in told):
         found = outputs_of(loaded, kind.inputs)
