@@ -110,34 +110,39 @@ def check_output(output: Path, settings: dict[str, Any], resume: bool, overwrite
     if not before and output.is_dir() and any(p.name != _LOCK for p in output.iterdir()):
         raise UserError(f"{output} holds files that are not a run's: name a new folder")
     if before and resume:
-        before = {**DEFAULTS, **before}  # it may be of a version that had fewer settings
-        there, here = (_rows_of_a_step(each) for each in ({**settings, **before}, settings))
-        # ZeRO's files are each process's own; LoRA-GA's base is changed by what the split rounds.
-        is_bound = settings.get("zero") is not None or settings.get("method") == "lora_ga"
-        free = ("output", "versions", *(_SPLIT if there == here and not is_bound else ()))
-        differ = [
-            f"{name} ({before[name]} there, {value} here)"
-            for name, value in settings.items()
-            if name not in free and before.get(name, value) != value
-        ]
-        if differ:
-            bound = " How a step's rows are split is a part of them here." if is_bound else ""
-            split = (
-                ""
-                if there == here
-                else (
-                    f" A step has {there} rows there and {here} here: --batch-size and "
-                    "--gradient-accumulation make as many in any number of processes."
-                )
-            )
-            raise UserError(
-                f"{output} holds a run with other settings: {'; '.join(differ)}.{split}{bound} "
-                "Give the same settings to resume it, or --overwrite to start again"
-            )
+        _check_same(output, {**DEFAULTS, **before}, settings)  # its version may have had fewer
     elif before and not overwrite:
         raise UserError(
             f"{output} already holds a run: --resume goes on with it, --overwrite starts again"
         )
+
+
+def _check_same(output: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raise UserError where a run has other settings than it is to be gone on with.
+
+    How a step's rows are split over processes and batches is free, where as many are in a step.
+    """
+    there, here = (_rows_of_a_step(each) for each in ({**settings, **before}, settings))
+    # ZeRO's files are each process's own; LoRA-GA's base is changed by what the split rounds.
+    is_bound = settings.get("zero") is not None or settings.get("method") == "lora_ga"
+    free = ("output", "versions", *(_SPLIT if there == here and not is_bound else ()))
+    differ = [
+        f"{name} ({before[name]} there, {value} here)"
+        for name, value in settings.items()
+        if name not in free and before.get(name, value) != value
+    ]
+    if not differ:
+        return
+    said = [f"{output} holds a run with other settings: {'; '.join(differ)}."]
+    if there != here:
+        said.append(
+            f"A step has {there} rows there and {here} here: --batch-size and "
+            "--gradient-accumulation make as many in any number of processes."
+        )
+    if is_bound:
+        said.append("How a step's rows are split is a part of them here.")
+    said.append("Give the same settings to resume it, or --overwrite to start again")
+    raise UserError(" ".join(said))
 
 
 def _rows_of_a_step(settings: dict[str, Any]) -> int:
