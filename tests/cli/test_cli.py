@@ -807,3 +807,11 @@ def test_a_second_file_is_not_ignored(basics, tmp_path, capsys):
     other = write_csv(tmp_path / "other.csv")
     said = fails(capsys, "train", *basics, "--train", other, "--output", tmp_path / "run")
     assert "--train was given more than once" in said
+
+
+def test_a_decoder_does_not_ignore_labels_without_a_word(decoder, tmp_path, capsys):
+    table = write_csv(tmp_path / "t.csv")
+    how = ("train", "--model", decoder, "--train", table, "--output", tmp_path / "run", *SHORT)
+    assert "--label-column is for models that" in fails(capsys, *how, "--label-column", "text")
+    run(*how)
+    assert "the column label is left out: to classify" in " ".join(capsys.readouterr().out.split())

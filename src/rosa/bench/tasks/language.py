@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rosa.bench.processes import say
 from rosa.bench.tasks import chat, preference
 from rosa.bench.tasks.files import read_columns, read_table
 from rosa.bench.tasks.task import DataSettings, Task
@@ -47,6 +48,16 @@ def load_language(settings: DataSettings) -> Task:
                 f"a decoder takes a text column, or a prompt and a completion: {columns}"
             )
         names = ("text",) if len(columns) == 1 else PAIR
+        if settings.label_column != DataSettings.label_column:
+            raise UserError(
+                "--label-column is for models that classify; this one is a decoder, which learns "
+                "texts, or prompts and completions"
+            )
+        if settings.label_column in there - {*columns}:
+            say(
+                f"{settings.train}: a decoder learns the column {columns[0]}, and the column "
+                f"{settings.label_column} is left out: to classify, take an encoder"
+            )
 
         def read(path: Path) -> Dataset:
             rows = read_table(path, columns, FORMS).select_columns(list(columns))
