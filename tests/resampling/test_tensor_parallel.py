@@ -298,6 +298,36 @@ def test_what_would_be_wrong_is_refused(tmp_path):
     in_processes(2, tmp_path, refused, tmp_path)
 
 
+def with_batches_of_its_own(rank, folder):
+    base = decoder(folder / "llama", torch.float64, distributed.get_world_size())
+    model = get_peft_model(base, RosaConfig(r=2, target_modules="all-linear"))
+    batches = torch.randint(50, (3, 4, 7), generator=torch.Generator().manual_seed(rank))
+    before = [layer.adapters["default"].draws for _, layer in rosa_layers(model)]
+    with pytest.raises(ValueError, match=r"give all the same batches|draw has failed"):
+        train(model, batches, (2,))
+    assert before == [layer.adapters["default"].draws for _, layer in rosa_layers(model)]
+
+
+def test_other_batches_in_each_process_are_noticed(tmp_path):
+    save(tmp_path, "llama")
+    in_processes(2, tmp_path, with_batches_of_its_own, tmp_path)
+
+
+def with_dropout(rank, folder):
+    base = decoder(folder / "llama", torch.float64, distributed.get_world_size())
+    config = RosaConfig(r=2, target_modules="all-linear", rosa_dropout=0.3)
+    model = get_peft_model(base, config).train()
+    batches = torch.randint(50, (4, 4, 7), generator=torch.Generator().manual_seed(5))
+    torch.manual_seed(3)
+    train(model, batches, (2,))
+    assert all(all_equal(change) for change in changes(model))
+
+
+def test_dropout_with_one_seed(tmp_path):
+    save(tmp_path, "llama")
+    in_processes(2, tmp_path, with_dropout, tmp_path)
+
+
 def by_trainer(rank, folder):
     size = distributed.get_world_size()
     rows = torch.randint(50, (24, 6), generator=torch.Generator().manual_seed(5))

@@ -114,12 +114,13 @@ def guarded(layer: RosaLayer, result: Tensor) -> Tensor:
     """A layer's result that is not gone backward through once its weight has changed."""
     base = layer.base_weight
     changes = any(adapter.terms.rank for adapter in layer.adapters.values())
-    if changes and result.requires_grad:
+    if changes and not layer.is_quantized and result.requires_grad:
         # Of a weight in shards torch counts no changes: they are written past its tensor, and for a
         # pass it may be gathered anew.
         in_shards = base.is_lent or base.shard is not None
         standing = partial(getattr, base, "standing") if in_shards else None
-        return Unchanged.apply(result, base.parameter, standing)  # type: ignore[return-value]
+        own = result.clone() if result._is_view() else result  # a view is not handed on as it is
+        return Unchanged.apply(own, base.parameter, standing)  # type: ignore[return-value]
     return result
 
 

@@ -19,6 +19,7 @@ from rosa.pretrained.files import WeightFile
 from rosa.pretrained.sharding import (
     check_shards,
     cut_dim,
+    from_first,
     is_fully_sharded,
     is_sharded,
     own_part,
@@ -161,6 +162,31 @@ def _check_factors(active: Active, in_rows: bool) -> None:
         raise UserError(
             f"the factors of layer {active.name} are sharded over processes: train data-parallel "
             "without sharding, with torch's fully_shard (FSDP 2) alone, or with DeepSpeed's ZeRO"
+        )
+
+
+REPLICAS = 1e-3
+"""By how much of its norm a factor may differ between processes that all hold it: by rounding."""
+
+
+def check_replicas(found: list[Active]) -> None:
+    """Raise ValueError if a factor that tensor parallelism does not cut differs by process.
+
+    All processes must ask for it.
+    """
+    differ = []
+    for active in found:
+        for factor in active.factors if active.layer.is_in_shards else ():
+            if cut_dim(factor) is None:
+                mine = own_part(factor).detach()
+                first = from_first(mine.clone(), like=factor)
+                if float((mine - first).norm()) > REPLICAS * float(first.norm()):
+                    differ.append(active.name)
+    if differ:
+        raise UserError(
+            f"the factors of {len(differ)} layers, such as {differ[0]}, are not the same in all "
+            "processes of a tensor parallelism, which train one model together: give all the same "
+            "batches, and with dropout the same seed"
         )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rosa.errors import UserError
-from rosa.resampling.active import Active, active_adapters, check_finite, factors_of
+from rosa.resampling.active import Active, active_adapters, check_finite, check_replicas, factors_of
 from rosa.resampling.decay import decay_toward_drawn
 from rosa.resampling.moments import check_moments, clear
 from rosa.resampling.optimizers import State, averages, forget_curvature, states_of
@@ -70,6 +70,7 @@ def resample(
     with everyone().failing_together():
         found = active_adapters(model, optimizer)
         check_finite(found)
+        check_replicas(found)
         states, parts = states_to_keep(moments, optimizer, found)
         informed = [active for active in found if active.is_informed]
         shown = iter(batches if informed else ())
