@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import multiprocessing
+from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from rosa.bench.setup.checking import check
@@ -109,12 +110,18 @@ def load_two(rank: int, port: int, settings: RunSettings) -> None:
     base = load_base(settings, load_task(settings), None)
     assert not any(parameter.numel() for parameter in base.model.parameters())
     assert not is_deepspeed_zero3_enabled()  # the next model is whole again
+    assert {parameter.dtype for parameter in base.model.parameters()} == {torch.bfloat16}
     torch.distributed.destroy_process_group()
 
 
 def test_in_stage_3_a_decoder_is_cut_as_it_is_loaded(tmp_path):
     os.environ["DS_ACCELERATOR"] = "cpu"
-    settings = with_config(settings_for("text", tmp_path), ZEROS["stage 3"])
+    settings = settings_for("text", tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(settings.model).to(torch.bfloat16)
+    base.save_pretrained(settings.model)
+    settings = with_config(replace(settings, precision="bf16"), ZEROS["stage 3"])
+    config = {**json.loads(settings.deepspeed.read_text()), "train_batch_size": "auto"}
+    settings.deepspeed.write_text(json.dumps(config))
     multiprocessing.spawn(load_two, (free_port(), settings), nprocs=2, daemon=True)
 
 

@@ -805,8 +805,9 @@ def test_commands_for_one_process_are_refused_in_several(tmp_path, capsys, monke
 
 def test_a_second_file_is_not_ignored(basics, tmp_path, capsys):
     other = write_csv(tmp_path / "other.csv")
-    said = fails(capsys, "train", *basics, "--train", other, "--output", tmp_path / "run")
-    assert "--train was given more than once" in said
+    for again in (["--train", other], [f"--train={other}"]):
+        said = fails(capsys, "train", *basics, *again, "--output", tmp_path / "run")
+        assert "--train was given more than once" in said
 
 
 def test_a_decoder_does_not_ignore_labels_without_a_word(decoder, tmp_path, capsys):

@@ -731,20 +731,9 @@ class Holding(nn.Module):
 def test_a_module_that_is_held_unregistered_is_refused(how):
     base, x = Holding(how), torch.randn(3, 5)
     before = base(x)
-    with pytest.raises(UserError, match=r"one is held by held too"):
+    with pytest.raises(UserError, match=r"one is held by held too.*exclude_modules=\['one'\]"):
         attach(base, ["one", "two"])
     assert torch.equal(base(x), before)
     assert not list(rosa_layers(base))
     model = attach(base, ["two"])
     torch.testing.assert_close(model(x), before)
-
-
-def test_a_loss_inside_disable_adapter_beside_one_with_it_is_told_in_words():
-    model = trained(tiny_llama(), "all-linear").train()
-    model.enable_input_require_grads()
-    ids = torch.randint(50, (2, 5))
-    loss = model(ids, labels=ids).loss
-    with model.disable_adapter():
-        loss = loss + model(ids, labels=ids).loss
-    with pytest.raises(RuntimeError, match="before the backward pass"):
-        loss.backward()

@@ -375,6 +375,10 @@ def test_tokens_are_counted_where_the_trainer_computes_the_loss(mask):
     )
     model(input_ids=ids, **how)  # as Trainer does with label smoothing, or a loss of its own
     assert counter.counted() == (13 if mask else 21)
+    counter.stop()
+    counter = ItemCounter(model)
+    model(input_ids=ids, labels=ids, **how)
+    assert counter.counted() == 21
     classifier = tiny_bert().train()
     counter = ItemCounter(classifier)
     classifier(input_ids=ids)

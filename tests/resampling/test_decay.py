@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -167,19 +170,68 @@ def test_a_loop_of_ones_own_has_it_from_the_first_draw_on():
         close(factor.detach(), place - LR * DECAY * (place - start))
 
 
-def test_another_adapter_of_the_optimizers_takes_its_place():
+def stays(model, optimizer):
+    """Whether the decay alone leaves the factors where they are."""
+    before = [f.detach().clone() for f in factors(model)]
+    for _ in range(20):
+        step(model, optimizer)
+    close([f.detach() for f in factors(model)], before)
+
+
+def test_one_optimizer_of_two_models():
+    one, optimizer = adapted()
+    two, _ = adapted()
+    optimizer.add_param_group({"params": [p for p in two.parameters() if p.requires_grad]})
+    resample(one, optimizer)
+    resample(two, optimizer)
+    stays(one, optimizer)
+    stays(two, optimizer)
+
+
+def test_adapters_that_take_turns():
+    model, optimizer = adapted()
+    model.add_adapter("other", RosaConfig(r=2, directions="svd", target_modules=["first"]))
+    held = (d for _, la in rosa_layers(model) for d in (la.rosa_A, la.rosa_B))
+    others = [factor for each in held for name, factor in each.items() if name == "other"]
+    optimizer.add_param_group({"params": others})
+    resample(model, optimizer)
+    model.set_adapter("other")
+    resample(model, optimizer)
+    model.set_adapter("default")
+    stays(model, optimizer)
+
+
+def test_decay_that_begins_later():
+    model, optimizer = adapted()
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    resample(model, optimizer)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = DECAY
+    resample(model, optimizer)
+    stays(model, optimizer)
+    resample(model)  # which names no optimizer
+    stays(model, optimizer)
+
+
+def test_a_state_dict_that_is_loaded_after_a_draw():
     model, optimizer = adapted()
     resample(model, optimizer)
-    model.add_adapter("other", RosaConfig(r=2, directions="svd", target_modules=["first"]))
-    model.set_adapter("other")
-    ((_, layer), *_) = rosa_layers(model)
-    trained = [layer.rosa_A["other"], layer.rosa_B["other"]]
-    optimizer.add_param_group({"params": trained})
+    state = {k: v.clone() for k, v in model.state_dict().items()}
     resample(model, optimizer)
-    drawn = [f.detach().clone() for f in trained]
-    for _ in range(50):
-        step(model, optimizer)
-    close([f.detach() for f in trained], drawn)
+    model.load_state_dict(state)
+    stays(model, optimizer)
+
+
+def test_a_copy_has_no_optimizer():
+    model, optimizer = adapted()
+    resample(model, optimizer)
+    twin = copy.deepcopy(model)
+    assert all(la.adapters["default"].decay is None for _, la in rosa_layers(twin))
+    found = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert found() is None
 
 
 @pytest.mark.parametrize("fused", [False, True])

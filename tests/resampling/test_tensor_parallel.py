@@ -318,12 +318,16 @@ def with_dropout(rank, folder):
     config = RosaConfig(r=2, target_modules="all-linear", rosa_dropout=0.3)
     model = get_peft_model(base, config).train()
     batches = torch.randint(50, (4, 4, 7), generator=torch.Generator().manual_seed(5))
-    torch.manual_seed(3)
+    torch.manual_seed(rank)
+    before = changes(model)
     train(model, batches, (2,))
     assert all(all_equal(change) for change in changes(model))
+    whole = [layer.rosa_A["default"].to_local() for _, layer in rosa_layers(model)]
+    assert all(all_equal(a) for a in whole if a.shape[-1] == 24)  # of layers cut by their outputs
+    assert not any(map(torch.equal, changes(model), before))
 
 
-def test_dropout_with_one_seed(tmp_path):
+def test_dropout_whatever_the_seeds(tmp_path):
     save(tmp_path, "llama")
     in_processes(2, tmp_path, with_dropout, tmp_path)
 

@@ -36,7 +36,8 @@ class Command(TyperCommand):
             typer.echo(super().get_help(ctx))
             ctx.exit()
         for parameter in self.params:
-            if parameter.name in FILES and sum(args.count(word) for word in parameter.opts) > 1:
+            given = [arg for arg in args if arg.partition("=")[0] in parameter.opts]
+            if parameter.name in FILES and len(given) > 1:
                 raise UserError(
                     f"{parameter.opts[0]} was given more than once, and takes one file: put the "
                     "rows into one"

@@ -100,11 +100,10 @@ def plain_sum(
         for adapter in active:
             result = add(result, product(adapter, x))
         result = result.to(dtype)
-        if result.requires_grad and not is_traced():
+        if active and result.requires_grad and not is_traced():
             if x.requires_grad:
                 result = guarded(layer, result)
-            if active:
-                result = watched(result, x, active, look)
+            result = watched(result, x, active, look)
         return result
 
     return within_hooks(layer.base_layer, compute, x, *args, **kwargs)
@@ -113,14 +112,12 @@ def plain_sum(
 def guarded(layer: RosaLayer, result: Tensor) -> Tensor:
     """A layer's result that is not gone backward through once its weight has changed."""
     base = layer.base_weight
-    changes = any(adapter.terms.rank for adapter in layer.adapters.values())
-    if changes and not layer.is_quantized and result.requires_grad:
+    if base.standing and result.requires_grad:
         # Of a weight in shards torch counts no changes: they are written past its tensor, and for a
         # pass it may be gathered anew.
         in_shards = base.is_lent or base.shard is not None
         standing = partial(getattr, base, "standing") if in_shards else None
-        own = result.clone() if result._is_view() else result  # a view is not handed on as it is
-        return Unchanged.apply(own, base.parameter, standing)  # type: ignore[return-value]
+        return Unchanged.apply(result, base.parameter, standing)  # type: ignore[return-value]
     return result
 
 

@@ -13,14 +13,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rosa.algebra.sketch import Sketch
 from rosa.errors import UserError
 from rosa.layers.adapter import Adapter
 from rosa.layers.base import RosaLayer
-from rosa.pretrained.sharding import cut_dim, is_dtensor
+from rosa.pretrained.sharding import cut_dim, from_first, is_dtensor
 
 
 def parallel_product(layer: RosaLayer, adapter: Adapter, x: Tensor) -> Tensor:
@@ -42,7 +42,9 @@ def parallel_product(layer: RosaLayer, adapter: Adapter, x: Tensor) -> Tensor:
             "the module that fully_shard was called on"
         )
     x = _whole(x, mesh) if by_outputs else _own(x, layer.in_features, mesh)
-    hidden = F.linear(dropout(layer._cast_input_dtype(x, a.dtype)), _local(a)) * adapter.scaling
+    x = layer._cast_input_dtype(x, a.dtype)
+    x = _dropped(x, dropout, weight) if by_outputs else dropout(x)
+    hidden = F.linear(x, _local(a)) * adapter.scaling
     if by_outputs:  # the gradient is of these outputs: it is summed on its way back
         hidden = DTensor.from_local(hidden, mesh, [Replicate()], run_check=False)
         hidden = hidden.to_local(grad_placements=[Partial()])
@@ -70,6 +72,17 @@ def look_at_all(layer: RosaLayer, sketch: Sketch, grad: Tensor, x: Tensor) -> No
     """Show a sketch the gradient of all outputs, and all inputs."""
     mesh = layer.base_weight.parameter.device_mesh  # type: ignore[attr-defined]
     sketch.add(_gathered(grad, layer.out_features, mesh), _gathered(x, layer.in_features, mesh))
+
+
+def _dropped(x: Tensor, dropout: nn.Module, weight: Tensor) -> Tensor:
+    """Dropout of inputs that every process has all of: of the same ones in all."""
+    if not isinstance(dropout, nn.Dropout) or not dropout.training:
+        return x
+    # By torch's own generator, which is set back for what is computed again (checkpointing).
+    seed = from_first(torch.randint(1 << 62, (1,)).to(x.device), weight)
+    shared = torch.Generator(x.device).manual_seed(int(seed))
+    kept = 1 - dropout.p
+    return x * (torch.empty_like(x).bernoulli_(kept, generator=shared) / kept)
 
 
 def _local(factor: Tensor) -> Tensor:

@@ -144,6 +144,8 @@ class WeightMemory:
                 self._shard, self._is_spread = Shard(parameter, dim), True
                 if first:
                     self.cut()
+            elif is_dtensor(parameter):
+                return None  # it was spread in yet another way
         return self._shard
 
     @property

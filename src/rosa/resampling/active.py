@@ -20,6 +20,7 @@ from rosa.pretrained.sharding import (
     check_shards,
     cut_dim,
     from_first,
+    is_cut,
     is_fully_sharded,
     is_sharded,
     own_part,
@@ -131,7 +132,8 @@ def _check_layer(name: str, layer: RosaLayer, in_rows: bool) -> None:
     if in_parts:
         layer.check_parts()
         zero3.check_part(base.parameter)
-    in_shards = base.shard is not None and (in_rows or layer.is_in_shards)
+    known = is_cut(base.parameter) if layer.is_in_shards else in_rows
+    in_shards = base.shard is not None and known
     if not (base.is_whole or in_parts or in_shards):
         raise UserError(
             f"the weight of layer {name} is offloaded or sharded over processes: ROSA draws "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -37,11 +38,12 @@ class ItemCounter:
         if isinstance(labels, Tensor):
             self._counts.append((labels != IGNORED).sum().detach())
             return
-        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-        if isinstance(logits, Tensor) and logits.dim() == 3:
-            mask = kwargs.get("attention_mask")
-            known = isinstance(mask, Tensor) and mask.shape == logits.shape[:2]
-            self._counts.append((mask != 0).sum() if known else logits.shape[:2].numel())
+        ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+        logits = output.get("logits") if isinstance(output, Mapping) else output
+        by_token = isinstance(logits, Tensor) and logits.dim() == 3
+        if labels is None and by_token and isinstance(ids, Tensor) and ids.dim() == 2:
+            known = isinstance(mask, Tensor) and mask.shape == ids.shape
+            self._counts.append((mask != 0).sum() if known else ids.numel())
             return
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() > 0]
         self._counts.append(len(tensors[0]) if tensors else 1)

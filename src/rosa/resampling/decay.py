@@ -9,34 +9,34 @@ from __future__ import annotations
 
 import warnings
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from rosa.layers.adapter import Adapter
-from rosa.pretrained.sharding import cut_as
+from rosa.pretrained.sharding import cut_as, is_dtensor
 from rosa.resampling.optimizers import stepping
 from rosa.resampling.zero import partitioned
 
-_AT_WORK: WeakKeyDictionary[Any, DecayTowardDrawn] = WeakKeyDictionary()
-"""By the optimizers that step the factors."""
 
-
-def decay_toward_drawn(optimizer: Any, adapters: list[Adapter]) -> DecayTowardDrawn:
+def decay_toward_drawn(optimizer: Any, adapters: list[Adapter]) -> DecayTowardDrawn | None:
     """Let an optimizer's weight decay pull these to what they are now drawn as, from now on.
 
-    To be called after every draw; twice it does no more than once.
+    To be called after every draw. What was asked for these before is replaced; None of no optimizer
+    that steps them, which leaves that as it is.
     """
     factors = [factor for adapter in adapters for factor in adapter.factors]
-    steps = [*stepping(optimizer, factors), *(zero.inner for zero in partitioned(optimizer))]
-    known = {id(one): one for one in map(_AT_WORK.get, steps) if one is not None}
-    for one in known.values():
-        if [*map(id, one.factors)] == [*map(id, factors)]:
-            one.refresh()
-            return one
-        one.stop()
+    before = {id(one.decay): one.decay for one in adapters if one.decay is not None}
+    if optimizer is None and not stepping(None, factors):
+        for decay in before.values():
+            decay.refresh()
+        return None
+    for decay in before.values():
+        if decay.adapters == adapters:
+            decay.follow(optimizer, adapters)
+            return decay
+        decay.leave(adapters)
     return DecayTowardDrawn(optimizer, adapters)
 
 
@@ -54,7 +54,14 @@ class DecayTowardDrawn:
     """
 
     def __init__(self, optimizer: Any, adapters: list[Adapter]) -> None:
-        self.factors = factors = [factor for adapter in adapters for factor in adapter.factors]
+        self._hooks: list[Any] = []
+        self.follow(optimizer, adapters)
+
+    def follow(self, optimizer: Any, adapters: list[Adapter]) -> None:
+        """See to these, in the groups that the optimizer has now."""
+        self.stop()
+        self.adapters = adapters
+        factors = [factor for adapter in adapters for factor in adapter.factors]
         self._parts = partitioned(optimizer)
         held = {id(factor) for factor in factors}
         held |= {id(part) for zero in self._parts for part in zero.parts_of(factors)}
@@ -73,20 +80,20 @@ class DecayTowardDrawn:
             warnings.warn(
                 f"the weight decay of {kind} pulls ROSA's factors toward zero, and they hold a "
                 "part of the pretrained weight: use torch's AdamW, or no weight decay",
-                stacklevel=2,
+                stacklevel=4,
             )
             self._adapters = []
         self._hooks = [
             one.register_step_post_hook(self._give_back) for one in optimizers if self._adapters
         ]
-        for one, _ in steps:
-            _AT_WORK[one] = self
+        for adapter in adapters:
+            adapter.decay = self
         self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take note of what was drawn; to be called after every draw."""
-        self._drawn = {}
+        """Take note of what was drawn, by a draw or in a state dict."""
+        self._drawn, self._terms = {}, [adapter.terms for adapter in self._adapters]
         for adapter in self._adapters:
             a, b = adapter.factors
             if (drawn := adapter.drawn()) is not None:
@@ -100,22 +107,35 @@ class DecayTowardDrawn:
 
     @torch.no_grad()
     def _give_back(self, optimizer: Optimizer, *_: Any) -> None:
+        if any(a.terms is not t for a, t in zip(self._adapters, self._terms, strict=True)):
+            self.refresh()
         for group in optimizer.param_groups:
             share = float(group["lr"] * group.get("weight_decay", 0.0))
             held = [p for p in group["params"] if p in self._drawn and p.grad is not None]
-            if share and held:
-                drawn = [self._drawn[p] for p in held]
-                if (skips := getattr(optimizer, "found_inf", None)) is not None:
-                    # A fused kernel under a GradScaler: the step was none where this is 1.
+            skips = getattr(optimizer, "found_inf", None)  # a fused kernel's, under a GradScaler
+            for alike in (list(filter(is_dtensor, held)), [p for p in held if not is_dtensor(p)]):
+                drawn = [self._drawn[p] for p in alike]
+                if skips is not None:  # the step was none where this is 1
                     drawn = [torch.where(skips.to(p.device) > 0, 0.0, p) for p in drawn]
-                torch._foreach_add_(held, drawn, alpha=share)  # type: ignore[attr-defined]
+                if share and alike:
+                    torch._foreach_add_(alike, drawn, alpha=share)  # type: ignore[attr-defined]
+
+    def leave(self, adapters: list[Adapter]) -> None:
+        """Let these alone, as another one sees to them now."""
+        self._adapters = [adapter for adapter in self._adapters if adapter not in adapters]
+        self.adapters = [adapter for adapter in self.adapters if adapter not in adapters]
+        if not self.adapters:
+            self.stop()
+        self.refresh()
 
     def stop(self) -> None:
         """Leave the optimizer as it was."""
         for hook in self._hooks:
             hook.remove()
-        for one in [one for one, at_work in _AT_WORK.items() if at_work is self]:
-            del _AT_WORK[one]
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        """A copy of an adapter, or its file, has none: no optimizer trains that."""
+        return type(None), ()
 
 
 def _ids(group: dict[str, Any]) -> list[int]:

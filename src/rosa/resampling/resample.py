@@ -97,8 +97,7 @@ def resample(
                 part.clear(factors_of(found))
     if moments == "clear":
         forget_curvature(optimizer)
-    if optimizer is not None:
-        decay_toward_drawn(optimizer, [active.adapter for active in found])
+    decay_toward_drawn(optimizer, [active.adapter for active in found])
     torch.clear_autocast_cache()  # else an autocast around the call would go on with old factors
     return len(found)
 

@@ -16,7 +16,7 @@ _OWN = frozenset(vars(nn.Module()))
 
 
 def check_not_held(model: nn.Module, targets: Iterable[tuple[str, nn.Module]]) -> None:
-    """Raise UserError where a module to adapt is in a list, a dict or an unregistered attribute.
+    """Raise UserError where modules to adapt are in lists, dicts or unregistered attributes.
 
     What the model calls there would be the module alone, with the offset in its weight and without
     the factors' product.
@@ -26,19 +26,22 @@ def check_not_held(model: nn.Module, targets: Iterable[tuple[str, nn.Module]]) -
         targets: the modules with their names.
     """
     wanted = {id(module): name for name, module in targets}
-    for owner, module in model.named_modules():
-        for attribute, value in vars(module).items():
-            if attribute in _OWN:
-                continue
-            for found in _modules_in(value, _DEEP):
-                if id(found) in wanted:
-                    name, place = wanted[id(found)], f"{owner}.{attribute}".lstrip(".")
-                    raise UserError(
-                        f"{name} is held by {place} too, not as a registered module: called by "
-                        "that it would be the pretrained module with ROSA's offset in its weight "
-                        "and nothing else. Register it (nn.ModuleList, nn.ModuleDict), call it by "
-                        f"its name, or leave it out (exclude_modules=[{name!r}])"
-                    )
+    held = {
+        wanted[id(found)]: f"{owner}.{attribute}".lstrip(".")
+        for owner, module in model.named_modules()
+        for attribute, value in vars(module).items()
+        if attribute not in _OWN
+        for found in _modules_in(value, _DEEP)
+        if id(found) in wanted
+    }
+    if held:
+        name, place = next(iter(held.items()))
+        raise UserError(
+            f"{name} is held by {place} too, in a list, a dict or an attribute that torch does not "
+            "look into: called by that it would be the pretrained module with ROSA's offset in its "
+            "weight and nothing else. Hold it in an nn.ModuleList or nn.ModuleDict there, or leave "
+            f"out what is held so: exclude_modules={sorted(held)}"
+        )
 
 
 def _modules_in(value: Any, depth: int) -> Iterator[nn.Module]:

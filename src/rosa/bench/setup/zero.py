@@ -50,8 +50,13 @@ def zero_config(settings: RunSettings) -> dict[str, Any] | None:
 
 
 @contextmanager
-def parts_at_once(settings: RunSettings) -> Iterator[None]:
-    """While a model is loaded: let ZeRO 3 cut each weight as it comes."""
+def parts_at_once(settings: RunSettings, stored: str) -> Iterator[None]:
+    """While a model is loaded: let ZeRO 3 cut each weight as it comes.
+
+    Args:
+        settings: of the run.
+        stored: the precision of the model's files, which it is to keep.
+    """
     values = zero_config(settings)
     if values is None or _stage(values) != 3:
         yield
@@ -59,9 +64,13 @@ def parts_at_once(settings: RunSettings) -> Iterator[None]:
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     sizes = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}  # any
-    held = HfDeepSpeedConfig({**values, **sizes})  # transformers asks whether one is
-    yield
-    del held
+    precision = {"bfloat16": {"bf16": {"enabled": True}}, "float16": {"fp16": {"enabled": True}}}
+    others = {n: v for n, v in values.items() if n == "zero_optimization"}
+    held = HfDeepSpeedConfig({**others, **sizes, **precision.get(stored, {})})
+    try:
+        yield
+    finally:
+        del held  # transformers asks whether one is held
 
 
 def check_zero(settings: RunSettings) -> None:

@@ -11,6 +11,7 @@ from rosa.bench.setup.methods import configure, find_method
 from rosa.bench.setup.quantizing import quantization, quantize, quantized
 from rosa.bench.setup.settings import RunSettings, in_bf16
 from rosa.bench.setup.zero import parts_at_once
+from rosa.bench.storage import runs
 from rosa.bench.storage.saving import keep_beginning
 from rosa.bench.tasks.task import Task
 from rosa.errors import UserError, blame
@@ -62,10 +63,9 @@ def load_base(settings: RunSettings, task: Task, pad_token_id: int | None) -> Ba
     auto, task_type = classes[task.kind]
     # A new head is drawn whole, and what TRL computes is looked at on the whole model.
     plain = task.kind == "language" and not by_trl(settings, task)
-    with (
-        parts_at_once(settings) if plain else nullcontext(),
-        blame(f"the model {settings.model} cannot be loaded for {task.kind}"),
-    ):
+    stored = str(runs.load_config(settings.model).dtype) if as_stored else "float32"
+    parts = parts_at_once(settings, stored.removeprefix("torch.")) if plain else nullcontext()
+    with parts, blame(f"the model {settings.model} cannot be loaded for {task.kind}"):
         model, loading = auto.from_pretrained(settings.model, output_loading_info=True, **how)
     quantize(settings.load_in, model)
     if model.config.pad_token_id is None:
