@@ -81,10 +81,10 @@ def check_beside(
             Nothing has been changed then.
     """
     check_tensors(state_dict)
-    twice = set(held_twice(model, state_dict))
+    whole = {key: name for name, key in _whole_modules(model, adapter_name)}
+    twice = set(held_twice(model, state_dict)) - whole.keys()
     state_dict = {key: value for key, value in state_dict.items() if key not in twice}
     own, parameters = own_tensors(model), set(own_tensors(model, buffers=False))
-    whole = {key: name for name, key in _whole_modules(model, adapter_name)}
     around = tuple(
         f"{_named(n)}." for n, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)
     )
@@ -130,7 +130,7 @@ def held_twice(model: nn.Module, names: Iterable[str]) -> list[str]:
         if isinstance(module, ModulesToSaveWrapper)
         for held in ("original_module", "modules_to_save")
     )
-    return [name for name in names if name.startswith(inside)]
+    return [name for name in names if name.startswith(inside) and "bias" in name]
 
 
 def own_tensors(model: nn.Module, buffers: bool = True) -> dict[str, Tensor]:
