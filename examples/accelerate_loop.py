@@ -35,7 +35,8 @@ base = LlamaForCausalLM(
     )
 )
 model = get_peft_model(base, rosa.RosaConfig(r=4, target_modules="all-linear"))
-optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+factors = [p for p in model.parameters() if p.requires_grad]
+optimizer = torch.optim.AdamW(factors, lr=1e-2, weight_decay=0.0)
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
 step = 0  # of the optimizer

@@ -31,7 +31,9 @@ model = get_peft_model(base, rosa.RosaConfig(r=4, target_modules="all-linear"))
 for layer in model.get_base_model().model.layers:  # the adapter first, then its module
     fully_shard(layer, mesh=mesh)
 fully_shard(model, mesh=mesh)
-optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+optimizer = torch.optim.AdamW(
+    [p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0
+)
 
 torch.manual_seed(mesh.get_rank())  # other data in each
 for step in range(120):

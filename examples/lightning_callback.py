@@ -42,7 +42,9 @@ class Decoder(lightning.LightningModule):
         return loss
 
     def configure_optimizers(self):
-        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+        return torch.optim.AdamW(
+            [p for p in self.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0
+        )
 
 
 torch.manual_seed(0)

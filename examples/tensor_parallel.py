@@ -27,7 +27,9 @@ with tempfile.TemporaryDirectory() as folder:
     cut = DistributedConfig(tp_size=size) if size > 1 else None
     base = AutoModelForCausalLM.from_pretrained(folder, distributed_config=cut)
 model = get_peft_model(base, rosa.RosaConfig(r=4, target_modules="all-linear"))  # cut, then adapted
-optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+optimizer = torch.optim.AdamW(
+    [p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0
+)
 
 torch.manual_seed(1)  # and the same batches
 for step in range(120):

@@ -34,7 +34,9 @@ base = LlamaForCausalLM(
     )
 )
 model = get_peft_model(base, rosa.RosaConfig(r=4, target_modules="all-linear"))
-optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+optimizer = torch.optim.AdamW(
+    [p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0
+)
 
 for step in range(STEPS):
     if step == FIRST - WATCHED:

@@ -28,7 +28,8 @@ def loss_of(model: nn.Module, pictures: torch.Tensor, chosen: torch.Tensor) -> t
 
 
 def learn(model: nn.Module, pictures: torch.Tensor, steps: int, first: int = 0) -> None:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    factors = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(factors, lr=3e-3, weight_decay=0.0)
     for step in range(steps):
         if first and step % first == 0 and step > 0:  # four batches tell where the loss falls
             several = torch.randint(1400, (4, 64))

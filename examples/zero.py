@@ -30,7 +30,7 @@ model = get_peft_model(base, rosa.RosaConfig(r=4, target_modules="all-linear"))
 factors = [p for p in model.parameters() if p.requires_grad]
 engine, optimizer, *_ = deepspeed.initialize(
     model=model,
-    optimizer=torch.optim.AdamW(factors, lr=1e-2),
+    optimizer=torch.optim.AdamW(factors, lr=1e-2, weight_decay=0.0),
     config={
         "train_micro_batch_size_per_gpu": 16,
         "zero_optimization": {"stage": 3},  # in 1 and 2 the optimizer alone is in parts

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from rosa import RosaCallback, RosaConfig, resample
 from rosa.layers.in_model import rosa_layers
-from rosa.resampling.decay import DecayTowardDrawn
+from rosa.resampling.decay import DecayTowardDrawn, decay_toward_drawn
 from tests.helpers import adapters_of
 from tests.models import Mlp, tiny_bert
 
@@ -154,20 +154,9 @@ def test_in_the_trainer(tmp_path):
         torch.testing.assert_close(learned.B, drawn.B, rtol=1e-4, atol=1e-6)
 
 
-def test_a_loop_of_ones_own_has_it_from_the_first_draw_on():
-    model, optimizer = adapted()
-    resample(model, optimizer)
-    drawn = [f.detach().clone() for f in factors(model)]
-    for _ in range(50):
-        step(model, optimizer)
-    close([f.detach() for f in factors(model)], drawn)
-    resample(model, optimizer)  # once more, and no second pull
-    drawn = [f.detach().clone() for f in factors(model)]
-    move(model)
-    moved = [f.detach().clone() for f in factors(model)]
-    step(model, optimizer)
-    for factor, start, place in zip(factors(model), drawn, moved, strict=True):
-        close(factor.detach(), place - LR * DECAY * (place - start))
+def seen_to(model, optimizer):
+    """As a training begins, or goes on with other groups or adapters."""
+    decay_toward_drawn(optimizer, adapters_of(model, optimizer))
 
 
 def stays(model, optimizer):
@@ -182,8 +171,9 @@ def test_one_optimizer_of_two_models():
     one, optimizer = adapted()
     two, _ = adapted()
     optimizer.add_param_group({"params": [p for p in two.parameters() if p.requires_grad]})
-    resample(one, optimizer)
-    resample(two, optimizer)
+    for model in (one, two):
+        seen_to(model, optimizer)
+        resample(model, optimizer)
     stays(one, optimizer)
     stays(two, optimizer)
 
@@ -194,8 +184,10 @@ def test_adapters_that_take_turns():
     held = (d for _, la in rosa_layers(model) for d in (la.rosa_A, la.rosa_B))
     others = [factor for each in held for name, factor in each.items() if name == "other"]
     optimizer.add_param_group({"params": others})
+    seen_to(model, optimizer)
     resample(model, optimizer)
     model.set_adapter("other")
+    seen_to(model, optimizer)
     resample(model, optimizer)
     model.set_adapter("default")
     stays(model, optimizer)
@@ -205,9 +197,11 @@ def test_decay_that_begins_later():
     model, optimizer = adapted()
     for group in optimizer.param_groups:
         group["weight_decay"] = 0.0
+    seen_to(model, optimizer)
     resample(model, optimizer)
     for group in optimizer.param_groups:
         group["weight_decay"] = DECAY
+    seen_to(model, optimizer)
     resample(model, optimizer)
     stays(model, optimizer)
     resample(model)  # which names no optimizer
@@ -216,6 +210,7 @@ def test_decay_that_begins_later():
 
 def test_a_state_dict_that_is_loaded_after_a_draw():
     model, optimizer = adapted()
+    seen_to(model, optimizer)
     resample(model, optimizer)
     state = {k: v.clone() for k, v in model.state_dict().items()}
     resample(model, optimizer)
@@ -225,6 +220,7 @@ def test_a_state_dict_that_is_loaded_after_a_draw():
 
 def test_a_copy_has_no_optimizer():
     model, optimizer = adapted()
+    seen_to(model, optimizer)
     resample(model, optimizer)
     twin = copy.deepcopy(model)
     assert all(la.adapters["default"].decay is None for _, la in rosa_layers(twin))
@@ -241,6 +237,7 @@ def test_steps_that_a_scaler_skips_move_nothing(fused):
     model = get_peft_model(Mlp(torch.float32), config)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=DECAY, fused=fused)
+    seen_to(model, optimizer)
     resample(model, optimizer)
     move(model)
     before = [f.detach().clone() for f in factors(model)]

@@ -303,8 +303,13 @@ def with_batches_of_its_own(rank, folder):
     model = get_peft_model(base, RosaConfig(r=2, target_modules="all-linear"))
     batches = torch.randint(50, (3, 4, 7), generator=torch.Generator().manual_seed(rank))
     before = [layer.adapters["default"].draws for _, layer in rosa_layers(model)]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for ids in batches:
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
     with pytest.raises(ValueError, match=r"give all the same batches|draw has failed"):
-        train(model, batches, (2,))
+        resample(model, optimizer)
     assert before == [layer.adapters["default"].draws for _, layer in rosa_layers(model)]
 
 

@@ -20,24 +20,27 @@ from rosa.resampling.optimizers import stepping
 from rosa.resampling.zero import partitioned
 
 
-def decay_toward_drawn(optimizer: Any, adapters: list[Adapter]) -> DecayTowardDrawn | None:
-    """Let an optimizer's weight decay pull these to what they are now drawn as, from now on.
+def decay_toward_drawn(optimizer: Any, adapters: list[Adapter]) -> DecayTowardDrawn:
+    """Let an optimizer's weight decay pull these to what they were drawn as, from now on.
 
-    To be called after every draw. What was asked for these before is replaced; None of no optimizer
-    that steps them, which leaves that as it is.
+    What was asked for these before is replaced.
     """
-    factors = [factor for adapter in adapters for factor in adapter.factors]
-    before = {id(one.decay): one.decay for one in adapters if one.decay is not None}
-    if optimizer is None and not stepping(None, factors):
-        for decay in before.values():
-            decay.refresh()
-        return None
-    for decay in before.values():
+    for decay in _at_work(adapters):
         if decay.adapters == adapters:
             decay.follow(optimizer, adapters)
             return decay
         decay.leave(adapters)
     return DecayTowardDrawn(optimizer, adapters)
+
+
+def refresh_decay(adapters: list[Adapter]) -> None:
+    """Take note of a draw of these, where their weight decay is seen to."""
+    for decay in _at_work(adapters):
+        decay.refresh()
+
+
+def _at_work(adapters: list[Adapter]) -> list[DecayTowardDrawn]:
+    return [*{id(one.decay): one.decay for one in adapters if one.decay is not None}.values()]
 
 
 class DecayTowardDrawn:

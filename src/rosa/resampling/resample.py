@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rosa.errors import UserError
 from rosa.resampling.active import Active, active_adapters, check_finite, check_replicas, factors_of
-from rosa.resampling.decay import decay_toward_drawn
+from rosa.resampling.decay import refresh_decay
 from rosa.resampling.moments import check_moments, clear
 from rosa.resampling.optimizers import State, averages, forget_curvature, states_of
 from rosa.resampling.processes import everyone
@@ -33,10 +33,9 @@ def resample(
     The model's outputs stay the same to rounding. The factors stay the same Parameter objects;
     their gradients are dropped, and their entries in the optimizer's state are cleared, step counts
     too, unless `moments` says otherwise. Everything else that the optimizer holds, its
-    parameter groups and the learning-rate schedule are left alone, but that from now on its weight
-    decay, if it has any, pulls the factors to what they were drawn as (see
-    `rosa.resampling.decay`), for which a copy of them is kept. Call it between an optimizer
-    step and the next forward pass. The extra memory is one layer's at a time.
+    parameter groups and the learning-rate schedule are left alone. Its weight decay pulls
+    the factors toward zero, unless `RosaCallback` sees to it: leave it at 0. Call it between an
+    optimizer step and the next forward pass. The extra memory is one layer's at a time.
 
     In a training of several processes all of them call it, at the same step: each layer is drawn in
     one of them for all, which takes memory for the new factors beside the old ones. What fails in
@@ -97,7 +96,7 @@ def resample(
                 part.clear(factors_of(found))
     if moments == "clear":
         forget_curvature(optimizer)
-    decay_toward_drawn(optimizer, [active.adapter for active in found])
+    refresh_decay([active.adapter for active in found])
     torch.clear_autocast_cache()  # else an autocast around the call would go on with old factors
     return len(found)
 
