@@ -186,9 +186,9 @@ def check_replicas(found: list[Active]) -> None:
                     differ.append(active.name)
     if differ:
         raise UserError(
-            f"the factors of {len(differ)} layers, such as {differ[0]}, are not the same in all "
-            "processes of a tensor parallelism, which train one model together: give all the same "
-            "batches, and with dropout the same seed"
+            f"copies of factors of {len(differ)} layers, such as {differ[0]}, have drifted apart in "
+            "the processes of a tensor parallelism, which train one model together: something "
+            "changes them in some processes alone. Go back to a checkpoint"
         )
 
 
