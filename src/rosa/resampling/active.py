@@ -186,8 +186,8 @@ def check_replicas(found: list[Active]) -> None:
                     differ.append(active.name)
     if differ:
         raise UserError(
-            f"copies of factors of {len(differ)} layers, such as {differ[0]}, have drifted apart in "
-            "the processes of a tensor parallelism, which train one model together: something "
+            f"copies of factors of {len(differ)} layers, such as {differ[0]}, have drifted apart "
+            "in the processes of a tensor parallelism, which train one model together: something "
             "changes them in some processes alone. Go back to a checkpoint"
         )
 
