@@ -36,8 +36,8 @@ class Command(TyperCommand):
             typer.echo(super().get_help(ctx))
             ctx.exit()
         for parameter in self.params:
-            given = [arg for arg in args if arg.partition("=")[0] in parameter.opts]
-            if parameter.name in FILES and len(given) > 1:
+            named = parameter.opts if parameter.name in FILES else ()
+            if sum(arg.partition("=")[0] in named for arg in args) > 1:
                 raise UserError(
                     f"{parameter.opts[0]} was given more than once, and takes one file: put the "
                     "rows into one"

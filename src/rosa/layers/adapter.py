@@ -37,7 +37,6 @@ class Adapter:
         draws: subspaces drawn so far: the whole random state.
         merged: whether the whole change O + s B A stands in the weight in memory.
         sketch: where the gradient lies, while that is watched.
-        decay: what sees to where weight decay pulls the factors, in a training.
     """
 
     def __init__(
@@ -60,7 +59,6 @@ class Adapter:
         self.draws = 0
         self.merged = False
         self.sketch: Sketch | None = None
-        self.decay: Any = None
         self._factors = of_a, of_b = factors
         of_a[name] = nn.Parameter(torch.zeros(*stack, r, in_features))
         of_b[name] = nn.Parameter(torch.zeros(*stack, out_features, r))

@@ -159,12 +159,12 @@ def before_load(layer: Stateful, state_dict: dict[str, Any], prefix: str, *_: An
         brings_weight &= written if base.shard is None else base.shard.any(written)
     arrived = layer.arrived or Arrived()
     for name, adapter in layer.adapters.items():
-        for part, factor in zip(PARTS, adapter.factors, strict=False):
+        factors = dict(zip(PARTS, adapter.factors, strict=False))
+        for part, factor in factors.items():
             key = prefix + part.format(name)
             if key in state_dict and not is_dtensor(state_dict[key]):
                 state_dict[key] = cut_as(state_dict[key], factor)
         _check_of_one_time(layer.name, adapter, state_dict, prefix)
-        factors = dict(zip(PARTS, adapter.factors, strict=False))
         for part in PARTS:
             value = state_dict.get(prefix + part.format(name))
             if value is not None:

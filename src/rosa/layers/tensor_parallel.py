@@ -41,7 +41,7 @@ def parallel_product(layer: RosaLayer, adapter: Adapter, x: Tensor) -> Tensor:
             f"layer {layer.name} is called while its weights are in parts over the processes: call "
             "the module that fully_shard was called on"
         )
-    x = _whole(x, mesh) if by_outputs else _own(x, layer.in_features, mesh)
+    x = _whole(x) if by_outputs else _own(x, layer.in_features, mesh)
     x = layer._cast_input_dtype(x, a.dtype)
     x = _dropped(x, dropout, weight) if by_outputs else dropout(x)
     hidden = F.linear(x, _local(a)) * adapter.scaling
@@ -89,7 +89,7 @@ def _local(factor: Tensor) -> Tensor:
     return factor.to_local()  # type: ignore[attr-defined]
 
 
-def _whole(x: Tensor, mesh: Any) -> Tensor:
+def _whole(x: Tensor) -> Tensor:
     """Inputs that every process has all of."""
     from torch.distributed.tensor import Replicate
 

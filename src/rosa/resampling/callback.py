@@ -17,7 +17,7 @@ from rosa.errors import UserError, UserTypeError
 from rosa.layers.adapter import Adapter
 from rosa.resampling.active import active_adapters
 from rosa.resampling.counting import ItemCounter
-from rosa.resampling.decay import DecayTowardDrawn, decay_toward_drawn
+from rosa.resampling.decay import DecayTowardDrawn
 from rosa.resampling.moments import check_moments
 from rosa.resampling.resample import resample, states_to_keep
 from rosa.resampling.seen import FILE, read_seen, recall, recall_count, write_seen
@@ -161,7 +161,7 @@ class RosaCallback(TrainerCallback, ExportableState):
             self.period = self._period_in_steps(args, kwargs.get("train_dataloader"))
         self._plan(state.max_steps)
         if kwargs.get("optimizer") is not None:
-            self._decay = decay_toward_drawn(kwargs["optimizer"], self._adapters)
+            self._decay = DecayTowardDrawn(kwargs["optimizer"], self._adapters)
 
     def _before(self, state: TrainerState) -> tuple[dict[str, Any], dict[str, Any]]:
         """Arguments and attributes in the checkpoint that is gone on from, if it holds them."""

@@ -20,29 +20,6 @@ from rosa.resampling.optimizers import stepping
 from rosa.resampling.zero import partitioned
 
 
-def decay_toward_drawn(optimizer: Any, adapters: list[Adapter]) -> DecayTowardDrawn:
-    """Let an optimizer's weight decay pull these to what they were drawn as, from now on.
-
-    What was asked for these before is replaced.
-    """
-    for decay in _at_work(adapters):
-        if decay.adapters == adapters:
-            decay.follow(optimizer, adapters)
-            return decay
-        decay.leave(adapters)
-    return DecayTowardDrawn(optimizer, adapters)
-
-
-def refresh_decay(adapters: list[Adapter]) -> None:
-    """Take note of a draw of these, where their weight decay is seen to."""
-    for decay in _at_work(adapters):
-        decay.refresh()
-
-
-def _at_work(adapters: list[Adapter]) -> list[DecayTowardDrawn]:
-    return [*{id(one.decay): one.decay for one in adapters if one.decay is not None}.values()]
-
-
 class DecayTowardDrawn:
     """Moves the point that an optimizer's weight decay pulls the factors to.
 
@@ -57,13 +34,6 @@ class DecayTowardDrawn:
     """
 
     def __init__(self, optimizer: Any, adapters: list[Adapter]) -> None:
-        self._hooks: list[Any] = []
-        self.follow(optimizer, adapters)
-
-    def follow(self, optimizer: Any, adapters: list[Adapter]) -> None:
-        """See to these, in the groups that the optimizer has now."""
-        self.stop()
-        self.adapters = adapters
         factors = [factor for adapter in adapters for factor in adapter.factors]
         self._parts = partitioned(optimizer)
         held = {id(factor) for factor in factors}
@@ -83,14 +53,12 @@ class DecayTowardDrawn:
             warnings.warn(
                 f"the weight decay of {kind} pulls ROSA's factors toward zero, and they hold a "
                 "part of the pretrained weight: use torch's AdamW, or no weight decay",
-                stacklevel=4,
+                stacklevel=2,
             )
             self._adapters = []
         self._hooks = [
             one.register_step_post_hook(self._give_back) for one in optimizers if self._adapters
         ]
-        for adapter in adapters:
-            adapter.decay = self
         self.refresh()
 
     @torch.no_grad()
@@ -123,22 +91,10 @@ class DecayTowardDrawn:
                 if share and alike:
                     torch._foreach_add_(alike, drawn, alpha=share)  # type: ignore[attr-defined]
 
-    def leave(self, adapters: list[Adapter]) -> None:
-        """Let these alone, as another one sees to them now."""
-        self._adapters = [adapter for adapter in self._adapters if adapter not in adapters]
-        self.adapters = [adapter for adapter in self.adapters if adapter not in adapters]
-        if not self.adapters:
-            self.stop()
-        self.refresh()
-
     def stop(self) -> None:
         """Leave the optimizer as it was."""
         for hook in self._hooks:
             hook.remove()
-
-    def __reduce__(self) -> tuple[Any, tuple[()]]:
-        """A copy of an adapter, or its file, has none: no optimizer trains that."""
-        return type(None), ()
 
 
 def _ids(group: dict[str, Any]) -> list[int]:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from rosa.errors import UserError
 from rosa.resampling.active import Active, active_adapters, check_finite, check_replicas, factors_of
-from rosa.resampling.decay import refresh_decay
 from rosa.resampling.moments import check_moments, clear
 from rosa.resampling.optimizers import State, averages, forget_curvature, states_of
 from rosa.resampling.processes import everyone
@@ -96,7 +95,6 @@ def resample(
                 part.clear(factors_of(found))
     if moments == "clear":
         forget_curvature(optimizer)
-    refresh_decay([active.adapter for active in found])
     torch.clear_autocast_cache()  # else an autocast around the call would go on with old factors
     return len(found)
 

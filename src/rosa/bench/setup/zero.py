@@ -65,8 +65,8 @@ def parts_at_once(settings: RunSettings, stored: str) -> Iterator[None]:
 
     sizes = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}  # any
     precision = {"bfloat16": {"bf16": {"enabled": True}}, "float16": {"fp16": {"enabled": True}}}
-    others = {n: v for n, v in values.items() if n == "zero_optimization"}
-    held = HfDeepSpeedConfig({**others, **sizes, **precision.get(stored, {})})
+    zero = {"zero_optimization": values["zero_optimization"]}
+    held = HfDeepSpeedConfig({**zero, **sizes, **precision.get(stored, {})})
     try:
         yield
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -62,9 +62,10 @@ def load_base(settings: RunSettings, task: Task, pad_token_id: int | None) -> Ba
     }
     auto, task_type = classes[task.kind]
     # A new head is drawn whole, and what TRL computes is looked at on the whole model.
-    plain = task.kind == "language" and not by_trl(settings, task)
-    stored = str(runs.load_config(settings.model).dtype) if as_stored else "float32"
-    parts = parts_at_once(settings, stored.removeprefix("torch.")) if plain else nullcontext()
+    parts: AbstractContextManager[None] = nullcontext()
+    if settings.deepspeed is not None and task.kind == "language" and not by_trl(settings, task):
+        stored = str(runs.load_config(settings.model).dtype) if as_stored else "float32"
+        parts = parts_at_once(settings, stored.removeprefix("torch."))
     with parts, blame(f"the model {settings.model} cannot be loaded for {task.kind}"):
         model, loading = auto.from_pretrained(settings.model, output_loading_info=True, **how)
     quantize(settings.load_in, model)
