@@ -54,6 +54,22 @@ def _begin(rank: int, count: int, store: str, work: Callable[..., None], args: A
     distributed.destroy_process_group()
 
 
+def fsdp_on_cpus() -> None:
+    """Let Accelerate set FSDP up on CPUs, which it does on accelerators alone."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    init = AcceleratorState.__init__
+
+    def told_otherwise(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = told_otherwise
+
+
 def all_equal(mine: torch.Tensor) -> bool:
     """Whether a tensor is the same in all processes, to the last bit."""
     found = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]

@@ -7,8 +7,7 @@ import copy
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import FullyShardedDataParallelPlugin
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -21,7 +20,7 @@ from rosa import RosaConfig, resample, watch
 from rosa.layers.in_model import rosa_layers
 from rosa.pretrained.sharding import own_part
 from tests.models import tiny_bert, tiny_gpt2
-from tests.processes import all_equal, in_processes, without_gloo
+from tests.processes import all_equal, fsdp_on_cpus, in_processes, without_gloo
 
 pytestmark = without_gloo
 
@@ -359,16 +358,15 @@ def test_adapters_leave_after_a_pass(tmp_path):
 
 def by_accelerate(rank, folder, kind):
     """As `accelerate launch` with `fsdp_version: 2` sets it up, which it does on no CPU."""
-    accelerator = Accelerator(cpu=True)
-    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-    accelerator.state.distributed_type = DistributedType.FSDP
-    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+    fsdp_on_cpus()
+    plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=["BertLayer"],
         state_dict_type=kind,
         cpu_ram_efficient_loading=False,
     )
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
     model = adapted("bert", directions="gradient")
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(factors(model), lr=1e-2))
     parts = [inputs_of("bert", None).chunk(2)[rank] for _ in range(5)]
@@ -378,6 +376,12 @@ def by_accelerate(rank, folder, kind):
     if rank == 0:
         accelerator.unwrap_model(model).save_pretrained(folder / "adapter", state_dict=weights)
     accelerator.wait_for_everyone()
+    if kind == "FULL_STATE_DICT":
+        expected = outputs(model, parts[0])
+        model.reshard()
+        train(model, optimizer, parts, (1, 4))
+        accelerator.load_state(folder / "state")
+        torch.testing.assert_close(outputs(model, parts[0]), expected)
     loaded = PeftModel.from_pretrained(adapted("bert").unload(), str(folder / "adapter"))
     with torch.no_grad():
         torch.testing.assert_close(outputs(model, parts[0]), outputs(loaded, parts[0]))

@@ -11,11 +11,24 @@ from torch import Tensor, nn
 
 from rosa.algebra.lowrank import LowRank
 from rosa.layers.adapter import Adapter
+from rosa.pretrained.sharding import is_dtensor
 
 BESIDE_LIVE_FACTORS = "_beside_live_factors"
 """An attribute of the count of draws in a state dict whose factors are the model's own memory."""
 PARTS = ("A", "B", "draws")
 """What a state dict holds of an offset."""
+MARK = "in_weight"
+"""And beside it, what of its adapter is in the base weight there."""
+_STANDS_IN = "_stands_in"
+"""An attribute of a tensor that a loader may put another in the place of."""
+
+
+def drop_stand_ins(state_dict: dict[str, Any], prefix: str, adapter: str) -> None:
+    """Take out of a state dict what has the place of an offset that it does not hold."""
+    for part in (*PARTS, MARK):
+        key = f"{prefix}rosa_offset.{adapter}.{part}"
+        if hasattr(state_dict.get(key), _STANDS_IN):
+            del state_dict[key]
 
 
 class OffsetDict(nn.Module):
@@ -60,8 +73,21 @@ class OffsetDict(nn.Module):
     @property
     def _named(self) -> SimpleNamespace:
         """An object with the names that the state dict has here, and nothing behind them."""
-        names = SimpleNamespace(**dict.fromkeys((*PARTS, "in_weight")))
+        names = SimpleNamespace(**dict.fromkeys((*PARTS, MARK)))
         return SimpleNamespace(**dict.fromkeys(self.adapters, names))
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        """None; in a sharded model a stand-in for each tensor that the state dict has here.
+
+        `torch.distributed.checkpoint` sends a state dict from one process to the others, of which
+        each takes what it finds a buffer or parameter for, and reads no more of that than the name.
+        """
+        for name, adapter in self.adapters.items():
+            if any(map(is_dtensor, adapter.factors)):
+                for part in (*PARTS, MARK):
+                    stand_in = torch.empty(())
+                    setattr(stand_in, _STANDS_IN, True)
+                    yield f"{name}.{part}", stand_in
 
     def keys(self) -> list[str]:
         """The names of the adapters."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from rosa.errors import UserError
 from rosa.layers import statedict
+from rosa.layers.offset import MARK
 from rosa.layers.statedict import Stateful, is_in_parts
 
 
@@ -34,7 +35,7 @@ def before_load(layer: Stateful, state_dict: dict[str, Any], prefix: str, *other
         check_not_in_parts(layer)
     arrived = statedict.Arrived()
     for name, now in statedict.marks_of(layer).items():
-        mark = state_dict.get(f"{prefix}rosa_offset.{name}.in_weight")
+        mark = state_dict.get(f"{prefix}rosa_offset.{name}.{MARK}")
         if mark is not None and int(mark) != now:
             raise UserError(
                 f"the checkpoint was written with adapter {name!r} active, merged or disabled in "

@@ -78,10 +78,10 @@ class Arrived:
         came, perhaps = self.parts.get(adapter, set()), self.perhaps.get(adapter, set())
         return set(PARTS) - came - perhaps if came else set()
 
-    def is_whole(self, adapters: list[str]) -> bool:
-        """Whether there is no sign that more is to come."""
+    def is_whole(self, adapters: list[str], at_once: bool) -> bool:
+        """Whether there is no sign that more is to come; what comes at once has no more to come."""
         whole = any(self.parts.values()) and not any(map(self.lacks, adapters))
-        return whole and self.weight == bool(self.marks)  # what is saved whole has both
+        return whole and (at_once or self.weight == bool(self.marks))  # what is saved has both
 
 
 def after_save(layer: Stateful, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
@@ -96,7 +96,7 @@ def after_save(layer: Stateful, state_dict: dict[str, Any], prefix: str, _: Any)
         give_pretrained(layer, state_dict, prefix)
         marks = dict.fromkeys(marks, Mark.NOTHING)
     for name, mark in marks.items():
-        state_dict[f"{prefix}rosa_offset.{name}.in_weight"] = torch.tensor(int(mark))
+        state_dict[f"{prefix}rosa_offset.{name}.{offset.MARK}"] = torch.tensor(int(mark))
 
 
 def marks_of(layer: Stateful) -> dict[str, Mark]:
@@ -137,7 +137,7 @@ def give_pretrained(layer: Stateful, state_dict: dict[str, Any], prefix: str) ->
             state_dict[key] = base.pretrained_of(state_dict[key])
     elif base.shard is None or is_dtensor(state_dict[key]):
         state_dict[key] = base.pretrained_as_stored()
-    elif any(state_dict.get(f"{prefix}rosa_offset.{n}.in_weight", 1) for n in base.standing):
+    elif any(state_dict.get(f"{prefix}rosa_offset.{n}.{offset.MARK}", 1) for n in base.standing):
         state_dict[key] = base.pretrained_of(state_dict[key])  # gathered, as FSDP's savers do
 
 
@@ -159,6 +159,7 @@ def before_load(layer: Stateful, state_dict: dict[str, Any], prefix: str, *_: An
         brings_weight &= written if base.shard is None else base.shard.any(written)
     arrived = layer.arrived or Arrived()
     for name, adapter in layer.adapters.items():
+        offset.drop_stand_ins(state_dict, prefix, name)
         factors = dict(zip(PARTS, adapter.factors, strict=False))
         for part, factor in factors.items():
             key = prefix + part.format(name)
@@ -171,7 +172,7 @@ def before_load(layer: Stateful, state_dict: dict[str, Any], prefix: str, *_: An
                 known = part in factors and _same_memory(value, factors[part])
                 into = arrived.perhaps if known else arrived.parts
                 into.setdefault(name, set()).add(part)
-        mark = state_dict.get(f"{prefix}rosa_offset.{name}.in_weight")
+        mark = state_dict.get(f"{prefix}rosa_offset.{name}.{offset.MARK}")
         if mark is not None and (base.shard is None or brings_weight or not in_place):
             arrived.marks[name] = Mark(int(mark))
     if brings_weight and not arrived.weight:
@@ -195,8 +196,8 @@ def _check_of_one_time(
     """Raise UserError if the factors are the adapter's own and the offset is an earlier one."""
     draws: Any = state_dict.get(f"{prefix}rosa_offset.{adapter.name}.draws")
     values = [state_dict.get(prefix + part.format(adapter.name)) for part in PARTS[:2]]
-    own = all(
-        value is not None and _same_memory(value, factor)
+    own = all(  # but what a loader has copied into a parameter comes as that parameter
+        value is not None and value is not factor and _same_memory(value, factor)
         for value, factor in zip(values, adapter.factors, strict=True)
     )
     # It is a state dict as the model gave it: a loader has written into the count, or has its own.
@@ -221,8 +222,10 @@ def after_load(layer: Stateful, _: Any) -> None:
     if base.expects_write():
         base.arrived()
     arrived = layer.arrived
-    if arrived is not None and (is_in_parts(layer) or arrived.is_whole(list(layer.adapters))):
-        layer.synchronize()  # into parts, all has come at once
+    if arrived is not None and (
+        is_in_parts(layer) or arrived.is_whole(list(layer.adapters), base.shard is not None)
+    ):
+        layer.synchronize()  # into parts and shards, all has come at once
     base.refresh()  # here, where all processes come by
 
 

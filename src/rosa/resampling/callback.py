@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -123,6 +124,8 @@ class RosaCallback(TrainerCallback, ExportableState):
         self.on_train_end()
         found = active_adapters(kwargs["model"], kwargs.get("optimizer"))
         states_to_keep(self.moments, kwargs.get("optimizer"), found)
+        if args.save_strategy != "no":
+            _check_saver()
         self._adapters = [active.adapter for active in found]
         self._stepped = self._counted = 0
         self._last_step, self._draw_at = -1, None
@@ -300,6 +303,18 @@ class RosaCallback(TrainerCallback, ExportableState):
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _check_saver() -> None:
+    """Raise UserError where the Trainer's checkpoints would be none to go on from."""
+    plugin: Any = AcceleratorState._shared_state.get("fsdp_plugin")
+    if plugin is not None and "SHARDED_STATE_DICT" in str(plugin.state_dict_type):
+        raise UserError(
+            "FSDP's SHARDED_STATE_DICT loads tensors of the sizes that are there, and ROSA's "
+            "offset grows with the draws, so no checkpoint could be gone on from: set "
+            "fsdp_state_dict_type to FULL_STATE_DICT (TrainingArguments(fsdp_config="
+            "{'state_dict_type': ...})), or save_strategy='no'"
+        )
 
 
 def _warn_of_idle(adapters: list[Adapter]) -> None:
