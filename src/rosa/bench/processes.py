@@ -14,8 +14,7 @@ from typing import Any
 from rosa.errors import UserError
 
 _OTHERWISE = {
-    "FSDP": "It trains data-parallel; for FSDP 2 use transformers' Trainer with "
-    "rosa.RosaCallback, or a loop of your own",
+    "FSDP": "FSDP 2 is asked for by --fsdp",
     "DEEPSPEED": "DeepSpeed's config is given by --deepspeed",
 }
 """What `accelerate launch` may be set up for, and what to do."""

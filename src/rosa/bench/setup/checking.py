@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 from rosa.bench import processes
+from rosa.bench.setup.fsdp import check_fsdp
 from rosa.bench.setup.methods import check_packages, configure, find_method
 from rosa.bench.setup.quantizing import check_load_in
 from rosa.bench.setup.settings import LOSS_ON, METHOD, ON_NAN, PRECISIONS, RunSettings, convert
@@ -95,6 +96,7 @@ def check(settings: RunSettings) -> RunSettings:
     if settings.on_nan not in ON_NAN:
         raise UserError(f"on_nan must be one of {', '.join(ON_NAN)}: {settings.on_nan}")
     check_zero(settings)
+    check_fsdp(settings)
     check_load_in(settings.load_in)
     if settings.load_in != "full" and method.config is None:
         raise UserError(f"method {settings.method} trains the weights: it needs load_in full")

@@ -149,6 +149,9 @@ class RunSettings:
     deepspeed: Path | None = _is(
         TRAINING, "DeepSpeed's config (JSON): ZeRO over the processes that torchrun starts.", None
     )
+    fsdp: bool = _is(
+        TRAINING, "The weights in parts over the processes of torchrun (torch's FSDP 2).", False
+    )
     on_nan: str = _is(
         TRAINING, "Where loss or gradient is NaN or infinite: stop, or skip the step.", "stop"
     )

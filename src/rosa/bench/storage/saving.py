@@ -41,8 +41,10 @@ def save_trained(
 
     adapted = find_method(settings.method).config is not None
     place = settings.output / (runs.ADAPTER if adapted else runs.MODEL)
-    with _at_hand(p for p in model.parameters() if p.requires_grad or not adapted):
-        model.save_pretrained(str(place), is_main_process=is_first())
+    state = _gathered(model) if settings.fsdp else {}
+    if is_first() or not settings.fsdp:
+        with _at_hand(p for p in model.parameters() if p.requires_grad or not adapted):
+            model.save_pretrained(str(place), is_main_process=is_first(), **state)
     if not is_first():
         return place
     if (beginning := getattr(model, _BEGINNING, None)) is not None:
@@ -104,6 +106,14 @@ def _at_hand(parameters: Iterable[Any]) -> AbstractContextManager[Any]:
     from deepspeed.runtime.zero import GatheredParameters
 
     return GatheredParameters(list(parameters))
+
+
+def _gathered(model: Any) -> dict[str, Any]:
+    """What saves a model in FSDP's parts: all of its state, in the first process's main memory."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return {"state_dict": get_model_state_dict(model, options=whole)}
 
 
 def _loading(settings: RunSettings, model: Any, base: str | None) -> str:

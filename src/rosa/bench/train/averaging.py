@@ -117,7 +117,8 @@ class MeanTrainer(GroupingTrainer):
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not self.skips and not math.isfinite(float(loss)):
             where = ""
-            if not self.is_deepspeed_enabled:  # a pass may need all processes there
+            if not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
+                # Where weights are in parts, a pass needs all processes there.
                 given = {n: v for n, v in kept.items() if n not in self.not_of_the_model}
                 found = first_not_finite(self.model, self._prepare_inputs(given))  # type: ignore[arg-type]
                 where = f", first {found}"
@@ -145,6 +146,8 @@ class MeanTrainer(GroupingTrainer):
             p for group in optimizer.param_groups for p in group["params"] if p.grad is not None
         ]
         norm = get_total_norm([p.grad for p in trained])
+        if self.is_fsdp_enabled:
+            norm = norm.full_tensor()
         if math.isfinite(float(norm)):
             self._skipped = 0
             clip_grads_with_norm_(trained, self.args.max_grad_norm, norm)

@@ -122,7 +122,8 @@ def measure(settings: RunSettings, trainer: Any, ready: Ready) -> dict[str, floa
             tested = trainer.predict(rows[part], metric_key_prefix=part).metrics
             metrics.update({f"{part}_{name}": tested[f"{part}_{name}"] for name in names})
     if task.generation is not None:
-        if trainer.is_world_process_zero() or is_deepspeed_zero3_enabled():  # needs all
+        in_parts = is_deepspeed_zero3_enabled() or settings.fsdp  # which needs all
+        if trainer.is_world_process_zero() or in_parts:
             metrics.update(_write_texts(settings, task.generation, trainer.model, ready))
         (metrics,) = broadcast_object_list([metrics])
     return metrics

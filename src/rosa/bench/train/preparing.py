@@ -71,7 +71,7 @@ def prepare(settings: RunSettings) -> Ready:
         return itertools.islice(loader, FIRST_STEPS * batches_a_step)
 
     model, recorder = adapt(settings, base, batches)
-    if settings.method in RESAMPLED and settings.deepspeed is None:
+    if settings.method in RESAMPLED and not (settings.deepspeed or settings.fsdp):
         with suppress(UserError):  # then they are copied, or exact to a rounding
             map_pretrained(model)
     return Ready(task, tokenizer, rows, model, recorder, reads)

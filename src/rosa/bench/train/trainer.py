@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rosa.bench.processes import join
 from rosa.bench.setup.checking import RESAMPLED, schedule
+from rosa.bench.setup.fsdp import fsdp_arguments
 from rosa.bench.setup.methods import find_method, own_optimizer
 from rosa.bench.setup.settings import RunSettings, in_bf16
 from rosa.bench.setup.zero import zero_config
@@ -71,6 +72,7 @@ def build_trainer(
         use_cpu=not torch.accelerator.is_available(),  # without it, bf16 is refused on a CPU
         seed=settings.seed,
         deepspeed=zero_config(settings),
+        **fsdp_arguments(settings, model),
         **evaluations,
         # PEFT cannot load an AdaLoRA of other ranks than the model's now: the last epoch's it is.
         load_best_model_at_end=settings.method != "adalora",

@@ -1,0 +1,150 @@
+"""torch's FSDP 2 by `rosa train`: what one process trains, in parts over two."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import multiprocessing
+from transformers import AutoModelForCausalLM
+
+from rosa.bench.setup import fsdp
+from rosa.bench.setup.checking import check
+from rosa.bench.setup.settings import RunSettings
+from rosa.errors import UserError
+from tests.bench.test_averaging import (
+    CHATS,
+    EFFECTIVE,
+    PREFERENCES,
+    assert_same,
+    settings_for,
+    train,
+    train_in_two,
+    writing_settings,
+)
+from tests.processes import free_port, fsdp_on_cpus, without_gloo
+
+pytestmark = without_gloo
+
+SPLIT = {"batch_size": EFFECTIVE // 4, "gradient_accumulation": 2}
+CASES = [
+    ("classification", "rosa"),
+    ("classification", "lora"),
+    ("classification", "full"),
+    ("classification", "head"),
+    ("text", "dora"),
+    *((task, "rosa") for task in ("regression", "text", "pairs", "e2e", *CHATS, *PREFERENCES)),
+]
+
+
+def train_in_parts(rank: int, port: int, runs: list[tuple[RunSettings, dict[str, int]]]) -> None:
+    fsdp_on_cpus()
+    fsdp.runs_here = lambda: True
+    train_in_two(rank, port, runs)
+
+
+def in_two(runs: list[tuple[RunSettings, dict[str, int]]]) -> None:
+    multiprocessing.spawn(train_in_parts, (free_port(), runs), nprocs=2, daemon=True)
+
+
+def test_it_trains_what_one_process_does(tmp_path):
+    runs = []
+    for task, method in CASES:
+        folder = tmp_path / f"{task}-{method}"
+        if task == "e2e":
+            settings = writing_settings(folder)
+        else:
+            folder.mkdir()
+            settings = settings_for(task, folder)
+        settings = replace(settings, method=method, resample_every="2", output=folder / "run")
+        if method == "rosa":
+            settings = replace(settings, target_modules=("all-linear",), rank=2)
+        runs.append((replace(settings, fsdp=True), SPLIT))
+    in_two(runs)
+    for settings, _ in runs:
+        whole = replace(settings, output=settings.output.with_suffix(".whole"), fsdp=False)
+        expected = train(whole)
+        both = [torch.load(settings.output / f"found{rank}.pt") for rank in (0, 1)]
+        assert both[0]["record"] == both[1]["record"], settings.output
+        assert_same(both[0], expected)
+        texts = [folder / "predictions.json" for folder in (settings.output, whole.output)]
+        if settings.task == "e2e":
+            assert texts[0].read_text() == texts[1].read_text()
+
+
+def test_it_goes_on_from_a_checkpoint(tmp_path):
+    settings = replace(settings_for("pairs", tmp_path), resample_every="2", epochs=3, fsdp=True)
+    settings = replace(settings, output=tmp_path / "run", on_nan="skip")
+    in_two([(settings, SPLIT)])
+    expected = torch.load(settings.output / "found0.pt")
+    (settings.output / "metrics.json").unlink()
+    checkpoints = settings.output / "checkpoints"
+    shutil.rmtree(max(checkpoints.iterdir(), key=lambda p: int(p.name.split("-")[1])))
+    in_two([(settings, SPLIT)])
+    found = torch.load(settings.output / "found0.pt")
+    for each in (found, expected):
+        each["norms"] = each["norms"][-1:]
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("method", ["rosa", "full"])
+def test_in_bfloat16(tmp_path, method):
+    settings = replace(settings_for("pairs", tmp_path), resample_every="2", method=method)
+    base = AutoModelForCausalLM.from_pretrained(settings.model).to(torch.bfloat16)
+    base.save_pretrained(settings.model)
+    settings = replace(settings, precision="bf16", gradient_checkpointing=True, fsdp=True)
+    settings = replace(settings, output=tmp_path / "run", group_by_length=True)
+    in_two([(settings, SPLIT)])
+    found = torch.load(settings.output / "found0.pt")["record"]
+    whole = train(replace(settings, output=tmp_path / "whole", fsdp=False))["record"]
+    assert found == pytest.approx(whole, rel=0.05)
+
+
+def diverge(rank: int, port: int, settings: RunSettings) -> None:
+    with pytest.raises(
+        UserError, match=r"became (nan|NaN).*or go on from the last checkpoint by --resume"
+    ):
+        train_in_parts(rank, port, [(settings, SPLIT)])
+
+
+def test_what_has_diverged_stops(tmp_path):
+    settings = replace(settings_for("pairs", tmp_path), lr=1e30, output=tmp_path / "run")
+    multiprocessing.spawn(
+        diverge, (free_port(), replace(settings, fsdp=True)), nprocs=2, daemon=True
+    )
+    assert not list((settings.output / "checkpoints").glob("*/whole.json"))
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"deepspeed": Path("zero.json")}, "give one of them"),
+        ({"method": "adalora"}, "leave --fsdp out"),
+        ({"method": "galore"}, "leave --fsdp out"),
+        ({"method": "lora_fa"}, "leave --fsdp out"),
+        ({"method": "prompt"}, "saves a prompt by a pass"),
+        ({"load_in": "4bit"}, "--load-in 4bit was not tried"),
+        ({"record_changes": True}, "--record-changes"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_trained_so_is_refused(monkeypatch, given, says):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr(fsdp, "runs_here", lambda: True)
+    settings = RunSettings(model="x", output=Path("y"), task="cola", fsdp=True, **given)
+    with pytest.raises(UserError, match=says):
+        fsdp.check_fsdp(settings)
+
+
+def test_it_wants_a_launcher_and_accelerators(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    settings = RunSettings(model="x", output=Path("y"), task="cola", fsdp=True)
+    with pytest.raises(UserError, match="torchrun"):
+        check(settings)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    if not torch.accelerator.is_available():
+        with pytest.raises(UserError, match="needs accelerators"):
+            check(settings)
