@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from rosa.bench.tasks import load
 from rosa.bench.tasks.generation_metrics import bleu, e2e_scores, nist
 from rosa.bench.tasks.task import DataSettings
+from rosa.bench.train import generation
 from rosa.bench.train.generation import generate
 from tests.helpers import fails, run, write_e2e
 from tests.models import save_with_tokenizer, tiny_gpt2
@@ -129,3 +130,21 @@ def test_a_run_scores_its_texts_and_keeps_them(tmp_path, capsys):
     assert record["reported"] == "bleu"
     message = fails(capsys, "train", *data, "--limit-test", 0, "--output", tmp_path / "x")
     assert "limit_test must be at least 1" in message
+
+
+def test_texts_may_be_as_long_as_those_learned(tmp_path, monkeypatch):
+    base = save_with_tokenizer(tiny_gpt2(), tmp_path / "base")
+    write_e2e(tmp_path)
+    asked, written = [], generation.generate
+
+    def keep(*args, **how):
+        asked.append(how["max_new_tokens"])
+        return written(*args, **how)
+
+    monkeypatch.setattr(generation, "generate", keep)
+    data = ["--model", base, "--task", "e2e", "--data", tmp_path, "--limit-test", 2]
+    run("train", *data, "--rank", 2, "--epochs", 1, "--limit-train", 8, "--output", tmp_path / "1")
+    monkeypatch.setattr(generation, "LEAST_ROOM", 1)
+    run("train", *data, "--rank", 2, "--epochs", 1, "--limit-train", 8, "--output", tmp_path / "2")
+    longest = len(AutoTokenizer.from_pretrained(base)(" P0 has a soup.")["input_ids"])
+    assert asked == [80, longest + 1]  # with the end

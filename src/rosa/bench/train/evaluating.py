@@ -133,10 +133,15 @@ def _write_texts(
     settings: RunSettings, generation: Generation, model: Any, ready: Ready
 ) -> dict[str, float]:
     """Write texts after the task's prompts, keep them beside the scores, and return the scores."""
-    from rosa.bench.train.generation import generate
+    from rosa.bench.train.generation import LEAST_ROOM, generate
 
     batch_size = max(settings.eval_batch_size // 4, 1)  # beams take the memory of several texts
-    how = {"reads": ready.reads, "batch_size": batch_size}
+    learned = (sum(label != -100 for label in labels) for labels in ready.rows["train"]["labels"])
+    how = {
+        "reads": ready.reads,
+        "batch_size": batch_size,
+        "max_new_tokens": max(LEAST_ROOM, *learned),  # a small vocabulary takes more for a text
+    }
     texts = generate(model, ready.tokenizer, generation.prompts, **how)
     rows = zip(generation.prompts, texts, generation.references, strict=True)
     if is_first():

@@ -7,6 +7,9 @@ from typing import Any
 
 from rosa.errors import UserError
 
+LEAST_ROOM = 80
+"""Tokens that a text may have, be those learned from shorter."""
+
 
 def generate(
     model: Any,
@@ -17,7 +20,7 @@ def generate(
     batch_size: int = 16,
     beams: int = 5,
     no_repeat_ngram: int = 4,
-    max_new_tokens: int = 80,
+    max_new_tokens: int = LEAST_ROOM,
 ) -> list[str]:
     """What the model writes after each prompt, up to the end of the text or of the line.
 
