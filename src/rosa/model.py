@@ -50,7 +50,7 @@ from rosa.layers.parts import check_not_in_parts
 from rosa.layers.statedict import give_pretrained, is_in_parts
 from rosa.packing import keep_order
 from rosa.pretrained.memory import Owners, make_private, owners_of, tenants, weight_owners
-from rosa.pretrained.sharding import check_unsharded_by_torch, is_dtensor, reshard, whole
+from rosa.pretrained.sharding import check_shards, is_dtensor, is_fully_sharded, reshard, whole
 from rosa.pretrained.zero3 import at_hand
 from rosa.switching import or_as_before
 from rosa.targeting.held import check_not_held
@@ -146,11 +146,7 @@ class RosaModel(BaseTuner):
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Check every layer that will be adapted, before any is touched."""
         config = as_rosa_config(peft_config)
-        check_unsharded_by_torch(
-            model,
-            "call get_peft_model (or load the adapter) first, and fully_shard or "
-            "accelerator.prepare then",
-        )
+        _check_cut(config, model)
         if any(is_in_parts(layer) for _, layer in rosa_layers(model)):
             raise UserError(
                 "the model is in parts over processes (ZeRO 3), and its optimizer knows no further "
@@ -435,6 +431,33 @@ class RosaModel(BaseTuner):
         remapped.update(check_beside(model, adapter_name, beside, biases, in_file))
         warn_of_another_base(as_rosa_config(config).base_fingerprint, layers)
         return remapped
+
+
+def _check_cut(config: RosaConfig, model: nn.Module) -> None:
+    """Raise UserError for what cannot be put into a model that FSDP has cut."""
+    check_shards(model)
+    if not is_fully_sharded(model):
+        return
+    factors = (
+        f for _, layer in rosa_layers(model) for a in layer.adapters.values() for f in a.factors
+    )
+    if any(map(is_dtensor, factors)):
+        raise UserError(
+            "the model is sharded over processes (FSDP) with the adapters that it had then: call "
+            "get_peft_model, add_adapter or load_adapter for all of them first, and fully_shard or "
+            "accelerator.prepare then"
+        )
+    beside = [
+        name for name in ("modules_to_save", "trainable_token_indices") if getattr(config, name)
+    ]
+    if config.bias != "none":
+        beside.append("bias")
+    if beside:
+        raise UserError(
+            f"the model is sharded over processes (FSDP), and what {', '.join(beside)} of the "
+            "config trains would be each process's own: leave that out (a task_type with a head "
+            "asks for it too), or attach ROSA to the whole model and call fully_shard then"
+        )
 
 
 def _rank_and_alpha(config: RosaConfig, name: str) -> tuple[int, float | None]:

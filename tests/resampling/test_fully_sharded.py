@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 import rosa
 from rosa import RosaConfig, resample, watch
 from rosa.layers.in_model import rosa_layers
-from rosa.pretrained.sharding import own_part
+from rosa.pretrained.sharding import own_part, reshard
 from tests.models import tiny_bert, tiny_gpt2
 from tests.processes import all_equal, fsdp_on_cpus, in_processes, without_gloo
 
@@ -71,12 +72,14 @@ def experts():
 KINDS = {"bert": bert, "gpt2": gpt2, "pictures": pictures, "experts": experts}
 
 
-def adapted(kind, dtype=torch.float64, **options):
-    """A model that is the same in every process."""
+def adapted(kind, dtype=torch.float64, cut=lambda base: None, **options):
+    """A model that is the same in every process; its base is cut first where that is asked for."""
     torch.manual_seed(0)
     base, targets = KINDS[kind]()
+    base = base.to(dtype).eval()
+    cut(base)
     torch.manual_seed(1)
-    return get_peft_model(base.to(dtype).eval(), RosaConfig(r=2, **targets, **options))
+    return get_peft_model(base, RosaConfig(r=2, **targets, **options))
 
 
 def inputs_of(kind, dtype):
@@ -123,10 +126,14 @@ def factors(model):
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def as_in_one_process(rank, size, folder, kind, dtype, blocks, options):
-    one, model = adapted(kind, dtype, **options), adapted(kind, dtype, **options)
+def as_in_one_process(rank, size, folder, kind, dtype, blocks, options, first):
+    one = adapted(kind, dtype, **options)
     pretrained = copy.deepcopy(one).unload()
-    shard(model, size, blocks)
+    cut = partial(shard, size=size, blocks=blocks)
+    if first:
+        model = adapted(kind, dtype, cut, **options)
+    else:
+        cut(model := adapted(kind, dtype, **options))
     kinds = [torch.optim.AdamW(factors(m), lr=1e-2, weight_decay=0.0) for m in (one, model)]
     batches = [inputs_of(kind, dtype) for _ in range(6)]
     expected = train(one, kinds[0], batches, (2, 4))
@@ -161,11 +168,12 @@ def as_in_one_process(rank, size, folder, kind, dtype, blocks, options):
     model.save_pretrained(folder / str(rank))
     loaded = PeftModel.from_pretrained(pretrained, str(folder / str(rank)))
     torch.testing.assert_close(*give(model, loaded), **near)
-    model.reshard()
+    reshard(model)
     for _, layer in rosa_layers(model):  # nobody holds more than his rows
         assert layer.base_weight.memory.shape[0] < layer.base_weight.parameter.shape[0] or size == 1
 
 
+@pytest.mark.parametrize("first", ["adapted", "cut"])
 @pytest.mark.parametrize(
     ("kind", "size", "dtype", "blocks", "options"),
     [
@@ -181,8 +189,9 @@ def as_in_one_process(rank, size, folder, kind, dtype, blocks, options):
         ("experts", 2, torch.float64, False, {"directions": "svd"}),
     ],
 )
-def test_it_is_trained_as_in_one_process(tmp_path, kind, size, dtype, blocks, options):
-    in_processes(size, tmp_path, as_in_one_process, size, tmp_path, kind, dtype, blocks, options)
+def test_it_is_trained_as_in_one_process(tmp_path, kind, size, dtype, blocks, options, first):
+    how = size, tmp_path, kind, dtype, blocks, options, first == "cut"
+    in_processes(size, tmp_path, as_in_one_process, *how)
 
 
 def guard(rank, size):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -25,8 +25,9 @@ from rosa.layers.effective import effective_weight
 from rosa.layers.front import Front
 from rosa.layers.kind import Kind
 from rosa.layers.offset import OffsetDict
+from rosa.layers.replicated import average_gradients
 from rosa.layers.tracing import is_traced
-from rosa.pretrained.sharding import check_kept, from_first
+from rosa.pretrained.sharding import check_kept, from_first, is_fully_sharded
 from rosa.pretrained.weight import BaseWeight
 from rosa.pretrained.zero3 import is_in_part
 
@@ -53,6 +54,7 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
     Attributes:
         adapters: what each adapter is here, by name.
         is_in_shards: whether tensor parallelism had cut the weight, and so cuts the factors.
+        is_in_rows: whether FSDP 2 had cut the weight, so that every process has all of the factors.
     """
 
     adapter_layer_names = ("rosa_A", "rosa_B")
@@ -87,9 +89,11 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
         base = self.get_base_layer()
         view = self.view_of(base, self.parameter_name)
         self._base_weight = self.weight_class(name, view, fingerprint)
-        self.is_in_shards = self._base_weight.shard is not None
+        is_cut = self._base_weight.shard is not None
+        self.is_in_rows = is_cut and is_fully_sharded(base)
+        self.is_in_shards = is_cut and not self.is_in_rows
         self.base_fingerprint()
-        if self.is_in_shards:
+        if is_cut:
             self._base_weight.refresh()
         self._active_adapter = adapter_name
         self.register_state_dict_post_hook(statedict.after_save)
@@ -279,6 +283,7 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
         if self._disable_adapters or self.merged:
             return []
         active = [self.adapters[name] for name in self.active_adapters if name in self.adapters]
+        self._share_gradients(active)  # a file may have brought other parameters
         for adapter in active:
             if self.rosa_A[adapter.name].is_meta and not x.is_meta:
                 raise UserError(
@@ -286,6 +291,11 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
                     "first (low_cpu_mem_usage), or use the model without offloading (device_map)"
                 )
         return active
+
+    def _share_gradients(self, adapters: Iterable[Adapter]) -> None:
+        if self.is_in_rows and (shard := self.base_weight.shard) is not None:
+            for adapter in adapters:
+                average_gradients(adapter.factors, shard.of)
 
     def check_parts(self) -> None:
         """Raise UserError for a weight in ZeRO 3's parts that this kind cannot compute with."""
@@ -356,10 +366,11 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
         adapter.place(base.parameter, cast=True)
         if self.is_in_shards:
             adapter.cut_as(base.parameter)
+        self._share_gradients([adapter])
         on_meta = adapter.is_on_meta or base.parameter.is_meta
         if not on_meta and not waits_for_file(config):
             drawn = draw(adapter, self.pretrained_weight(), base.norm)
-            if self.is_in_shards:  # for no two processes draw the same
+            if base.shard is not None:  # for no two processes draw the same
                 a, b = drawn
                 drawn = from_first(a, base.parameter), from_first(b, base.parameter)
             adapter.terms = take(adapter, drawn).to("cpu")

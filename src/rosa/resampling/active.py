@@ -21,6 +21,7 @@ from rosa.pretrained.sharding import (
     cut_dim,
     from_first,
     is_cut,
+    is_dtensor,
     is_fully_sharded,
     is_sharded,
     own_part,
@@ -172,23 +173,24 @@ REPLICAS = 1e-3
 
 
 def check_replicas(found: list[Active]) -> None:
-    """Raise ValueError if a factor that tensor parallelism does not cut differs by process.
+    """Raise ValueError if a factor that is whole beside a cut weight differs by process.
 
     All processes must ask for it.
     """
     differ = []
     for active in found:
-        for factor in active.factors if active.layer.is_in_shards else ():
+        weight = active.layer.base_weight.parameter
+        for factor in active.factors if is_dtensor(weight) else ():
             if cut_dim(factor) is None:
                 mine = own_part(factor).detach()
-                first = from_first(mine.clone(), like=factor)
+                first = from_first(mine.clone(), like=weight)
                 if float((mine - first).norm()) > REPLICAS * float(first.norm()):
                     differ.append(active.name)
     if differ:
         raise UserError(
             f"copies of factors of {len(differ)} layers, such as {differ[0]}, have drifted apart "
-            "in the processes of a tensor parallelism, which train one model together: something "
-            "changes them in some processes alone. Go back to a checkpoint"
+            "in the processes, which train one model together: something changes them in some "
+            "processes alone. Go back to a checkpoint"
         )
 
 

@@ -28,7 +28,14 @@ from rosa.kinds.registry import KINDS, kind_of
 from rosa.layers.base import RosaLayer
 from rosa.layers.in_model import base_of, rosa_layers
 from rosa.pretrained.memory import check_in_memory
-from rosa.pretrained.sharding import is_cut, is_sharded, whole
+from rosa.pretrained.sharding import (
+    cut_dim,
+    is_cut,
+    is_fully_sharded,
+    is_sharded,
+    own_part,
+    whole,
+)
 from rosa.pretrained.views import MatrixView
 from rosa.pretrained.weight import SUPPORTED_DTYPES
 from rosa.pretrained.zero3 import is_in_part
@@ -319,15 +326,23 @@ def check_adaptable(target: Target) -> None:
             "layers that bitsandbytes, HQQ or torchao has quantized"
         )
     check_in_memory(name, base, weight)
-    at_hand = is_in_part(weight) or (kind.runs_in_shards and is_cut(weight))  # ZeRO 3's; a shard
+    in_rows = cut_dim(weight) == 0 and is_fully_sharded(base)
+    at_hand = is_in_part(weight) or (is_cut(weight) and (kind.runs_in_shards or in_rows))
     in_part = is_sharded(weight) and not at_hand
     in_part |= weight.numel() < (kind.numbers(base) or 0)
     if weight.numel() == 0 or in_part or (weight.ndim < 2 and kind is not ParamWrapper):
         raise UserError(
             f"the weight of {name} is empty or sharded over processes (shape "
             f"{tuple(weight.shape)}): attach ROSA to the whole model, and shard it then "
-            "(fully_shard, DeepSpeed). Of tensor parallelism it adapts linear layers, cut once "
-            "(colwise, rowwise): leave others out with exclude_modules"
+            "(fully_shard, DeepSpeed). Of a model that is sharded before, it adapts what "
+            "fully_shard has cut along the first dimension, over all processes, and of tensor "
+            "parallelism linear layers, cut once (colwise, rowwise): leave others out with "
+            "exclude_modules"
+        )
+    if in_rows and own_part(weight).device.type != weight.device_mesh.device_type:  # type: ignore
+        raise UserError(
+            f"the weight of {name} is offloaded by FSDP (fsdp_cpu_offload, CPUOffloadPolicy), and "
+            "the factors beside it would stay there while it is computed: leave that out"
         )
     if isinstance(base, (nn.Embedding, nn.EmbeddingBag)) and base.max_norm is not None:
         raise UserError(
