@@ -90,17 +90,29 @@ def test_it_goes_on_from_a_checkpoint(tmp_path):
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize("method", ["rosa", "full"])
-def test_in_bfloat16(tmp_path, method):
-    settings = replace(settings_for("pairs", tmp_path), resample_every="2", method=method)
+@pytest.mark.parametrize("given", [{}, {"method": "full"}, {"trained": "B", "epochs": 3}], ids=str)
+def test_in_bfloat16(tmp_path, given):
+    settings = replace(settings_for("pairs", tmp_path), resample_every="2", **given)
     base = AutoModelForCausalLM.from_pretrained(settings.model).to(torch.bfloat16)
     base.save_pretrained(settings.model)
     settings = replace(settings, precision="bf16", gradient_checkpointing=True, fsdp=True)
     settings = replace(settings, output=tmp_path / "run", group_by_length=True)
     in_two([(settings, SPLIT)])
-    found = torch.load(settings.output / "found0.pt")["record"]
+    found = torch.load(settings.output / "found0.pt")
     whole = train(replace(settings, output=tmp_path / "whole", fsdp=False))["record"]
-    assert found == pytest.approx(whole, rel=0.05)
+    assert found["record"] == pytest.approx(whole, rel=0.05)
+    card = next(settings.output.glob("[am]*/README.md")).read_text()
+    assert "FSDP" not in card
+    assert "torchrun --nproc-per-node 2 -m rosa train" in card
+
+    (settings.output / "metrics.json").unlink()
+    last = max((settings.output / "checkpoints").iterdir(), key=lambda p: int(p.name[11:]))
+    shutil.rmtree(last)
+    in_two([(settings, SPLIT)])
+    again = torch.load(settings.output / "found0.pt")
+    assert again["record"] == found["record"]
+    for name, weight in found["weights"].items():
+        assert torch.equal(again["weights"][name], weight), name
 
 
 def diverge(rank: int, port: int, settings: RunSettings) -> None:

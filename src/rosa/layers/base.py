@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -62,6 +63,7 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
 
     weight_class: type[BaseWeight] = BaseWeight
     arrived: statedict.Arrived | None = None  # by state dicts since the layer was last used
+    counted: dict[str, int] | None = None  # writes into its parameters, when a loader looked
     cast_input_dtype_enabled = True  # which `peft.helpers.disable_input_dtype_casting` looks for
     was_called = False
     was_read = False  # its weight's values were, which a model may do instead
@@ -83,7 +85,7 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
         self.rosa_dropout = nn.ModuleDict()
         self.rosa_A = nn.ParameterDict()
         self.rosa_B = nn.ParameterDict()
-        self.rosa_offset = OffsetDict(self.adapters)
+        self.rosa_offset = OffsetDict(self.adapters, partial(statedict.count_writes, self))
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         base = self.get_base_layer()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,11 +39,13 @@ class OffsetDict(nn.Module):
 
     Args:
         adapters: the layer's, by name; PEFT's deletion takes them out here.
+        looked: called when a loader looks for places; whether the layer is in shards.
     """
 
-    def __init__(self, adapters: dict[str, Adapter]) -> None:
+    def __init__(self, adapters: dict[str, Adapter], looked: Callable[[], bool]) -> None:
         super().__init__()
         self.adapters = adapters
+        self._looked = looked
         self._pieces: dict[str, dict[str, Tensor]] = {}  # of offsets that state dicts bring in part
 
     def __delitem__(self, adapter: str) -> None:
@@ -76,18 +78,20 @@ class OffsetDict(nn.Module):
         names = SimpleNamespace(**dict.fromkeys((*PARTS, MARK)))
         return SimpleNamespace(**dict.fromkeys(self.adapters, names))
 
-    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
-        """None; in a sharded model a stand-in for each tensor that the state dict has here.
+    def named_buffers(self, *_: Any, **__: Any) -> Iterator[tuple[str, Tensor]]:
+        """None; of a layer in shards a stand-in for each tensor that the state dict has here.
 
-        `torch.distributed.checkpoint` sends a state dict from one process to the others, of which
-        each takes what it finds a buffer or parameter for, and reads no more of that than the name.
+        `torch.distributed.checkpoint` asks for them before it sends a state dict from one process
+        to the others: each takes what it finds a place for, and reads no more of that than the
+        name.
         """
-        for name, adapter in self.adapters.items():
-            if any(map(is_dtensor, adapter.factors)):
-                for part in (*PARTS, MARK):
-                    stand_in = torch.empty(())
-                    setattr(stand_in, _STANDS_IN, True)
-                    yield f"{name}.{part}", stand_in
+        if not self._looked():
+            return
+        for name in self.adapters:
+            for part in (*PARTS, MARK):
+                stand_in = torch.empty(())
+                setattr(stand_in, _STANDS_IN, True)
+                yield f"{name}.{part}", stand_in
 
     def keys(self) -> list[str]:
         """The names of the adapters."""
@@ -102,8 +106,12 @@ class OffsetDict(nn.Module):
     ) -> None:
         for name, adapter in self.adapters.items():
             key = f"{prefix}{name}."
-            destination[f"{key}A"] = adapter.terms.A
-            destination[f"{key}B"] = adapter.terms.B
+            terms = adapter.terms
+            if any(
+                map(is_dtensor, adapter.factors)
+            ):  # their loaders write into what they are given
+                terms = LowRank(terms.B.clone(), terms.A.clone())
+            destination[f"{key}A"], destination[f"{key}B"] = terms.A, terms.B
             destination[f"{key}draws"] = draws = torch.tensor(adapter.draws)
             setattr(draws, BESIDE_LIVE_FACTORS, True)
 

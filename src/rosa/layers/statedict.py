@@ -42,6 +42,7 @@ class Stateful(Protocol):
     name: str
     adapters: dict[str, Adapter]
     arrived: Arrived | None
+    counted: dict[str, int] | None
 
     @property
     def weight_path(self) -> str:
@@ -67,6 +68,7 @@ class Stateful(Protocol):
 class Arrived:
     """What state dicts have brought to a layer since it was last used."""
 
+    at_once: bool = False  # and no more is to come
     weight: bool = False
     parts: dict[str, set[str]] = field(default_factory=dict)  # by adapter
     perhaps: dict[str, set[str]] = field(default_factory=dict)  # were there, maybe as they were
@@ -78,10 +80,12 @@ class Arrived:
         came, perhaps = self.parts.get(adapter, set()), self.perhaps.get(adapter, set())
         return set(PARTS) - came - perhaps if came else set()
 
-    def is_whole(self, adapters: list[str], at_once: bool) -> bool:
-        """Whether there is no sign that more is to come; what comes at once has no more to come."""
+    def is_whole(self, adapters: list[str]) -> bool:
+        """Whether there is no sign that more is to come."""
+        if self.at_once:
+            return True
         whole = any(self.parts.values()) and not any(map(self.lacks, adapters))
-        return whole and (at_once or self.weight == bool(self.marks))  # what is saved has both
+        return whole and self.weight == bool(self.marks)  # what is saved whole has both
 
 
 def after_save(layer: Stateful, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
@@ -141,6 +145,24 @@ def give_pretrained(layer: Stateful, state_dict: dict[str, Any], prefix: str) ->
         state_dict[key] = base.pretrained_of(state_dict[key])  # gathered, as FSDP's savers do
 
 
+def count_writes(layer: Stateful) -> bool:
+    """Note how often each parameter was written to by now; whether any is in shards.
+
+    A loader of these writes into the parameters, and hands on all that there are.
+    """
+    weight = layer.base_weight.parameter
+    named = {layer.weight_path: weight}
+    for name, adapter in layer.adapters.items():
+        for part, factor in zip(PARTS, adapter.factors, strict=False):
+            named[part.format(name)] = factor
+    layer.counted = {key: _count(tensor) for key, tensor in named.items()}
+    return any(map(is_dtensor, named.values()))
+
+
+def _count(tensor: torch.Tensor) -> int:
+    return own_part(tensor)._version
+
+
 def before_load(layer: Stateful, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """A hook before loading: take the offsets out of the weight, and note what arrives.
 
@@ -148,16 +170,24 @@ def before_load(layer: Stateful, state_dict: dict[str, Any], prefix: str, *_: An
     parameters themselves and then hand on all of these: what is in memory already has come only
     if it was written to.
     """
-    base = layer.base_weight
+    base, counted = layer.base_weight, layer.counted or {}
+    layer.counted = None
+
+    def handed(key: str, now: torch.Tensor) -> bool:
+        """Whether the loader hands on a parameter that it had a look at."""
+        return key in counted and state_dict.get(prefix + key) is now
+
     weight, parameter = state_dict.get(f"{prefix}{layer.weight_path}"), base.parameter
     in_place = weight is not None and _same_memory(weight, parameter)
     brings_weight = weight is not None and weight.shape == parameter.shape
-    if in_place and base.is_newly_sharded():  # and nobody has counted what is written since
-        brings_weight = not base.holds(base.standing, base.fingerprint() or (0.0, 0.0))
-    elif in_place:
-        written = base.is_written()
-        brings_weight &= written if base.shard is None else base.shard.any(written)
     arrived = layer.arrived or Arrived()
+    if handed(layer.weight_path, parameter):
+        arrived.at_once = True
+        written = _count(parameter) != counted[layer.weight_path]
+        brings_weight = written if base.shard is None else base.shard.any(written)
+    elif in_place:
+        written = base.is_written() or _is_written_into(weight)
+        brings_weight &= written if base.shard is None else base.shard.any(written)
     for name, adapter in layer.adapters.items():
         offset.drop_stand_ins(state_dict, prefix, name)
         factors = dict(zip(PARTS, adapter.factors, strict=False))
@@ -165,13 +195,23 @@ def before_load(layer: Stateful, state_dict: dict[str, Any], prefix: str, *_: An
             key = prefix + part.format(name)
             if key in state_dict and not is_dtensor(state_dict[key]):
                 state_dict[key] = cut_as(state_dict[key], factor)
-        _check_of_one_time(layer.name, adapter, state_dict, prefix)
-        for part in PARTS:
-            value = state_dict.get(prefix + part.format(name))
-            if value is not None:
-                known = part in factors and _same_memory(value, factors[part])
-                into = arrived.perhaps if known else arrived.parts
-                into.setdefault(name, set()).add(part)
+        its = {part: part.format(name) for part in PARTS}
+        given = {part for part, factor in factors.items() if handed(its[part], factor)}
+        if not given:
+            _check_of_one_time(layer.name, adapter, state_dict, prefix)
+        for part, key in its.items():
+            value = state_dict.get(prefix + key)
+            if value is None or (part in given and _count(factors[part]) == counted[key]):
+                continue
+            known = part in factors and part not in given and _same_memory(value, factors[part])
+            into = arrived.perhaps if known and not _is_written_into(value) else arrived.parts
+            into.setdefault(name, set()).add(part)
+        if (
+            given
+            and not given & arrived.parts.get(name, set())
+            and _has_now(adapter, state_dict, prefix)
+        ):
+            arrived.parts.pop(name, None)  # a saver leaves out what is frozen
         mark = state_dict.get(f"{prefix}rosa_offset.{name}.{offset.MARK}")
         if mark is not None and (base.shard is None or brings_weight or not in_place):
             arrived.marks[name] = Mark(int(mark))
@@ -190,14 +230,30 @@ def is_in_parts(layer: Stateful) -> bool:
     return any(is_in_part(f) for adapter in layer.adapters.values() for f in adapter.factors)
 
 
+def _is_written_into(given: Any) -> bool:
+    """Whether a state dict's alias of a parameter in shards, with its own count, was written to."""
+    return is_dtensor(given) and _count(given) > 0
+
+
+def _has_now(adapter: Adapter, state_dict: dict[str, Any], prefix: str) -> bool:
+    """Whether a state dict's offset is the one that an adapter has."""
+    a, b, draws = (
+        state_dict.get(f"{prefix}rosa_offset.{adapter.name}.{part}") for part in offset.PARTS
+    )
+    if a is None or b is None or draws is None or int(draws) != adapter.draws:
+        return False
+    mine = adapter.terms
+    return torch.equal(a.to(mine.A), mine.A) and torch.equal(b.to(mine.B), mine.B)
+
+
 def _check_of_one_time(
     layer: str, adapter: Adapter, state_dict: dict[str, Any], prefix: str
 ) -> None:
     """Raise UserError if the factors are the adapter's own and the offset is an earlier one."""
     draws: Any = state_dict.get(f"{prefix}rosa_offset.{adapter.name}.draws")
     values = [state_dict.get(prefix + part.format(adapter.name)) for part in PARTS[:2]]
-    own = all(  # but what a loader has copied into a parameter comes as that parameter
-        value is not None and value is not factor and _same_memory(value, factor)
+    own = all(
+        value is not None and _same_memory(value, factor)
         for value, factor in zip(values, adapter.factors, strict=True)
     )
     # It is a state dict as the model gave it: a loader has written into the count, or has its own.
@@ -222,10 +278,8 @@ def after_load(layer: Stateful, _: Any) -> None:
     if base.expects_write():
         base.arrived()
     arrived = layer.arrived
-    if arrived is not None and (
-        is_in_parts(layer) or arrived.is_whole(list(layer.adapters), base.shard is not None)
-    ):
-        layer.synchronize()  # into parts and shards, all has come at once
+    if arrived is not None and (is_in_parts(layer) or arrived.is_whole(list(layer.adapters))):
+        layer.synchronize()  # into parts, all has come at once
     base.refresh()  # here, where all processes come by
 
 

@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from rosa.errors import UserError, UserTypeError
 from rosa.layers.adapter import Adapter
+from rosa.pretrained.sharding import reshard
 from rosa.resampling.active import active_adapters
 from rosa.resampling.counting import ItemCounter
 from rosa.resampling.decay import DecayTowardDrawn
@@ -184,6 +185,13 @@ class RosaCallback(TrainerCallback, ExportableState):
         """Put beside the checkpoint what was seen for the next draw."""
         self.write_seen(_checkpoint(args, state))
 
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let a model in parts be so again: a checkpoint is loaded into its parts alone."""
+        if self._adapters:
+            reshard(kwargs["model"])
+
     def write_seen(self, checkpoint: Path) -> None:
         """Write into a checkpoint's folder what was seen for the next draw."""
         if self._sees():
@@ -313,7 +321,7 @@ def _check_saver() -> None:
             "FSDP's SHARDED_STATE_DICT loads tensors of the sizes that are there, and ROSA's "
             "offset grows with the draws, so no checkpoint could be gone on from: set "
             "fsdp_state_dict_type to FULL_STATE_DICT (TrainingArguments(fsdp_config="
-            "{'state_dict_type': ...})), or save_strategy='no'"
+            "{'state_dict_type': 'FULL_STATE_DICT'}))"
         )
 
 

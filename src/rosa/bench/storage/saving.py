@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import FSDPModule
 
-from rosa.bench.processes import is_first
+from rosa.bench.processes import count, is_first, launched
 from rosa.bench.setup.methods import find_method
 from rosa.bench.setup.settings import RunSettings
 from rosa.bench.storage import runs
@@ -113,12 +114,17 @@ def _gathered(model: Any) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return {"state_dict": get_model_state_dict(model, options=whole)}
+    state, first = get_model_state_dict(model, options=whole), {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in state:  # tied weights are one tensor, of which one name is saved
+            state[name] = state[first.setdefault(parameter, name)]
+    return {"state_dict": state}
 
 
 def _loading(settings: RunSettings, model: Any, base: str | None) -> str:
     """Python that loads it; the folder is the card's."""
-    kind = type(model.get_base_model() if base else model).__name__
+    classes = type(model.get_base_model() if base else model).__mro__
+    kind = next(each.__name__ for each in classes if not issubclass(each, FSDPModule))
     if base is None:
         return f'from transformers import {kind}\n\nmodel = {kind}.from_pretrained(".")\n'
     size = "" if "CausalLM" in kind else f", num_labels={model.config.num_labels}"
@@ -134,7 +140,8 @@ def _loading(settings: RunSettings, model: Any, base: str | None) -> str:
 
 def _command(values: dict[str, Any]) -> str:
     """The command that trains it again, without what is said by default and where it goes."""
-    words = ["rosa", "train"]
+    start = ["torchrun", "--nproc-per-node", str(count()), "-m"] if launched() else []
+    words = [*start, "rosa", "train"]
     for setting in fields(RunSettings):
         name, value = setting.metadata["option"] or setting.name, values.get(setting.name)
         if value in (None, False) or value == setting.default or value == _plain(setting.default):
