@@ -438,6 +438,7 @@ def _check_cut(config: RosaConfig, model: nn.Module) -> None:
     check_shards(model)
     if not is_fully_sharded(model):
         return
+    reshard(model)
     factors = (
         f for _, layer in rosa_layers(model) for a in layer.adapters.values() for f in a.factors
     )

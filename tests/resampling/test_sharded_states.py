@@ -259,7 +259,7 @@ def test_what_is_not_in_a_state_stays_as_it_is(tmp_path):
     in_processes(2, tmp_path, into_more)
 
 
-def by_trainer(rank, folder, kind, trained, resume):
+def by_trainer(rank, folder, kind, trained, saves, resume):
     fsdp_on_cpus()
     size = distributed.get_world_size()
     rows = torch.randint(50, (24, 6), generator=torch.Generator().manual_seed(5))
@@ -273,7 +273,7 @@ def by_trainer(rank, folder, kind, trained, resume):
         per_device_train_batch_size=6 // size,
         per_device_eval_batch_size=6 // size,
         learning_rate=1e-1,
-        save_strategy="steps",
+        save_strategy=saves,
         eval_strategy="steps",
         save_steps=2,
         eval_steps=2,
@@ -304,14 +304,21 @@ def by_trainer(rank, folder, kind, trained, resume):
         torch.save(found, folder / f"losses-{size}.pt")
 
 
-@pytest.mark.parametrize("trained", ["both", "B"])
-def test_trainer_trains_and_goes_on(tmp_path, trained):
+@pytest.mark.parametrize(
+    ("trained", "saves", "runs"),
+    [
+        ("both", "steps", [(1, 0), (2, 0), (2, 4), (3, 6)]),
+        ("B", "steps", [(1, 0), (2, 0), (2, 4)]),
+        ("A", "best", [(1, 0), (2, 0)]),  # it loads right after an evaluation
+    ],
+)
+def test_trainer_trains_and_goes_on(tmp_path, trained, saves, runs):
     found = []
-    for size, resume in ((1, 0), (2, 0), (2, 4), (3, 6)):
+    for size, resume in runs:
         (place := tmp_path / f"{size}-{resume}").mkdir()
         if size == 3:  # the checkpoint is whole: for any number of processes
             (tmp_path / "run-2").rename(tmp_path / "run-3")
-        in_processes(size, place, by_trainer, tmp_path, "FULL_STATE_DICT", trained, resume)
+        in_processes(size, place, by_trainer, tmp_path, "FULL_STATE_DICT", trained, saves, resume)
         adapter = load_file(tmp_path / f"saved-{size}" / "adapter_model.safetensors")
         found.append((torch.load(tmp_path / f"losses-{size}.pt"), adapter))
     for other in found[1:]:
@@ -319,4 +326,4 @@ def test_trainer_trains_and_goes_on(tmp_path, trained):
 
 
 def test_checkpoints_that_cannot_be_gone_on_from_are_refused(tmp_path):
-    in_processes(2, tmp_path, by_trainer, tmp_path, "SHARDED_STATE_DICT", "both", 0)
+    in_processes(2, tmp_path, by_trainer, tmp_path, "SHARDED_STATE_DICT", "both", "steps", 0)

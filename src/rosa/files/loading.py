@@ -31,6 +31,7 @@ from rosa.files.checking import (
 from rosa.files.plain import guarded_plain
 from rosa.files.restoring import as_before
 from rosa.layers.drawing import from_file
+from rosa.layers.in_model import rosa_layers
 from rosa.registration import ROSA
 
 
@@ -145,11 +146,16 @@ def _guarded_state(load: Any) -> Any:
         low_cpu_mem_usage: bool = False,
     ) -> Any:
         configs: Any = getattr(model, "peft_config", None) or {}
-        if isinstance(configs.get(adapter_name), RosaConfig):
+        is_rosa = isinstance(configs.get(adapter_name), RosaConfig)
+        if is_rosa:
             check_tensors(peft_model_state_dict)
             check_whole_modules(model, adapter_name, peft_model_state_dict)
         how = adapter_name, ignore_mismatched_sizes, low_cpu_mem_usage
         with leaving_missized(ignore_mismatched_sizes):
-            return load(model, peft_model_state_dict, *how)
+            found = load(model, peft_model_state_dict, *how)
+        for _, layer in rosa_layers(model) if is_rosa else ():
+            if layer.base_weight.shard is not None:  # which the next pass makes whole
+                layer.settle(looks=False)
+        return found
 
     return set_peft_model_state_dict
