@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rosa.algebra.lowrank import LowRank
 from rosa.config import RosaConfig
 from rosa.errors import UserError
-from rosa.layers import parts, statedict
+from rosa.layers import arriving, parts, statedict
 from rosa.layers.adapter import Adapter
 from rosa.layers.drawing import Factors, draw, take, waits_for_file
 from rosa.layers.effective import effective_weight
@@ -85,7 +85,7 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
         self.rosa_dropout = nn.ModuleDict()
         self.rosa_A = nn.ParameterDict()
         self.rosa_B = nn.ParameterDict()
-        self.rosa_offset = OffsetDict(self.adapters, partial(statedict.count_writes, self))
+        self.rosa_offset = OffsetDict(self.adapters, partial(arriving.count_writes, self))
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         base = self.get_base_layer()
@@ -100,7 +100,7 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
         self._active_adapter = adapter_name
         self.register_state_dict_post_hook(statedict.after_save)
         self.register_load_state_dict_pre_hook(parts.before_load)
-        self.register_load_state_dict_post_hook(statedict.after_load)
+        self.register_load_state_dict_post_hook(arriving.after_load)
         self.update_layer(adapter_name, r, alpha, config)
         self._made = True
 
@@ -190,7 +190,7 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
 
     def _take_account(self, leaving: str | None = None, accept: bool = False) -> None:
         if self.arrived is not None:
-            statedict.take_all(self, self.arrived, leaving)
+            arriving.take_all(self, self.arrived, leaving)
             self.arrived = None
         self.base_weight.look()
         if self.base_weight.is_changed():

@@ -11,7 +11,7 @@ import traceback
 from typing import Any
 
 from rosa.errors import UserError
-from rosa.layers import statedict
+from rosa.layers import arriving, statedict
 from rosa.layers.offset import MARK
 from rosa.layers.statedict import Stateful, is_in_parts
 
@@ -27,9 +27,9 @@ def check_not_in_parts(layer: Stateful) -> None:
 
 
 def before_load(layer: Stateful, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-    """A hook before loading, as `statedict.before_load`, which it is for a layer not in parts."""
+    """A hook before loading, as `arriving.before_load`, which it is for a layer not in parts."""
     if not is_in_parts(layer):
-        statedict.before_load(layer, state_dict, prefix, *others)
+        arriving.before_load(layer, state_dict, prefix, *others)
         return
     if not _is_by_deepspeed():
         check_not_in_parts(layer)
