@@ -20,37 +20,15 @@ from rosa.layers.statedict import PARTS, Arrived, Mark, Stateful, is_in_parts
 from rosa.pretrained.sharding import cut_as, is_dtensor, own_part, write
 
 
-def count_writes(layer: Stateful) -> bool:
-    """Note how often each parameter was written to by now; whether any is in shards.
-
-    A loader of these writes into the parameters, and hands on all that there are.
-    """
-    there = _parameters(layer)
-    layer.counted = {key: _count(tensor) for key, tensor in there.items()}
-    return any(map(is_dtensor, there.values()))
-
-
-def _parameters(layer: Stateful) -> dict[str, torch.Tensor]:
-    """The base weight and the factors, by their keys."""
-    found = {layer.weight_path: layer.base_weight.parameter}
-    for name, adapter in layer.adapters.items():
-        for part, factor in zip(PARTS, adapter.factors, strict=False):
-            found[part.format(name)] = factor
-    return found
-
-
-def _count(tensor: torch.Tensor) -> int:
-    return own_part(tensor)._version
-
-
 def _handed(layer: Stateful, state_dict: dict[str, Any], prefix: str) -> dict[str, bool]:
     """Of the parameters that a loader looked at and hands on: whether it has written into them."""
-    counted, layer.counted = layer.counted or {}, None
-    there = _parameters(layer)
+    counted, there = layer.rosa_offset.counted, layer.rosa_offset.there()
+    layer.rosa_offset.counted = {}
+    keys = {offset.WEIGHT: layer.weight_path}
     return {
-        key: _count(there[key]) != count
-        for key, count in counted.items()
-        if key in there and state_dict.get(f"{prefix}{key}") is there[key]
+        key: offset.count(there[key]) != writes
+        for key, writes in counted.items()
+        if key in there and state_dict.get(f"{prefix}{keys.get(key, key)}") is there[key]
     }
 
 
@@ -66,12 +44,12 @@ def before_load(layer: Stateful, state_dict: dict[str, Any], prefix: str, *_: An
     in_place = weight is not None and _same_memory(weight, parameter)
     brings_weight = weight is not None and weight.shape == parameter.shape
     if in_place:
-        written = handed.get(layer.weight_path)
+        written = handed.get(offset.WEIGHT)
         if written is None:
             written = base.is_written() or _is_written_into(weight)
         brings_weight &= written if base.shard is None else base.shard.any(written)
     arrived = layer.arrived or Arrived()
-    arrived.at_once |= layer.weight_path in handed
+    arrived.at_once |= offset.WEIGHT in handed
     for name, adapter in layer.adapters.items():
         offset.drop_stand_ins(state_dict, prefix, name)
         _note(arrived, layer.name, adapter, state_dict, prefix, handed)
@@ -120,7 +98,7 @@ def _note(
 
 def _is_written_into(given: Any) -> bool:
     """Whether a state dict's alias of a parameter in shards, with its own count, was written to."""
-    return is_dtensor(given) and _count(given) > 0
+    return is_dtensor(given) and offset.count(given) > 0
 
 
 def _has_now(adapter: Adapter, state_dict: dict[str, Any], prefix: str) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -63,7 +62,6 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
 
     weight_class: type[BaseWeight] = BaseWeight
     arrived: statedict.Arrived | None = None  # by state dicts since the layer was last used
-    counted: dict[str, int] | None = None  # writes into its parameters, when a loader looked
     cast_input_dtype_enabled = True  # which `peft.helpers.disable_input_dtype_casting` looks for
     was_called = False
     was_read = False  # its weight's values were, which a model may do instead
@@ -85,12 +83,12 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
         self.rosa_dropout = nn.ModuleDict()
         self.rosa_A = nn.ParameterDict()
         self.rosa_B = nn.ParameterDict()
-        self.rosa_offset = OffsetDict(self.adapters, partial(arriving.count_writes, self))
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         base = self.get_base_layer()
         view = self.view_of(base, self.parameter_name)
         self._base_weight = self.weight_class(name, view, fingerprint)
+        self.rosa_offset = OffsetDict(self.adapters, self._base_weight)
         is_cut = self._base_weight.shard is not None
         self.is_in_rows = is_cut and is_fully_sharded(base)
         self.is_in_shards = is_cut and not self.is_in_rows

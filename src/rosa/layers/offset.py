@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from rosa.algebra.lowrank import LowRank
 from rosa.layers.adapter import Adapter
-from rosa.pretrained.sharding import is_dtensor
+from rosa.pretrained.sharding import is_dtensor, own_part
+from rosa.pretrained.weight import BaseWeight
 
 BESIDE_LIVE_FACTORS = "_beside_live_factors"
 """An attribute of the count of draws in a state dict whose factors are the model's own memory."""
@@ -19,6 +20,7 @@ PARTS = ("A", "B", "draws")
 """What a state dict holds of an offset."""
 MARK = "in_weight"
 """And beside it, what of its adapter is in the base weight there."""
+WEIGHT = "weight"
 _STANDS_IN = "_stands_in"
 """An attribute of a tensor that a loader may put another in the place of."""
 
@@ -31,6 +33,11 @@ def drop_stand_ins(state_dict: dict[str, Any], prefix: str, adapter: str) -> Non
             del state_dict[key]
 
 
+def count(tensor: Tensor) -> int:
+    """How often a tensor, or the part of it that is here, was written to."""
+    return own_part(tensor)._version
+
+
 class OffsetDict(nn.Module):
     """The offsets of a layer by adapter name: in its state dict, but neither parameter nor buffer.
 
@@ -39,13 +46,18 @@ class OffsetDict(nn.Module):
 
     Args:
         adapters: the layer's, by name; PEFT's deletion takes them out here.
-        looked: called when a loader looks for places; whether the layer is in shards.
+        weight: the layer's.
+
+    Attributes:
+        counted: of a layer in shards, how often each parameter of `there` had been written to when
+            a loader looked for places.
     """
 
-    def __init__(self, adapters: dict[str, Adapter], looked: Callable[[], bool]) -> None:
+    def __init__(self, adapters: dict[str, Adapter], weight: BaseWeight) -> None:
         super().__init__()
         self.adapters = adapters
-        self._looked = looked
+        self.counted: dict[str, int] = {}
+        self._weight = weight
         self._pieces: dict[str, dict[str, Tensor]] = {}  # of offsets that state dicts bring in part
 
     def __delitem__(self, adapter: str) -> None:
@@ -83,15 +95,24 @@ class OffsetDict(nn.Module):
 
         `torch.distributed.checkpoint` asks for them before it sends a state dict from one process
         to the others: each takes what it finds a place for, and reads no more of that than the
-        name.
+        name. It writes into the parameters, and then hands on all that there are.
         """
-        if not self._looked():
+        there = self.there()
+        if not any(map(is_dtensor, there.values())):
             return
+        self.counted = {key: count(parameter) for key, parameter in there.items()}
         for name in self.adapters:
             for part in (*PARTS, MARK):
                 stand_in = torch.empty(())
                 setattr(stand_in, _STANDS_IN, True)
                 yield f"{name}.{part}", stand_in
+
+    def there(self) -> dict[str, Tensor]:
+        """The layer's parameters: its weight (under WEIGHT), and the factors by their keys."""
+        found = {WEIGHT: self._weight.parameter}
+        for name, adapter in self.adapters.items():
+            found |= dict(zip((f"rosa_A.{name}", f"rosa_B.{name}"), adapter.factors, strict=True))
+        return found
 
     def keys(self) -> list[str]:
         """The names of the adapters."""

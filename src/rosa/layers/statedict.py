@@ -38,7 +38,7 @@ class Stateful(Protocol):
     name: str
     adapters: dict[str, Adapter]
     arrived: Arrived | None
-    counted: dict[str, int] | None
+    rosa_offset: offset.OffsetDict
 
     @property
     def weight_path(self) -> str:
