@@ -131,6 +131,19 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
         torch.testing.assert_close(found["weights"][name], weight, rtol=2e-3, atol=2e-4, msg=name)
 
 
+def assert_as_whole(runs: list[RunSettings], **whole: Any) -> None:
+    """What two processes have trained is what one trains, which has other settings of these."""
+    for settings in runs:
+        one = replace(settings, output=settings.output.with_suffix(".whole"), **whole)
+        expected = train(one)
+        both = [torch.load(settings.output / f"found{rank}.pt") for rank in (0, 1)]
+        assert both[0]["record"] == both[1]["record"], settings.output
+        assert_same(both[0], expected)
+        texts = [folder / "predictions.json" for folder in (settings.output, one.output)]
+        if settings.task == "e2e":
+            assert texts[0].read_text() == texts[1].read_text()
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_accumulation_changes_nothing(tmp_path, task):
     settings = settings_for(task, tmp_path)
@@ -240,11 +253,7 @@ def test_two_processes_change_nothing(tmp_path):
         for (task, name), (settings, split) in cases.items()
     ]
     multiprocessing.spawn(train_in_two, (free_port(), runs), nprocs=2, daemon=True)
-    for settings, _ in runs:
-        whole = train(replace(settings, output=settings.output.with_suffix(".whole")))
-        both = [torch.load(settings.output / f"found{rank}.pt") for rank in (0, 1)]
-        assert both[0]["record"] == both[1]["record"], settings.output
-        assert_same(both[0], whole)
+    assert_as_whole([settings for settings, _ in runs])
 
 
 def test_two_processes_go_on_in_the_middle_of_an_epoch(tmp_path):

@@ -19,6 +19,7 @@ from tests.bench.test_averaging import (
     CHATS,
     EFFECTIVE,
     PREFERENCES,
+    assert_as_whole,
     assert_same,
     settings_for,
     train,
@@ -64,15 +65,7 @@ def test_it_trains_what_one_process_does(tmp_path):
             settings = replace(settings, target_modules=("all-linear",), rank=2)
         runs.append((replace(settings, fsdp=True), SPLIT))
     in_two(runs)
-    for settings, _ in runs:
-        whole = replace(settings, output=settings.output.with_suffix(".whole"), fsdp=False)
-        expected = train(whole)
-        both = [torch.load(settings.output / f"found{rank}.pt") for rank in (0, 1)]
-        assert both[0]["record"] == both[1]["record"], settings.output
-        assert_same(both[0], expected)
-        texts = [folder / "predictions.json" for folder in (settings.output, whole.output)]
-        if settings.task == "e2e":
-            assert texts[0].read_text() == texts[1].read_text()
+    assert_as_whole([settings for settings, _ in runs], fsdp=False)
 
 
 def test_it_goes_on_from_a_checkpoint(tmp_path):

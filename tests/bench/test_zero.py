@@ -24,9 +24,9 @@ from tests.bench.test_averaging import (
     CHATS,
     EFFECTIVE,
     PREFERENCES,
+    assert_as_whole,
     assert_same,
     settings_for,
-    train,
     train_in_two,
     writing_settings,
 )
@@ -76,15 +76,7 @@ def test_zero_trains_what_one_process_does(tmp_path, zero):
             settings = replace(settings, target_modules=("all-linear",), rank=2)
         runs.append((with_config(settings, ZEROS[zero]), SPLIT))
     in_two(runs)
-    for settings, _ in runs:
-        whole = replace(settings, output=settings.output.with_suffix(".whole"), deepspeed=None)
-        expected = train(whole)
-        both = [torch.load(settings.output / f"found{rank}.pt") for rank in (0, 1)]
-        assert both[0]["record"] == both[1]["record"], settings.output
-        assert_same(both[0], expected)
-        texts = [folder / "predictions.json" for folder in (settings.output, whole.output)]
-        if settings.task == "e2e":
-            assert texts[0].read_text() == texts[1].read_text()
+    assert_as_whole([settings for settings, _ in runs], deepspeed=None)
 
 
 @pytest.mark.parametrize("zero", ZEROS)
