@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -221,6 +222,7 @@ def train_in_two(rank: int, port: int, runs: list[tuple[RunSettings, dict[str, i
     for settings, split in runs:
         torch.save(train(settings, **split), settings.output / f"found{rank}.pt")
         unset_hf_deepspeed_config()  # or the next model is loaded in parts
+    gc.collect()  # no model must be the last to hold the group
     torch.distributed.destroy_process_group()
 
 

@@ -129,17 +129,12 @@ def check_unsharded(model: nn.Module, instead: str) -> None:
     """
     if any(map(zero3.is_in_part, model.parameters())):
         raise UserError(f"the model is in parts over processes (ZeRO 3): {instead}")
-    check_unsharded_by_torch(model, instead)
-    for name, parameter in model.named_parameters():
-        if is_dtensor(parameter):
-            raise UserError(f"{name} is cut over processes (tensor parallelism): {instead}")
-
-
-def check_unsharded_by_torch(model: nn.Module, instead: str) -> None:
-    """Raise ValueError for a model in FSDP; see `check_unsharded`."""
     for name, _ in _fully_sharded(model):
         raise UserError(f"{name or 'the model'} is sharded over processes (FSDP): {instead}")
     check_shards(model)
+    for name, parameter in model.named_parameters():
+        if is_dtensor(parameter):
+            raise UserError(f"{name} is cut over processes (tensor parallelism): {instead}")
 
 
 def check_shards(model: nn.Module) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
-from torch.distributed.fsdp import FSDPModule
 
 from rosa.bench.processes import count, is_first, launched
 from rosa.bench.setup.methods import find_method
@@ -123,8 +122,12 @@ def _gathered(model: Any) -> dict[str, Any]:
 
 def _loading(settings: RunSettings, model: Any, base: str | None) -> str:
     """Python that loads it; the folder is the card's."""
-    classes = type(model.get_base_model() if base else model).__mro__
-    kind = next(each.__name__ for each in classes if not issubclass(each, FSDPModule))
+    own = type(model.get_base_model() if base else model)
+    if settings.fsdp:  # which has made classes of its own
+        from torch.distributed.fsdp import FSDPModule
+
+        own = next(each for each in own.__mro__ if not issubclass(each, FSDPModule))
+    kind = own.__name__
     if base is None:
         return f'from transformers import {kind}\n\nmodel = {kind}.from_pretrained(".")\n'
     size = "" if "CausalLM" in kind else f", num_labels={model.config.num_labels}"
