@@ -13,63 +13,15 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.nn import functional as F
-from transformers import MixtralConfig, MixtralForCausalLM
 
 import rosa
 from rosa import RosaConfig, resample, watch
 from rosa.layers.in_model import rosa_layers
 from rosa.pretrained.sharding import own_part, reshard
-from tests.models import tiny_bert, tiny_gpt2
+from tests.targets import KINDS, inputs_of, outputs
 from tests.processes import all_equal, fsdp_on_cpus, in_processes, without_gloo
 
 pytestmark = without_gloo
-
-
-class Pictures(nn.Module):
-    """Convolutions, one of them in groups, and torch's attention over places."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Conv2d(3, 8, 3, padding=1)
-        self.second = nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=2)
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.last = nn.Linear(8, 5)
-
-    def forward(self, x):
-        x = self.second(F.relu(self.first(x))).flatten(2).transpose(1, 2)
-        return self.last(x + self.attention(x, x, x)[0])
-
-
-def bert():
-    return tiny_bert(), {"target_modules": ["query", "dense", "word_embeddings"]}
-
-
-def gpt2():
-    return tiny_gpt2(tied=False), {"target_modules": ["c_attn", "c_proj", "wte", "lm_head"]}
-
-
-def pictures():
-    return Pictures(), {"target_modules": ["first", "second", "attention", "last"]}
-
-
-def experts():
-    config = MixtralConfig(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=3,
-        num_experts_per_tok=2,
-    )
-    config._experts_implementation = "eager"  # which takes float64
-    names = ["experts.gate_up_proj", "experts.down_proj"]
-    return MixtralForCausalLM(config), {"target_modules": ["q_proj"], "target_parameters": names}
-
-
-KINDS = {"bert": bert, "gpt2": gpt2, "pictures": pictures, "experts": experts}
 
 
 def adapted(kind, dtype=torch.float64, cut=lambda base: None, **options):
@@ -80,17 +32,6 @@ def adapted(kind, dtype=torch.float64, cut=lambda base: None, **options):
     cut(base)
     torch.manual_seed(1)
     return get_peft_model(base, RosaConfig(r=2, **targets, **options))
-
-
-def inputs_of(kind, dtype):
-    if kind == "pictures":
-        return torch.randn(12, 3, 6, 6, dtype=dtype)
-    return torch.randint(50, (12, 5))
-
-
-def outputs(model, x):
-    out = model(x)
-    return out if isinstance(out, torch.Tensor) else out.logits
 
 
 def loss_of(model, x):

@@ -18,14 +18,16 @@ from peft import (
 from torch import distributed, nn
 from torch.optim import SGD, AdamW
 from transformers import Trainer, TrainingArguments
+from transformers.initialization import no_init_weights
 
 import rosa
 from rosa import RosaCallback, RosaConfig
 from rosa.layers.in_model import rosa_layers
 from rosa.pretrained.sharding import whole, write
 from tests.helpers import moved
-from tests.models import EXPERTS, IN, Mixture, tiny_gpt2, tiny_llama
+from tests.models import tiny_gpt2, tiny_llama
 from tests.processes import all_equal, in_processes, without_gloo
+from tests.targets import KINDS, inputs_of, outputs
 
 pytest.importorskip("deepspeed")
 pytestmark = [
@@ -399,38 +401,124 @@ def test_what_would_miss_the_parts_is_refused(tmp_path):
     in_processes(2, tmp_path, _not_loaded, str(tmp_path))
 
 
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.MultiheadAttention(8, 2, batch_first=True)
-
-    def forward(self, x):
-        return self.inner(x, x, x)[0]
-
-
-def _kinds(rank):
-    experts = {"target_parameters": ["experts.up"], "target_modules": []}
-    chosen = torch.arange(12) % EXPERTS
-    for base, options, inputs in (
-        (nn.Sequential(nn.Conv2d(3, 5, 3)), {"target_modules": ["0"]}, [torch.randn(2, 3, 5, 5)]),
-        (nn.Sequential(nn.Embedding(9, 5)), {"target_modules": ["0"]}, [torch.arange(4)[None]]),
-        (Attention(), {"target_modules": ["inner"]}, [torch.randn(2, 3, 8)]),
-        (Mixture(False).float(), experts, [torch.randn(12, IN), chosen]),
-    ):
-        model = get_peft_model(base, RosaConfig(r=2, **options))
-        layers = [layer for _, layer in rosa_layers(model)]
-        shapes = [layer.base_weight.parameter.shape for layer in layers]
-        engine, optimizer = in_parts(model, adam(model), IN_PARTS)
-        refused = pytest.raises(ValueError, match="which ROSA does not adapt in ZeRO 3: leave it")
-        with refused:
-            engine(*inputs)
-        with refused:
-            rosa.resample(engine, optimizer)
-        assert [layer.get_delta_weight("default").shape for layer in layers] == shapes
+def of_kind(kind, **options):
+    """A model with adapted layers of a kind, the same in every process."""
+    torch.manual_seed(0)
+    base, targets = KINDS[kind]()
+    base = base.float().eval()
+    torch.manual_seed(1)
+    return get_peft_model(base, RosaConfig(r=2, **targets, **options))
 
 
-def test_kinds_of_layers_that_do_not_run_in_parts_are_refused(tmp_path):
-    in_processes(2, tmp_path, _kinds)
+def come_in_parts(kind, **options):
+    """The same, of a base that lies in parts when the adapter comes."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    deepspeed.init_distributed("gloo")
+    config = {"train_micro_batch_size_per_gpu": 6, "zero_optimization": IN_PARTS}
+    torch.manual_seed(0)
+    whole_one, targets = KINDS[kind]()
+    with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=config):
+        base, _ = KINDS[kind]()
+    base.eval()
+    for one, other in zip(base.parameters(), whole_one.parameters(), strict=True):
+        write(one, other.detach())
+    torch.manual_seed(1)
+    return get_peft_model(base, RosaConfig(r=2, **targets, **options))
+
+
+def train_kind(model, optimizer, parts, engine=None):
+    """The changes of the weights after some steps and two draws."""
+    for step, x in enumerate(parts):
+        if step == 1:
+            rosa.watch(engine or model)
+        loss = outputs(engine or model, x).float().square().mean()
+        if engine is None:
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        else:
+            engine.backward(loss)
+            engine.step()
+        if step in (2, 4):
+            rosa.resample(engine or model, optimizer)
+    return {n: layer.get_delta_weight("default") for n, layer in rosa_layers(model)}
+
+
+def _every_kind(rank, folder, kind, options, begin):
+    torch.manual_seed(7)
+    rows = [inputs_of(kind, torch.float32) for _ in range(6)]
+    one = of_kind(kind, **options)
+    pretrained = copy.deepcopy(one).unload()
+    expected = train_kind(one, adam(one), rows)
+    model = begin(kind, **options)
+    engine, optimizer = in_parts(model, adam(model), IN_PARTS)
+    found = train_kind(model, optimizer, [x.chunk(2)[rank] for x in rows], engine)
+    assert expected.keys() == found.keys()
+    for name, change in found.items():
+        assert all_equal(change), name
+        assert (change - expected[name]).norm() < 1e-3 * expected[name].norm(), name
+
+    def given(model):
+        with torch.no_grad():
+            return outputs(model, rows[0])
+
+    near = {"atol": 1e-4, "rtol": 1e-3}
+    for _ in range(2):
+        torch.testing.assert_close(given(engine), given(one), **near)
+        with model.disable_adapter():
+            torch.testing.assert_close(given(engine), given(pretrained), **near)
+        model.merge_adapter()
+        torch.testing.assert_close(given(engine), given(one), **near)
+        model.unmerge_adapter()
+    model.save_pretrained(f"{folder}/{rank}")
+    loaded = PeftModel.from_pretrained(pretrained, f"{folder}/{rank}")
+    torch.testing.assert_close(given(loaded), given(one), **near)
+
+
+@pytest.mark.parametrize("begin", [of_kind, come_in_parts])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("bert", {"directions": "svd"}),
+        ("gpt2", {"trained": "B"}),
+        ("pictures", {}),
+        ("pictures", {"trained": "A", "directions": "orthonormal"}),
+        ("experts", {}),
+    ],
+    ids=str,
+)
+def test_layers_of_every_kind_are_trained_in_parts(kind, options, begin, tmp_path):
+    in_processes(2, tmp_path, _every_kind, str(tmp_path), kind, options, begin)
+
+
+def _with_dropout(rank, kind):
+    """Each process draws its own; nothing but the sum of the factors' gradients is to be alike."""
+    model = of_kind(kind, rosa_dropout=0.5).train()
+    engine, optimizer = in_parts(model, adam(model), IN_PARTS)
+    rows = [inputs_of(kind, torch.float32)[rank::2] for _ in range(4)]
+    assert all(map(all_equal, train_kind(model, optimizer, rows, engine).values()))
+
+
+def test_dropout_in_parts(tmp_path):
+    in_processes(2, tmp_path, _with_dropout, "bert")
+
+
+def _quantized(rank):
+    bnb = pytest.importorskip("bitsandbytes")
+    base = nn.Sequential(bnb.nn.Linear8bitLt(8, 8, has_fp16_weights=False).to("cpu"))
+    model = get_peft_model(base, RosaConfig(r=2, target_modules=["0"]))
+    engine, optimizer = in_parts(model, adam(model), IN_PARTS)
+    refused = pytest.raises(ValueError, match="which ROSA does not adapt in ZeRO 3: leave it")
+    with refused:
+        engine(torch.randn(2, 8))
+    with refused:
+        rosa.resample(engine, optimizer)
+
+
+def test_codes_in_parts_are_refused(tmp_path):
+    in_processes(2, tmp_path, _quantized)
 
 
 def _steps(engine, optimizer, steps):

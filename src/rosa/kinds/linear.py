@@ -27,7 +27,6 @@ class RosaLinear(RosaLayer):
 
     adapts = "torch.nn.Linear, transformers' Conv1D"
     is_linear = True
-    runs_in_parts = True
     runs_in_shards = True
 
     @staticmethod

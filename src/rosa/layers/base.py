@@ -100,7 +100,7 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
         self.register_load_state_dict_pre_hook(parts.before_load)
         self.register_load_state_dict_post_hook(arriving.after_load)
         self.update_layer(adapter_name, r, alpha, config)
-        self._made = True
+        self.stand_in_front()
 
     # -- the weight in memory ------------------------------------------------------------------
 
@@ -298,12 +298,12 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
                 average_gradients(adapter.factors, shard.of)
 
     def check_parts(self) -> None:
-        """Raise UserError for a weight in ZeRO 3's parts that this kind cannot compute with."""
-        if is_in_part(self._base_weight.parameter) and not self.runs_in_parts:
+        """Raise UserError for quantized weights whose codes lie in ZeRO 3's parts."""
+        if is_in_part(self._base_weight.parameter) and self.is_quantized:
             base = type(self.get_base_layer()).__name__
             raise UserError(
                 f"layer {self.name} is a {base}, which ROSA does not adapt in ZeRO 3: leave it out "
-                "with exclude_modules, or train with ZeRO 2 or with torch's fully_shard (FSDP 2)"
+                "with exclude_modules, or train with ZeRO 2, where every process has it whole"
             )
 
     @property

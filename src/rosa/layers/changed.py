@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -10,6 +12,9 @@ from torch.func import functional_call
 from rosa.config import RosaConfig
 from rosa.errors import UserError
 from rosa.layers.base import RosaLayer
+from rosa.layers.front import Calling
+from rosa.layers.plain import with_forward
+from rosa.pretrained.zero3 import is_in_part
 
 
 def with_changed_weight(layer: RosaLayer, *args: Any, **kwargs: Any) -> Any:
@@ -24,9 +29,21 @@ def with_changed_weight(layer: RosaLayer, *args: Any, **kwargs: Any) -> Any:
     for adapter in map(layer.adapters.get, layer.active_adapters):
         if adapter is not None:
             check_no_dropout(layer.name, adapter.config)
+    if is_in_part(layer.base_weight.parameter):  # which the module's own hooks make whole
+        with with_forward(layer.get_base_layer(), partial(_with_the_weight, layer)):
+            return layer.base_layer(*args, **kwargs)
     path = layer.weight_path.removeprefix("base_layer.")
     weight = layer.changed_weight()
     return functional_call(layer.base_layer, {path: weight}, args, kwargs, tie_weights=False)
+
+
+def _with_the_weight(
+    layer: RosaLayer, forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """What a module's forward makes of these with the changed weight, inside its hooks."""
+    how = {f"base_layer.{layer.parameter_name}": layer.changed_weight()}
+    inside = Calling(layer.get_base_layer())
+    return functional_call(inside, how, (forward, args, kwargs), tie_weights=False)
 
 
 def is_patched(base: nn.Module) -> bool:

@@ -23,7 +23,7 @@ class Front(nn.Module):
     base_layer: nn.Module
     parameter_name: str
     is_quantized = False
-    _made = False  # whether its own attributes were set, which the module may have too
+    _from_before: frozenset[str] = frozenset()  # what the module had when this was made
 
     @property
     def weight(self) -> Tensor:
@@ -54,10 +54,14 @@ class Front(nn.Module):
         return found
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set what the module has and this has not where it is looked at: in the module."""
+        """Set what the module has and this has not where it is looked at: in the module.
+
+        What the module was given later, as by DeepSpeed, which notes something of each module, is
+        its alone.
+        """
         modules = self.__dict__.get("_modules", {})
         own = name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
-        if own or not self._made or name in modules or not hasattr(self.base_layer, name):
+        if own or name in modules or not self._is_of_module(name):
             super().__setattr__(name, value)
         elif name == self.parameter_name:
             raise UserError(
@@ -66,8 +70,22 @@ class Front(nn.Module):
         else:
             setattr(self.base_layer, name, value)
 
+    def stand_in_front(self) -> None:
+        """From now on let what the module has be set there; called when this has all of its own."""
+        base = self.base_layer
+        there = (vars(base), base._parameters, base._buffers, base._modules)
+        self._from_before = frozenset(name for names in there for name in names)
 
-class _Calling(nn.Module):
+    def _is_of_module(self, name: str) -> bool:
+        if not self._from_before:  # not in front of it yet
+            return False
+        base = self.base_layer
+        if isinstance(base, Front) and base._is_of_module(name):
+            return True
+        return name in self._from_before or hasattr(type(base), name)
+
+
+class Calling(nn.Module):
     """Calls a method of a module inside it."""
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -89,5 +107,5 @@ def _call_method(layer: Front, method: Any, *args: Any, **kwargs: Any) -> Any:
     """What a method of a layer's module gives with the changed weight in its place."""
     how = {layer.weight_path: layer.weight}
     return functional_call(
-        _Calling(layer.base_layer), how, (method, args, kwargs), tie_weights=False
+        Calling(layer.base_layer), how, (method, args, kwargs), tie_weights=False
     )

@@ -19,7 +19,6 @@ class Kind:
         parameter_name: of the weight, in the module.
         is_quantized: whether its weight is stored in codes, which nothing is written into.
         is_linear: whether its factors are LoRA's of a linear layer.
-        runs_in_parts: whether it computes on what ZeRO 3 makes whole for a pass.
         runs_in_shards: whether it computes on what tensor parallelism leaves of its weight here.
         lora_names: how a file of PEFT's LoRA calls the factors of such a layer.
     """
@@ -28,7 +27,6 @@ class Kind:
     parameter_name: str = "weight"
     is_quantized: ClassVar[bool] = False
     is_linear: ClassVar[bool] = False
-    runs_in_parts: ClassVar[bool] = False
     runs_in_shards: ClassVar[bool] = False
     lora_names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -38,10 +39,22 @@ def within_hooks(
         return compute(module, x, *args, **kwargs)
     if is_traced():
         return _between_hooks(module, compute, (x, *args), kwargs)
+    with with_forward(module, compute):
+        return module(x, *args, **kwargs)
+
+
+@contextmanager
+def with_forward(module: nn.Module, compute: Callable[..., Any]) -> Iterator[None]:
+    """While calls of a module, its hooks around them, give what is computed with its forward.
+
+    Args:
+        module: one to be called.
+        compute: is given the module's forward, and then what that would be given.
+    """
     own = module.__dict__.get("forward")
     module.__dict__["forward"] = partial(compute, module.forward)
     try:
-        return module(x, *args, **kwargs)
+        yield
     finally:
         if own is None:
             del module.__dict__["forward"]
