@@ -11,7 +11,6 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from tests.models import tiny_bert, tiny_gpt2
 
-
 Target = tuple[nn.Module, dict[str, list[str]]]
 
 

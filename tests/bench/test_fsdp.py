@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from rosa.bench.setup import fsdp
 from rosa.bench.setup.checking import check
+from rosa.bench.setup.launched import as_launched
 from rosa.bench.setup.settings import RunSettings
 from rosa.errors import UserError
 from tests.bench.test_averaging import (
@@ -47,6 +49,16 @@ def train_in_parts(rank: int, port: int, runs: list[tuple[RunSettings, dict[str,
     train_in_two(rank, port, runs)
 
 
+def train_as_launched(rank: int, port: int, settings: RunSettings) -> None:
+    """By what `accelerate launch` says in the place of --fsdp."""
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    os.environ |= {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true", fsdp.BLOCKS: "GPT2Block"}
+    os.environ[fsdp.RESHARD] = "false"
+    settings = as_launched(settings)
+    assert settings.fsdp
+    train_in_parts(rank, port, [(settings, SPLIT)])
+
+
 def in_two(runs: list[tuple[RunSettings, dict[str, int]]]) -> None:
     multiprocessing.spawn(train_in_parts, (free_port(), runs), nprocs=2, daemon=True)
 
@@ -66,6 +78,13 @@ def test_it_trains_what_one_process_does(tmp_path):
         runs.append((replace(settings, fsdp=True), SPLIT))
     in_two(runs)
     assert_as_whole([settings for settings, _ in runs], fsdp=False)
+
+
+def test_it_does_what_accelerate_was_set_up_for(tmp_path):
+    settings = replace(settings_for("text", tmp_path), resample_every="2")
+    settings = replace(settings, output=tmp_path / "run")
+    multiprocessing.spawn(train_as_launched, (free_port(), settings), nprocs=2, daemon=True)
+    assert_as_whole([settings])
 
 
 def test_it_goes_on_from_a_checkpoint(tmp_path):

@@ -18,8 +18,8 @@ import rosa
 from rosa import RosaConfig, resample, watch
 from rosa.layers.in_model import rosa_layers
 from rosa.pretrained.sharding import own_part, reshard
-from tests.targets import KINDS, inputs_of, outputs
 from tests.processes import all_equal, fsdp_on_cpus, in_processes, without_gloo
+from tests.targets import KINDS, inputs_of, outputs
 
 pytestmark = without_gloo
 

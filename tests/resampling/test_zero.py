@@ -255,7 +255,7 @@ def test_moments_of_factors_in_a_group_of_their_own_are_cleared(zero, tmp_path):
 def _verbs(rank, folder, whole_models):
     """Every verb on a model in parts, against the same on one that is not."""
     rows = batches()[0][:2]
-    for kind, (state, outputs) in whole_models.items():
+    for kind, (state, given) in whole_models.items():
         model = adapted(kind)
         model.add_adapter("other", model.peft_config["default"])
         engine, _ = in_parts(model, adam(model), IN_PARTS)
@@ -270,7 +270,7 @@ def _verbs(rank, folder, whole_models):
             with torch.no_grad():
                 return model(input_ids=rows).logits
 
-        learned, pretrained = outputs
+        learned, pretrained = given
         for _ in range(2):
             torch.testing.assert_close(logits(), learned, atol=1e-4, rtol=1e-4)
             with model.disable_adapter():

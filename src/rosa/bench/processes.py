@@ -13,11 +13,6 @@ from typing import Any
 
 from rosa.errors import UserError
 
-_OTHERWISE = {
-    "FSDP": "FSDP 2 is asked for by --fsdp",
-    "DEEPSPEED": "DeepSpeed's config is given by --deepspeed",
-}
-"""What `accelerate launch` may be set up for, and what to do."""
 PATIENCE = timedelta(days=1)
 """How long processes wait for each other, as while one writes texts. None waits for a dead one."""
 
@@ -26,17 +21,17 @@ def join() -> Any:
     """Accelerate's `PartialState`: which process this is; the first call joins the others.
 
     Raises:
-        UserError: `accelerate launch` has set them up for what is not done so.
+        UserError: `accelerate launch` has set them up for what a training alone does.
     """
     import torch
     from accelerate import PartialState
 
-    for name, way_out in _OTHERWISE.items():
+    for name in ("FSDP", "DEEPSPEED"):
         asked = os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1")
         if asked and not torch.distributed.is_initialized():  # later Accelerate sets it itself
             raise UserError(
-                f"Accelerate is set up for {name}: launch this with torchrun, or another "
-                f"--config_file. {way_out}"
+                f"accelerate launch is set up for {name}, which is for rosa train: launch this "
+                "with torchrun, or with another --config_file"
             )
     alone = {} if count() == 1 else {"timeout": PATIENCE}
     return PartialState(cpu=not torch.accelerator.is_available(), **alone)

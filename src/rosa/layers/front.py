@@ -86,13 +86,14 @@ class Front(nn.Module):
 
 
 class Calling(nn.Module):
-    """Calls a method of a module inside it."""
+    """Calls a method of a module inside it, for `functional_call`."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
 
     def forward(self, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the method gives."""
         return method(*args, **kwargs)
 
 

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
-from rosa.bench import processes
 from rosa.bench.setup.methods import find_method
+from rosa.bench.setup.parts import check_in_parts
 from rosa.bench.setup.settings import RunSettings
 from rosa.errors import UserError
+
+BLOCKS, RESHARD = "FSDP_TRANSFORMER_CLS_TO_WRAP", "FSDP_RESHARD_AFTER_FORWARD"
+"""What `accelerate launch` may say of it; no result depends on it."""
 
 
 def fsdp_arguments(settings: RunSettings, model: Any) -> dict[str, Any]:
     """What TrainingArguments are given of it: its checkpoints are whole, so they can be resumed."""
     if not settings.fsdp:
         return {}
-    blocks = _blocks(model)
+    named = os.environ.get(BLOCKS)
+    blocks = named.split(",") if named else _blocks(model)
     how = {
         "version": 2,
         "state_dict_type": "FULL_STATE_DICT",
         "cpu_ram_efficient_loading": False,
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP" if blocks else "NO_WRAP",
         "transformer_layer_cls_to_wrap": blocks,
+        "reshard_after_forward": os.environ.get(RESHARD, "true"),
     }
     return {"fsdp": True, "fsdp_config": how}
 
@@ -50,28 +56,18 @@ def check_fsdp(settings: RunSettings) -> None:
         return
     if settings.deepspeed is not None:
         raise UserError("--fsdp and --deepspeed both cut the weights: give one of them")
-    if not processes.launched():
-        raise UserError(
-            "--fsdp is for processes that torchrun starts: "
-            "torchrun --nproc-per-node 2 -m rosa train ..."
-        )
+    check_in_parts(settings, "--fsdp")
     if not runs_here():
         raise UserError(
             "--fsdp needs accelerators, and there is none here: leave it out, or use DeepSpeed's "
             "ZeRO 3 (--deepspeed), which runs on CPUs too"
         )
-    method = find_method(settings.method)
-    if method.optimizer or method.optim or settings.method in ("adalora", "lora_ga"):
-        raise UserError(
-            f"method {settings.method} needs whole gradients or an optimizer of its own: leave "
-            "--fsdp out"
-        )
-    if method.virtual_tokens:
+    if settings.method == "lora_ga":
+        raise UserError("method lora_ga needs whole gradients: leave --fsdp out")
+    if find_method(settings.method).virtual_tokens:
         raise UserError(
             f"method {settings.method}: PEFT saves a prompt by a pass of the whole model: leave "
             "--fsdp out"
         )
     if settings.load_in != "full":
         raise UserError(f"--load-in {settings.load_in} was not tried with --fsdp: leave one out")
-    if settings.record_changes:
-        raise UserError("--record-changes needs whole weights: leave it or --fsdp out")

@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from rosa.bench.setup.launched import as_launched
 from rosa.bench.setup.methods import METHODS
 from rosa.bench.setup.settings import RunSettings
 from rosa.bench.tasks import TASKS
@@ -66,7 +67,7 @@ def some(names: Mapping[str, Any]) -> str:
 
 
 def settings_of(given: dict[str, Any]) -> RunSettings:
-    """The settings of a run from what a command was given."""
+    """The settings of a run from what a command was given, and its launcher."""
     values = {OPTIONS[name].name: value for name, value in given.items()}
     lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    return RunSettings(**{**values, **lists})
+    return as_launched(RunSettings(**{**values, **lists}))

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-from rosa.bench import processes
 from rosa.bench.setup.methods import find_method
+from rosa.bench.setup.parts import check_in_parts
 from rosa.bench.setup.settings import RunSettings
 from rosa.errors import UserError, blame
 
@@ -80,11 +80,7 @@ def check_zero(settings: RunSettings) -> None:
         return
     if find_spec("deepspeed") is None:
         raise UserError("--deepspeed needs a package that is not here: pip install deepspeed")
-    if not processes.launched():
-        raise UserError(
-            "--deepspeed is for processes that torchrun starts, be it one: "
-            "torchrun --nproc-per-node 2 -m rosa train ..."
-        )
+    check_in_parts(settings, "--deepspeed")
     given = f"--deepspeed {settings.deepspeed}"
     for name in values:
         if name not in (*_OF_THE_RUN, *_SAID_OTHERWISE, *_BESIDE):
@@ -102,21 +98,13 @@ def check_zero(settings: RunSettings) -> None:
         value = values.get(name, "auto")
         if "auto" not in (value, isinstance(value, dict) and value.get("enabled")):
             raise UserError(f"{given}: leave {name} out: {says} it")
-    method = find_method(settings.method)
-    if method.optimizer or method.optim or settings.method == "adalora":
-        raise UserError(
-            f"method {settings.method} needs the gradients or an optimizer of its own, which "
-            "DeepSpeed keeps to itself: leave --deepspeed out"
-        )
-    if method.virtual_tokens and stage == 3:
+    if find_method(settings.method).virtual_tokens and stage == 3:
         raise UserError(
             f"method {settings.method}: PEFT saves a prompt by a pass that in ZeRO 3 waits for all "
             "processes: choose stage 2 in --deepspeed, or another method"
         )
     if settings.on_nan == "skip":
         raise UserError("--on-nan skip: DeepSpeed has made the step by then: leave one of them out")
-    if settings.record_changes:
-        raise UserError("--record-changes needs whole weights: leave it or --deepspeed out")
 
 
 def _stage(values: dict[str, Any]) -> int:

@@ -1,0 +1,101 @@
+"""What `accelerate launch` has set the processes up for, as a run's settings say it.
+
+The launcher tells it by the environment, which Accelerate reads past the settings of a run. So it
+is taken out of there: what a run is has one place.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from rosa.bench.setup.fsdp import BLOCKS, RESHARD
+from rosa.bench.setup.settings import RunSettings
+from rosa.errors import UserError
+
+_FSDP, _DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"
+_PRECISION = "ACCELERATE_MIXED_PRECISION"
+_NOT_DONE = {
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+    "ACCELERATE_DYNAMO_BACKEND": "a dynamo backend",
+}
+_FSDP_MUST_BE = {
+    "FSDP_VERSION": ("fsdp_version", "2"),
+    "FSDP_STATE_DICT_TYPE": ("fsdp_state_dict_type", "FULL_STATE_DICT"),
+    "FSDP_OFFLOAD_PARAMS": ("fsdp_offload_params", "false"),
+    "FSDP_ACTIVATION_CHECKPOINTING": ("fsdp_activation_checkpointing", "false"),
+    "FSDP_AUTO_WRAP_POLICY": ("fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"),
+}
+"""What `rosa train --fsdp` does, by the names in Accelerate's config."""
+
+
+def as_launched(settings: RunSettings) -> RunSettings:
+    """The settings of a run with what its processes were launched for.
+
+    Raises:
+        UserError: they were launched for what is not done, or for other than the settings say.
+    """
+    for name, what in _NOT_DONE.items():
+        if _value(name) not in ("", "false", "0", "no"):
+            raise UserError(
+                f"accelerate launch is set up for {what}, which is not done: do without"
+            )
+    settings = _of_precision(settings)
+    if _is_on(_FSDP):
+        settings = _of_fsdp(settings)
+    if _is_on(_DEEPSPEED):
+        settings = _of_deepspeed(settings)
+    told = (_FSDP, _DEEPSPEED, _PRECISION)
+    for name in list(os.environ):
+        of_engine = name.startswith(("FSDP_", "ACCELERATE_DEEPSPEED_", "ACCELERATE_CONFIG_DS_"))
+        if name in told or (of_engine and name not in (BLOCKS, RESHARD)):
+            del os.environ[name]
+    return settings
+
+
+def _value(name: str) -> str:
+    return os.environ.get(name, "").strip().lower()
+
+
+def _is_on(name: str) -> bool:
+    return _value(name) in ("true", "1")
+
+
+def _of_precision(settings: RunSettings) -> RunSettings:
+    asked = _value(_PRECISION)
+    if asked in ("", "no"):
+        return settings
+    if asked != "bf16" or settings.precision not in ("auto", "bf16"):
+        raise UserError(
+            f"accelerate launch is set up for mixed_precision {asked}, and this run for "
+            f"--precision {settings.precision}: launch it with --mixed_precision no"
+        )
+    return replace(settings, precision="bf16")
+
+
+def _of_fsdp(settings: RunSettings) -> RunSettings:
+    for name, (written, done) in _FSDP_MUST_BE.items():
+        found = os.environ.get(name, done)
+        if found.lower() != done.lower():
+            raise UserError(
+                f"accelerate launch is set up for FSDP with {written}: {found}, which is not done: "
+                f"set {written}: {done}"
+            )
+    return replace(settings, fsdp=True)
+
+
+def _of_deepspeed(settings: RunSettings) -> RunSettings:
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if file.lower() == "none":
+        raise UserError(
+            "accelerate launch is set up for DeepSpeed by values of its own: write a config of "
+            "DeepSpeed's, and name it by --deepspeed_config_file (deepspeed_config_file)"
+        )
+    if settings.deepspeed not in (None, Path(file)):
+        raise UserError(
+            f"accelerate launch is set up for DeepSpeed with {file}, and this run has --deepspeed "
+            f"{settings.deepspeed}: leave one of them out"
+        )
+    return replace(settings, deepspeed=Path(file))
