@@ -150,6 +150,26 @@ def test_what_has_diverged_stops(tmp_path, zero):
         (STAGE_2, {"method": "lora_fa"}, "leave --deepspeed out"),
         ({"zero_optimization": {"stage": 3}}, {"method": "prompt"}, "choose stage 2"),
         (STAGE_2, {"on_nan": "skip"}, "--on-nan skip"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+            {},
+            "leave offload_param to nvme out",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+            {},
+            "leave offload_optimizer to nvme out",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}},
+            {},
+            "leave zero_hpz_partition_size out",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "zero_quantized_nontrainable_weights": True}},
+            {},
+            "leave zero_quantized_nontrainable_weights out",
+        ),
         (STAGE_2, {"record_changes": True}, "--record-changes"),
     ],
     ids=str,

@@ -37,6 +37,13 @@ _BESIDE = (
 )
 """What else a config may say: what changes no result."""
 
+_USUAL = {
+    "round_robin_gradients": False,
+    "zero_hpz_partition_size": 1,
+    "zero_quantized_nontrainable_weights": False,
+}
+"""What decides where ZeRO holds the weights and what its optimizer steps."""
+
 
 def zero_config(settings: RunSettings) -> dict[str, Any] | None:
     """DeepSpeed's config, None if the run has none; UserError if its file holds none."""
@@ -90,8 +97,13 @@ def check_zero(settings: RunSettings) -> None:
         raise UserError(
             f'{given} lacks ZeRO\'s part, such as {{"zero_optimization": {{"stage": 3}}}}'
         )
-    if zero.get("round_robin_gradients"):
-        raise UserError(f"{given}: turn round_robin_gradients off: a draw finds no factor there")
+    to_disk = [
+        f"{name} to nvme"
+        for name in ("offload_param", "offload_optimizer")
+        if isinstance(zero.get(name), dict) and zero[name].get("device") == "nvme"
+    ]
+    for name in (*(n for n, usual in _USUAL.items() if zero.get(n, usual) != usual), *to_disk):
+        raise UserError(f"{given}: leave {name} out: a draw cannot reach what is held so")
     with blame(given, ValueError):
         stage = _stage(values)
     for name, says in _SAID_OTHERWISE.items():
