@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from rosa.bench.tasks import load
 from rosa.bench.tasks.generation_metrics import bleu, e2e_scores, nist
@@ -96,8 +96,9 @@ def test_batches_write_what_single_prompts_do(tmp_path):
     model.config.vocab_size = 14
     model.resize_token_embeddings(14)
     prompts = ["the film was", "book", "a very good book was the", "bad film"]
-    together = generate(model, tokenizer, prompts, batch_size=3, beams=2, max_new_tokens=5)
-    alone = [generate(model, tokenizer, [p], beams=2, max_new_tokens=5)[0] for p in prompts]
+    how = {"beams": 2, "max_new_tokens": 5, "no_repeat_ngram": 100}
+    together = generate(model, tokenizer, prompts, batch_size=3, **how)
+    alone = [generate(model, tokenizer, [p], **how)[0] for p in prompts]
     assert together == alone
     assert tokenizer.padding_side == "right"
     ids = tokenizer(prompts[0], return_tensors="pt")
@@ -106,13 +107,37 @@ def test_batches_write_what_single_prompts_do(tmp_path):
             **ids,
             num_beams=2,
             max_new_tokens=5,
-            no_repeat_ngram_size=4,
             early_stopping=True,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
     expected = tokenizer.decode(found[0, 3:], skip_special_tokens=True)
     assert together[0] == expected.strip()
+
+
+class Repeats(GPT2LMHeadModel):
+    """After each token it likes best the next one of what it was told, in a circle."""
+
+    def forward(self, input_ids, **kwargs):
+        out = super().forward(input_ids, **kwargs)
+        out.logits[:] = torch.arange(out.logits.shape[-1]) / 1000  # then whatever comes last
+        for row, token in enumerate(input_ids[:, -1]):
+            place = self.told.index(int(token)) if int(token) in self.told else -1
+            out.logits[row, -1, self.told[(place + 1) % len(self.told)]] = 9.0
+        return out
+
+
+def test_a_text_may_take_from_its_prompt_and_not_twice(tmp_path):
+    save_with_tokenizer(tiny_gpt2(), tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    model, prompt = Repeats(tiny_gpt2().config).eval(), "the film was a very good book"
+    model.told = tokenizer(prompt)["input_ids"]
+    how = {"beams": 1, "max_new_tokens": 12}
+    free, *_ = generate(model, tokenizer, [prompt], no_repeat_ngram=100, **how)
+    assert free == "the film was a very good book the film was a very"
+    held, *_ = generate(model, tokenizer, [prompt], no_repeat_ngram=4, **how)
+    assert held.startswith("the film was a very good book the film was")
+    assert not held.startswith("the film was a very good book the film was a")
 
 
 def test_a_run_scores_its_texts_and_keeps_them(tmp_path, capsys):

@@ -145,7 +145,11 @@ def test_what_has_diverged_stops(tmp_path, zero):
         ({"zero_optmization": {"stage": 2}}, {}, "leave zero_optmization out"),
         ({}, {}, "lacks ZeRO's part"),
         ({"zero_optimization": 3}, {}, "lacks ZeRO's part"),
-        ({"zero_optimization": {"round_robin_gradients": True}}, {}, "leave round_robin_gradients out"),
+        (
+            {"zero_optimization": {"round_robin_gradients": True}},
+            {},
+            "leave round_robin_gradients out",
+        ),
         (STAGE_2, {"method": "adalora"}, "leave --deepspeed out"),
         (STAGE_2, {"method": "lora_fa"}, "leave --deepspeed out"),
         ({"zero_optimization": {"stage": 3}}, {"method": "prompt"}, "choose stage 2"),

@@ -24,7 +24,9 @@ def generate(
 ) -> list[str]:
     """What the model writes after each prompt, up to the end of the text or of the line.
 
-    The defaults are the paper's for E2E: beam search of 5, no 4-gram twice.
+    The defaults are the paper's for E2E: beam search of 5, no 4-gram twice in a text. What a text
+    takes from its prompt, such as a name of many tokens, is not counted, as in the code of the
+    LoRA paper, whose decoding it is; transformers' own `no_repeat_ngram_size` counts it.
 
     Args:
         model: a causal language model, on its device.
@@ -33,7 +35,7 @@ def generate(
         reads: the most tokens that the model reads at once; None if any number.
         batch_size: prompts at a time; prompts of like length share a batch.
         beams: width of the beam search.
-        no_repeat_ngram: no n-gram of this length comes twice.
+        no_repeat_ngram: no n-gram of this length comes twice in a text.
         max_new_tokens: where a text is cut, if the model can write that far.
 
     Raises:
@@ -63,7 +65,7 @@ def generate(
                 found = model.generate(
                     **inputs,
                     num_beams=beams,
-                    no_repeat_ngram_size=no_repeat_ngram,
+                    logits_processor=[_no_repeats(no_repeat_ngram, length)],
                     max_new_tokens=min(max_new_tokens, room),
                     do_sample=False,
                     early_stopping=True,
@@ -78,3 +80,11 @@ def generate(
     finally:
         tokenizer.padding_side = side
     return texts
+
+
+def _no_repeats(n: int, begin: int) -> Any:
+    """Transformers' rule that no n-gram comes twice, for what is written from a place on."""
+    from transformers import NoRepeatNGramLogitsProcessor
+
+    rule = NoRepeatNGramLogitsProcessor(n)
+    return lambda tokens, scores: rule(tokens[:, begin:], scores)
