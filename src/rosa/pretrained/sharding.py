@@ -8,6 +8,7 @@ numbers (`rosa.pretrained.zero3`). What else spreads weights is refused.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -157,7 +158,7 @@ def check_shards(model: nn.Module) -> None:
 
 def is_fully_sharded(model: nn.Module) -> bool:
     """Whether `fully_shard` was called on the model, a part of it, or what it is a part of."""
-    return bool(_fully_sharded(model) or _around(model))
+    return bool(_fully_sharded(model)) or any(True for _ in _around(model))
 
 
 def _fully_sharded(model: nn.Module) -> list[tuple[str, Any]]:
@@ -168,15 +169,16 @@ def _fully_sharded(model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, m) for name, m in model.named_modules() if isinstance(m, FSDPModule)]
 
 
-def _around(module: nn.Module) -> list[Any]:
+def _around(module: nn.Module) -> Iterator[Any]:
     """The modules that `fully_shard` was called on and that this one is in, as torch knows them."""
     if not _is_in_a_group():
-        return []
+        return
     from torch.distributed._composable_state import _module_state_mapping
     from torch.distributed.fsdp import FSDPModule
 
-    known = [each for each in list(_module_state_mapping) if isinstance(each, FSDPModule)]
-    return [each for each in known if any(one is module for one in each.modules())]  # type: ignore
+    for each in list(_module_state_mapping):
+        if isinstance(each, FSDPModule) and any(one is module for one in each.modules()):
+            yield each
 
 
 def reshard(model: nn.Module) -> None:
