@@ -21,6 +21,18 @@ class Padded(nn.Conv2d):
         return super().forward(F.pad(x, (0, 1, 0, 1)))
 
 
+class Gated(nn.Module):
+    """A weight of its own between modules inside, as of a mixture's experts."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.randn(width, width) / 3)
+        self.act, self.norm = nn.SiLU(), nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(x) @ self.gate)
+
+
 class Pictures(nn.Module):
     """Convolutions, one of them in groups and one padded, and torch's attention over places."""
 
@@ -30,11 +42,12 @@ class Pictures(nn.Module):
         self.second = nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=2)
         self.third = Padded(8, 8, 2)
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.gated = Gated(8)
         self.last = nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.third(self.second(F.relu(self.first(x)))).flatten(2).transpose(1, 2)
-        return self.last(x + self.attention(x, x, x)[0])
+        return self.last(self.gated(x + self.attention(x, x, x)[0]))
 
 
 def bert() -> Target:
@@ -46,7 +59,8 @@ def gpt2() -> Target:
 
 
 def pictures() -> Target:
-    return Pictures(), {"target_modules": ["first", "second", "third", "attention", "last"]}
+    names = ["first", "second", "third", "attention", "last"]
+    return Pictures(), {"target_modules": names, "target_parameters": ["gated.gate"]}
 
 
 def experts() -> Target:

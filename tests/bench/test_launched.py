@@ -9,9 +9,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from rosa.bench.processes import join
 from rosa.bench.setup.launched import as_launched
 from rosa.bench.setup.settings import RunSettings
 from rosa.errors import UserError
@@ -29,6 +31,7 @@ FSDP = {
 }
 ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "zero.json"}
 PRECISION = "ACCELERATE_MIXED_PRECISION"
+ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 
 
 @pytest.fixture
@@ -54,6 +57,13 @@ def launch(monkeypatch):
         (FSDP, {"fsdp": True}, {"fsdp": True}),
         (ZERO, {}, {"deepspeed": Path("zero.json")}),
         (ZERO, {"deepspeed": Path("zero.json")}, {"deepspeed": Path("zero.json")}),
+        (ZERO, {"deepspeed": Path.cwd() / "zero.json"}, {"deepspeed": Path("zero.json")}),
+        (
+            {**ZERO, "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none", ACCUMULATION: "auto"},
+            {},
+            {"deepspeed": Path("zero.json")},
+        ),
+        ({ACCUMULATION: "8"}, {"gradient_accumulation": 8}, {"gradient_accumulation": 8}),
         ({PRECISION: "no"}, {}, {"precision": "auto"}),
         ({PRECISION: "no"}, {"precision": "bf16"}, {"precision": "bf16"}),
         ({PRECISION: "bf16"}, {}, {"precision": "bf16"}),
@@ -78,7 +88,19 @@ def test_it_is_taken_for_the_runs_own(launch, environment, given, expected):
         ({**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}, {}, "set fsdp_offload_params: false"),
         ({**FSDP, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}, "set fsdp_activation_checkpoint"),
         ({**FSDP, "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, {}, "set fsdp_auto_wrap_policy"),
+        ({**FSDP, "FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD"}, {}, "which is FSDP 1's"),
+        ({**FSDP, "FSDP_IGNORED_MODULES": "lm_head"}, {}, "fsdp_ignored_modules"),
+        ({"ACCELERATE_USE_FSDP": "true"}, {}, "set fsdp_version: 2"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "deepspeed_config_file"),
+        ({**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, {}, "zero_stage beside it"),
+        ({**ZERO, "ACCELERATE_GRADIENT_CLIPPING": "0.5"}, {}, "gradient_clipping beside it"),
+        (
+            {**ZERO, "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"},
+            {},
+            "offload_param_device beside it",
+        ),
+        ({ACCUMULATION: "8"}, {}, "gradient_accumulation_steps 8"),
+        ({ACCUMULATION: "8"}, {"gradient_accumulation": 2}, "--gradient-accumulation 2"),
         (ZERO, {"deepspeed": Path("other.json")}, "leave one of them out"),
         ({PRECISION: "fp16"}, {}, "mixed_precision fp16"),
         ({PRECISION: "bf16"}, {"precision": "fp32"}, "--precision fp32: launch it with"),
@@ -91,6 +113,13 @@ def test_it_is_taken_for_the_runs_own(launch, environment, given, expected):
 def test_what_is_not_done_is_refused(launch, environment, given, says):
     with pytest.raises(UserError, match=re.escape(says)):
         launch(environment, **given)
+
+
+def test_processes_that_do_not_say_how_many_they_are(monkeypatch):
+    monkeypatch.setattr("accelerate.PartialState", lambda **_: SimpleNamespace(num_processes=2))
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(UserError, match="as mpirun: start them by torchrun"):
+        join()
 
 
 @without_gloo

@@ -96,7 +96,7 @@ def test_batches_write_what_single_prompts_do(tmp_path):
     model.config.vocab_size = 14
     model.resize_token_embeddings(14)
     prompts = ["the film was", "book", "a very good book was the", "bad film"]
-    how = {"beams": 2, "max_new_tokens": 5, "no_repeat_ngram": 100}
+    how = {"beams": 2, "max_new_tokens": 5, "no_repeat_ngram": 0}
     together = generate(model, tokenizer, prompts, batch_size=3, **how)
     alone = [generate(model, tokenizer, [p], **how)[0] for p in prompts]
     assert together == alone
@@ -133,7 +133,8 @@ def test_a_text_may_take_from_its_prompt_and_not_twice(tmp_path):
     model, prompt = Repeats(tiny_gpt2().config).eval(), "the film was a very good book"
     model.told = tokenizer(prompt)["input_ids"]
     how = {"beams": 1, "max_new_tokens": 12}
-    free, *_ = generate(model, tokenizer, [prompt], no_repeat_ngram=100, **how)
+    model.generation_config.no_repeat_ngram_size = 1  # is the model's, not the task's
+    free, *_ = generate(model, tokenizer, [prompt], no_repeat_ngram=0, **how)
     assert free == "the film was a very good book the film was a very"
     held, *_ = generate(model, tokenizer, [prompt], no_repeat_ngram=4, **how)
     assert held.startswith("the film was a very good book the film was")

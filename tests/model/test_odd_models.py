@@ -360,6 +360,31 @@ def test_what_the_module_does_not_have_stays_with_the_layer():
     assert layer.base_layer._note == "its"
 
 
+def test_what_the_module_made_later_is_set_in_the_module():
+    model = attach(Three().double(), THREE)
+    layer = model.base_model.model.linear
+    layer.base_layer.seen = "once"  # as a state of its first pass
+    layer.seen = None
+    assert layer.base_layer.seen is None
+
+
+@pytest.mark.parametrize("name", ["ds_id", "ds_grads_remaining", "pre_bwd_fn", "_hf_hook"])
+def test_what_an_engine_notes_is_of_each_module_alone(name):
+    model = attach(Three().double(), THREE)
+    layer = model.base_model.model.linear
+    setattr(layer.base_layer, name, 1)  # modules inside first, as DeepSpeed does
+    assert not hasattr(layer, name)
+    setattr(layer, name, 2)
+    assert (getattr(layer.base_layer, name), getattr(layer, name)) == (1, 2)
+
+
+def test_an_adapted_weight_is_not_replaced_in_front_of_its_module():
+    model = attach(Three().double(), THREE)
+    for value in (nn.Parameter(torch.zeros(2, 2)), torch.zeros(2, 2)):
+        with pytest.raises(UserError, match="weight is adapted"):
+            model.base_model.model.linear.weight = value
+
+
 def test_an_adapted_parameter_is_not_replaced_in_front_of_its_module():
     model = attach(Mixed().double(), target_parameters=["experts.up"])
     experts = model.base_model.model.experts

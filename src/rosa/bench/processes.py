@@ -34,7 +34,13 @@ def join() -> Any:
                 "with torchrun, or with another --config_file"
             )
     alone = {} if count() == 1 else {"timeout": PATIENCE}
-    return PartialState(cpu=not torch.accelerator.is_available(), **alone)
+    state = PartialState(cpu=not torch.accelerator.is_available(), **alone)
+    if state.num_processes != count():
+        raise UserError(
+            f"{state.num_processes} processes were started by a launcher that does not say so in "
+            "WORLD_SIZE, as mpirun: start them by torchrun or accelerate launch"
+        )
+    return state
 
 
 def count() -> int:

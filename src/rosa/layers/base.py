@@ -100,7 +100,7 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
         self.register_load_state_dict_pre_hook(parts.before_load)
         self.register_load_state_dict_post_hook(arriving.after_load)
         self.update_layer(adapter_name, r, alpha, config)
-        self.stand_in_front()
+        self._made = True
 
     # -- the weight in memory ------------------------------------------------------------------
 

@@ -12,7 +12,6 @@ from torch.func import functional_call
 from rosa.config import RosaConfig
 from rosa.errors import UserError
 from rosa.layers.base import RosaLayer
-from rosa.layers.front import Calling
 from rosa.layers.plain import with_forward
 from rosa.pretrained.zero3 import is_in_part
 
@@ -40,10 +39,18 @@ def with_changed_weight(layer: RosaLayer, *args: Any, **kwargs: Any) -> Any:
 def _with_the_weight(
     layer: RosaLayer, forward: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    """What a module's forward makes of these with the changed weight, inside its hooks."""
-    how = {f"base_layer.{layer.parameter_name}": layer.changed_weight()}
-    inside = Calling(layer.get_base_layer())
-    return functional_call(inside, how, (forward, args, kwargs), tie_weights=False)
+    """What a module's forward makes of these with the changed weight, inside its hooks.
+
+    The weight is found before the parameter, which stays where DeepSpeed looks for it.
+    """
+    name, inside = layer.parameter_name, vars(layer.get_base_layer())
+    if name in inside:  # the module calls itself
+        return forward(*args, **kwargs)
+    inside[name] = layer.changed_weight()
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        del inside[name]
 
 
 def is_patched(base: nn.Module) -> bool:

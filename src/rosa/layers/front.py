@@ -11,6 +11,9 @@ from torch.func import functional_call
 
 from rosa.errors import UserError
 
+_OF_ENGINES = ("_", "ds_", "pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt")
+"""How names begin that torch, accelerate and DeepSpeed give to what they note of each module."""
+
 
 class Front(nn.Module):
     """What models ask of a module that was adapted they find here, with the changed weight.
@@ -23,7 +26,7 @@ class Front(nn.Module):
     base_layer: nn.Module
     parameter_name: str
     is_quantized = False
-    _from_before: frozenset[str] = frozenset()  # what the module had when this was made
+    _made = False  # whether its own attributes were set, which the module may have too
 
     @property
     def weight(self) -> Tensor:
@@ -46,7 +49,7 @@ class Front(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_") or "base_layer" not in self._modules:
+            if name.startswith(_OF_ENGINES) or "base_layer" not in self._modules:
                 raise
         found = getattr(self.base_layer, name)
         if _is_method(found) and not self.is_quantized:
@@ -54,38 +57,20 @@ class Front(nn.Module):
         return found
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set what the module has and this has not where it is looked at: in the module.
-
-        What the module was given later, as by DeepSpeed, which notes something of each module, is
-        its alone.
-        """
-        modules = self.__dict__.get("_modules", {})
-        own = name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
-        if own or name in modules or not self._is_of_module(name):
-            super().__setattr__(name, value)
-        elif name == self.parameter_name:
+        """Set what the module has and this has not where it is looked at: in the module."""
+        if self._made and name == self.parameter_name:
             raise UserError(
                 f"{name} is adapted: replace it inside model.disable_adapter(), in base_layer"
             )
+        modules = self.__dict__.get("_modules", {})
+        own = name in self.__dict__ or hasattr(type(self), name) or name.startswith(_OF_ENGINES)
+        if own or not self._made or name in modules or not hasattr(self.base_layer, name):
+            super().__setattr__(name, value)
         else:
             setattr(self.base_layer, name, value)
 
-    def stand_in_front(self) -> None:
-        """From now on let what the module has be set there; called when this has all of its own."""
-        base = self.base_layer
-        there = (vars(base), base._parameters, base._buffers, base._modules)
-        self._from_before = frozenset(name for names in there for name in names)
 
-    def _is_of_module(self, name: str) -> bool:
-        if not self._from_before:  # not in front of it yet
-            return False
-        base = self.base_layer
-        if isinstance(base, Front) and base._is_of_module(name):
-            return True
-        return name in self._from_before or hasattr(type(base), name)
-
-
-class Calling(nn.Module):
+class _Calling(nn.Module):
     """Calls a method of a module inside it, for `functional_call`."""
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -93,7 +78,6 @@ class Calling(nn.Module):
         self.base_layer = base_layer
 
     def forward(self, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the method gives."""
         return method(*args, **kwargs)
 
 
@@ -108,5 +92,5 @@ def _call_method(layer: Front, method: Any, *args: Any, **kwargs: Any) -> Any:
     """What a method of a layer's module gives with the changed weight in its place."""
     how = {layer.weight_path: layer.weight}
     return functional_call(
-        Calling(layer.base_layer), how, (method, args, kwargs), tie_weights=False
+        _Calling(layer.base_layer), how, (method, args, kwargs), tie_weights=False
     )

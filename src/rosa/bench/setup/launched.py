@@ -16,11 +16,21 @@ from rosa.errors import UserError
 
 _FSDP, _DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"
 _PRECISION = "ACCELERATE_MIXED_PRECISION"
+_ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 _NOT_DONE = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
     "ACCELERATE_DYNAMO_BACKEND": "a dynamo backend",
+    "FSDP_IGNORED_MODULES": "FSDP with fsdp_ignored_modules",
 }
+_BESIDE_THE_FILE = {
+    "ACCELERATE_GRADIENT_CLIPPING": "gradient_clipping",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "zero_stage",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "offload_optimizer_device",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "offload_param_device",
+    "ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES": "deepspeed_moe_layer_cls_names",
+}
+"""What Accelerate's config may say of DeepSpeed, which would not be heard beside a file."""
 _FSDP_MUST_BE = {
     "FSDP_VERSION": ("fsdp_version", "2"),
     "FSDP_STATE_DICT_TYPE": ("fsdp_state_dict_type", "FULL_STATE_DICT"),
@@ -30,6 +40,8 @@ _FSDP_MUST_BE = {
 }
 """What `rosa train --fsdp` does, by the names in Accelerate's config."""
 
+_NOTHING = ("", "false", "0", "no", "none")
+
 
 def as_launched(settings: RunSettings) -> RunSettings:
     """The settings of a run with what its processes were launched for.
@@ -38,16 +50,22 @@ def as_launched(settings: RunSettings) -> RunSettings:
         UserError: they were launched for what is not done, or for other than the settings say.
     """
     for name, what in _NOT_DONE.items():
-        if _value(name) not in ("", "false", "0", "no"):
+        if _value(name) not in _NOTHING:
             raise UserError(
                 f"accelerate launch is set up for {what}, which is not done: do without"
             )
+    if _is_on("ACCELERATE_USE_CPU") and _has_accelerator():
+        raise UserError(
+            "accelerate launch is set up for the CPU on a machine with an accelerator: hide that, "
+            "as by CUDA_VISIBLE_DEVICES="
+        )
     settings = _of_precision(settings)
+    _check_accumulation(settings)
     if _is_on(_FSDP):
         settings = _of_fsdp(settings)
     if _is_on(_DEEPSPEED):
         settings = _of_deepspeed(settings)
-    told = (_FSDP, _DEEPSPEED, _PRECISION)
+    told = (_FSDP, _DEEPSPEED, _PRECISION, _ACCUMULATION)
     for name in list(os.environ):
         of_engine = name.startswith(("FSDP_", "ACCELERATE_DEEPSPEED_", "ACCELERATE_CONFIG_DS_"))
         if name in told or (of_engine and name not in (BLOCKS, RESHARD)):
@@ -61,6 +79,21 @@ def _value(name: str) -> str:
 
 def _is_on(name: str) -> bool:
     return _value(name) in ("true", "1")
+
+
+def _has_accelerator() -> bool:
+    import torch
+
+    return torch.accelerator.is_available()
+
+
+def _check_accumulation(settings: RunSettings) -> None:
+    asked, ours = _value(_ACCUMULATION), settings.gradient_accumulation
+    if asked not in (*_NOTHING, "auto", "1", str(ours)):
+        raise UserError(
+            f"accelerate launch is set up for gradient_accumulation_steps {asked}, and this run "
+            f"for --gradient-accumulation {ours}: say the same in both"
+        )
 
 
 def _of_precision(settings: RunSettings) -> RunSettings:
@@ -77,12 +110,17 @@ def _of_precision(settings: RunSettings) -> RunSettings:
 
 def _of_fsdp(settings: RunSettings) -> RunSettings:
     for name, (written, done) in _FSDP_MUST_BE.items():
-        found = os.environ.get(name, done)
+        found = os.environ.get(name, "1" if name == "FSDP_VERSION" else done)
         if found.lower() != done.lower():
             raise UserError(
                 f"accelerate launch is set up for FSDP with {written}: {found}, which is not done: "
                 f"set {written}: {done}"
             )
+    if _value(RESHARD) not in ("", "true", "false"):
+        raise UserError(
+            "accelerate launch is set up for FSDP with fsdp_reshard_after_forward: "
+            f"{os.environ[RESHARD]}, which is FSDP 1's: set it to true or false"
+        )
     return replace(settings, fsdp=True)
 
 
@@ -93,7 +131,13 @@ def _of_deepspeed(settings: RunSettings) -> RunSettings:
             "accelerate launch is set up for DeepSpeed by values of its own: write a config of "
             "DeepSpeed's, and name it by --deepspeed_config_file (deepspeed_config_file)"
         )
-    if settings.deepspeed not in (None, Path(file)):
+    for name, written in _BESIDE_THE_FILE.items():
+        if _value(name) not in _NOTHING:
+            raise UserError(
+                f"accelerate launch is set up for DeepSpeed with {file} and {written} beside it: "
+                "leave that out, and say it in the file"
+            )
+    if settings.deepspeed is not None and settings.deepspeed.resolve() != Path(file).resolve():
         raise UserError(
             f"accelerate launch is set up for DeepSpeed with {file}, and this run has --deepspeed "
             f"{settings.deepspeed}: leave one of them out"

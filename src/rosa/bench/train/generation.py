@@ -35,7 +35,7 @@ def generate(
         reads: the most tokens that the model reads at once; None if any number.
         batch_size: prompts at a time; prompts of like length share a batch.
         beams: width of the beam search.
-        no_repeat_ngram: no n-gram of this length comes twice in a text.
+        no_repeat_ngram: no n-gram of this length comes twice in a text; 0 lets any.
         max_new_tokens: where a text is cut, if the model can write that far.
 
     Raises:
@@ -65,7 +65,8 @@ def generate(
                 found = model.generate(
                     **inputs,
                     num_beams=beams,
-                    logits_processor=[_no_repeats(no_repeat_ngram, length)],
+                    no_repeat_ngram_size=0,  # the model's own rule counts the prompt
+                    logits_processor=_no_repeats(no_repeat_ngram, length),
                     max_new_tokens=min(max_new_tokens, room),
                     do_sample=False,
                     early_stopping=True,
@@ -82,9 +83,11 @@ def generate(
     return texts
 
 
-def _no_repeats(n: int, begin: int) -> Any:
+def _no_repeats(n: int, begin: int) -> list[Any]:
     """Transformers' rule that no n-gram comes twice, for what is written from a place on."""
     from transformers import NoRepeatNGramLogitsProcessor
 
+    if not n:
+        return []
     rule = NoRepeatNGramLogitsProcessor(n)
-    return lambda tokens, scores: rule(tokens[:, begin:], scores)
+    return [lambda tokens, scores: rule(tokens[:, begin:], scores)]
