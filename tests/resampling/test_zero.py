@@ -71,6 +71,16 @@ def in_parts(model, optimizer, zero, **config):
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[:2]
 
 
+def take_step(loss, optimizer, engine):
+    if engine is None:
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    else:
+        engine.backward(loss)
+        engine.step()
+
+
 def batches():
     torch.manual_seed(3)
     return torch.randint(0, 50, (8, 4, 12))
@@ -84,13 +94,7 @@ def trained(model, optimizer, moments, engine=None):
             rosa.watch(engine or model)
         mine = rows if engine is None else rows[2 * rank : 2 * rank + 2]
         loss = (engine or model)(input_ids=mine, labels=mine).loss
-        if engine is None:
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        else:
-            engine.backward(loss)
-            engine.step()
+        take_step(loss, optimizer, engine)
         if step in (3, 5):
             rosa.resample(engine or model, optimizer, moments=moments)
     return {n: layer.get_delta_weight("default") for n, layer in rosa_layers(model)}
@@ -434,13 +438,7 @@ def train_kind(model, optimizer, parts, engine=None):
         if step == 1:
             rosa.watch(engine or model)
         loss = outputs(engine or model, x).float().square().mean()
-        if engine is None:
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        else:
-            engine.backward(loss)
-            engine.step()
+        take_step(loss, optimizer, engine)
         if step in (2, 4):
             rosa.resample(engine or model, optimizer)
     return {n: layer.get_delta_weight("default") for n, layer in rosa_layers(model)}
