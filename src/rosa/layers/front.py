@@ -12,7 +12,7 @@ from torch.func import functional_call
 from rosa.errors import UserError
 
 _OF_ENGINES = ("_", "ds_", "pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt")
-"""How names begin that torch, accelerate and DeepSpeed give to what they note of each module."""
+"""How names begin of what torch, accelerate and DeepSpeed set on every module, for that alone."""
 
 
 class Front(nn.Module):
@@ -49,7 +49,7 @@ class Front(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith(_OF_ENGINES) or "base_layer" not in self._modules:
+            if name.startswith("_") or "base_layer" not in self._modules:
                 raise
         found = getattr(self.base_layer, name)
         if _is_method(found) and not self.is_quantized:
