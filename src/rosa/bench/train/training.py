@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from rosa.bench.processes import is_first, join, peak_memory_mib, say
+from rosa.bench.processes import count, is_first, join, launched, peak_memory_mib, say
 from rosa.bench.setup.checking import NOT_RESUMED, check
 from rosa.bench.setup.settings import RunSettings
 from rosa.bench.setup.zero import zero_config
@@ -77,6 +77,8 @@ def train(
             "starts again"
         )
 
+    if launched():
+        say(f"training in {state.num_processes} process{'es' if count() > 1 else ''}")
     ready = prepare(settings)
     task, tokenizer, rows = ready.task, ready.tokenizer, ready.rows
     model, recorder = ready.model, ready.recorder
@@ -97,6 +99,8 @@ def train(
             trainer.train(resume_from_checkpoint=checkpoint)
         metrics = measure(settings, trainer, ready)
         history: dict[str, Any] = _history(trainer.state.log_history)
+        best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
+        history["kept_step"] = best or trainer.state.global_step
         if callback is not None:
             history["drawn_at"] = callback.drawn_at
         if recorder is not None:
