@@ -19,6 +19,7 @@ from rosa.bench.setup.checking import check, schedule
 from rosa.bench.setup.methods import find_method
 from rosa.bench.setup.settings import RunSettings
 from rosa.bench.tasks.e2e import prompt
+from rosa.bench.train import generation
 from tests.helpers import fails, run, write_csv, write_e2e
 from tests.models import save_with_tokenizer, tiny_gpt2
 
@@ -194,6 +195,8 @@ def test_gpt2s_path(name, tmp_path, trainers, monkeypatch):
         return generate(*arguments, **options)
 
     monkeypatch.setattr(GPT2LMHeadModel, "generate", keep)
+    rule, lengths = generation._no_repeats, []
+    monkeypatch.setattr(generation, "_no_repeats", lambda n, _: lengths.append(n) or rule(n, _))
     base = save_with_tokenizer(tiny_gpt2(), tmp_path / "base")
     write_e2e(tmp_path)
     options = ["--recipe", RECIPES / name, "--model", base, "--data", tmp_path]
@@ -210,9 +213,9 @@ def test_gpt2s_path(name, tmp_path, trainers, monkeypatch):
         for part in ("c_attn", "c_proj")
         for factor in "AB"
     }
-    assert {(o["num_beams"], o["no_repeat_ngram_size"], o["do_sample"]) for o in asked} == {
-        (5, 4, False)
-    }
+    assert {(o["num_beams"], o["do_sample"]) for o in asked} == {(5, False)}
+    assert set(lengths) == {4}
+    assert all(len(o["logits_processor"]) == 1 for o in asked)
     texts = json.loads((tmp_path / "run" / "predictions.json").read_text())["texts"]
     assert texts[0]["prompt"] == prompt("name[P0], food[soup]")
     assert prompt("name[P0]") == "Input: name[P0] Output:"

@@ -48,7 +48,7 @@ def train(
     from rosa.bench.report.tables import comparison_table, metrics_table
     from rosa.bench.setup.checking import check
     from rosa.bench.storage.hub import check_hub, push
-    from rosa.bench.storage.runs import HISTORY, read_json, trained_place
+    from rosa.bench.storage.runs import kept_step, trained_place
     from rosa.bench.train.training import train as run
 
     _check_meant(context)
@@ -65,8 +65,8 @@ def train(
     check_hub(push_to_hub, private)
     record = run(settings_of(given), resume=resume, overwrite=overwrite)
     Console().print(metrics_table(str(given["output"]), record.to_json()))
-    kept = read_json(given["output"] / HISTORY).get("kept_step", record.steps)
-    if kept != record.steps and processes.is_first():
+    kept = kept_step(given["output"])
+    if kept not in (None, record.steps) and processes.is_first():
         print(
             f"the model of step {kept} of {record.steps} is kept: the best {record.metric}, of "
             "equals the first"

@@ -63,6 +63,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def kept_step(output: Path) -> int | None:
+    """The step whose model a run has kept; None of a run of before that was written down."""
+    path = output / HISTORY
+    return read_json(path).get("kept_step") if path.is_file() else None
+
+
 def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
