@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -43,6 +44,17 @@ def training(encoder: Path, tmp_path: Path) -> list[object]:
     data = write_csv(tmp_path / "t.csv")
     how = ["--model", encoder, "--train", data, "--epochs", 1, "--rank", 2, "--seed", 7]
     return ["train", *how, "--output", tmp_path / "run"]
+
+
+def test_a_run_that_is_pushed_does_what_it_was_launched_for(
+    there: Hub, encoder, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    train = training(encoder, tmp_path)
+    done = command(there.url, *train, "--push-to-hub", "me/launched")
+    assert done.returncode == 0, done.stderr
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert settings["precision"] == "bf16"
 
 
 def test_a_run_and_an_export_are_pushed_whole(there: Hub, encoder, tmp_path):

@@ -27,7 +27,7 @@ def join() -> Any:
     from accelerate import PartialState
 
     for name in ("FSDP", "DEEPSPEED"):
-        asked = os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1")
+        asked = is_told(f"ACCELERATE_USE_{name}")
         if asked and not torch.distributed.is_initialized():  # later Accelerate sets it itself
             raise UserError(
                 f"accelerate launch is set up for {name}, which is for rosa train: launch this "
@@ -41,6 +41,11 @@ def join() -> Any:
             "WORLD_SIZE, as mpirun: start them by torchrun or accelerate launch"
         )
     return state
+
+
+def is_told(name: str) -> bool:
+    """Whether the environment, by which Accelerate tells its processes, says yes to a name."""
+    return os.environ.get(name, "").strip().lower() in ("true", "1")
 
 
 def count() -> int:

@@ -52,18 +52,19 @@ def train(
     from rosa.bench.train.training import train as run
 
     _check_meant(context)
+    settings = settings_of(given)
     if dry_run:
         from rosa.bench.rehearsal import COLUMNS, rehearse
 
-        rows, about = rehearse(settings_of(given), resume, overwrite)
+        rows, about = rehearse(settings, resume, overwrite)
         Console().print(comparison_table("what would be trained", COLUMNS, rows))
         Console().print(metrics_table("the run", about))
         print("activations come on top of this memory; nothing was trained or written")
         return
     if push_to_hub is not None:
-        check(settings_of(given))
+        check(settings)
     check_hub(push_to_hub, private)
-    record = run(settings_of(given), resume=resume, overwrite=overwrite)
+    record = run(settings, resume=resume, overwrite=overwrite)
     Console().print(metrics_table(str(given["output"]), record.to_json()))
     kept = kept_step(given["output"])
     if kept not in (None, record.steps) and processes.is_first():

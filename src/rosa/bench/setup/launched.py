@@ -10,6 +10,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from rosa.bench.processes import is_told
 from rosa.bench.setup.fsdp import BLOCKS, RESHARD
 from rosa.bench.setup.settings import RunSettings
 from rosa.errors import UserError
@@ -32,11 +33,11 @@ _BESIDE_THE_FILE = {
 }
 """What Accelerate's config may say of DeepSpeed, which would not be heard beside a file."""
 _FSDP_MUST_BE = {
-    "FSDP_VERSION": ("fsdp_version", "2"),
-    "FSDP_STATE_DICT_TYPE": ("fsdp_state_dict_type", "FULL_STATE_DICT"),
-    "FSDP_OFFLOAD_PARAMS": ("fsdp_offload_params", "false"),
-    "FSDP_ACTIVATION_CHECKPOINTING": ("fsdp_activation_checkpointing", "false"),
-    "FSDP_AUTO_WRAP_POLICY": ("fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"),
+    "fsdp_version": "2",
+    "fsdp_state_dict_type": "FULL_STATE_DICT",
+    "fsdp_offload_params": "false",
+    "fsdp_activation_checkpointing": "false",
+    "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
 }
 """What `rosa train --fsdp` does, by the names in Accelerate's config."""
 
@@ -54,16 +55,16 @@ def as_launched(settings: RunSettings) -> RunSettings:
             raise UserError(
                 f"accelerate launch is set up for {what}, which is not done: do without"
             )
-    if _is_on("ACCELERATE_USE_CPU") and _has_accelerator():
+    if is_told("ACCELERATE_USE_CPU") and _has_accelerator():
         raise UserError(
             "accelerate launch is set up for the CPU on a machine with an accelerator: hide that, "
             "as by CUDA_VISIBLE_DEVICES="
         )
     settings = _of_precision(settings)
     _check_accumulation(settings)
-    if _is_on(_FSDP):
+    if is_told(_FSDP):
         settings = _of_fsdp(settings)
-    if _is_on(_DEEPSPEED):
+    if is_told(_DEEPSPEED):
         settings = _of_deepspeed(settings)
     told = (_FSDP, _DEEPSPEED, _PRECISION, _ACCUMULATION)
     for name in list(os.environ):
@@ -75,10 +76,6 @@ def as_launched(settings: RunSettings) -> RunSettings:
 
 def _value(name: str) -> str:
     return os.environ.get(name, "").strip().lower()
-
-
-def _is_on(name: str) -> bool:
-    return _value(name) in ("true", "1")
 
 
 def _has_accelerator() -> bool:
@@ -109,12 +106,13 @@ def _of_precision(settings: RunSettings) -> RunSettings:
 
 
 def _of_fsdp(settings: RunSettings) -> RunSettings:
-    for name, (written, done) in _FSDP_MUST_BE.items():
-        found = os.environ.get(name, "1" if name == "FSDP_VERSION" else done)
+    os.environ.setdefault("FSDP_VERSION", "1")  # as Accelerate takes it
+    for name, done in _FSDP_MUST_BE.items():
+        found = os.environ.get(name.upper(), done)
         if found.lower() != done.lower():
             raise UserError(
-                f"accelerate launch is set up for FSDP with {written}: {found}, which is not done: "
-                f"set {written}: {done}"
+                f"accelerate launch is set up for FSDP with {name}: {found}, which is not done: "
+                f"set {name}: {done}"
             )
     if _value(RESHARD) not in ("", "true", "false"):
         raise UserError(
