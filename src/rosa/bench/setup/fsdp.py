@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from rosa.bench.setup.in_parts import check_in_parts
 from rosa.bench.setup.methods import find_method
-from rosa.bench.setup.parts import check_in_parts
 from rosa.bench.setup.settings import RunSettings
 from rosa.errors import UserError
 

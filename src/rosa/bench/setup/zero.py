@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
+from rosa.bench.setup.in_parts import check_in_parts
 from rosa.bench.setup.methods import find_method
-from rosa.bench.setup.parts import check_in_parts
 from rosa.bench.setup.settings import RunSettings
 from rosa.errors import UserError, blame
 
