@@ -80,10 +80,10 @@ def test_meaning_representations_are_held_out_whole_and_references_grouped(tmp_p
         "prompt": "Input: name[P0], food[soup] Output:",
         "completion": " P0 has a soup.",
     }
-    assert task.generation.prompts == tuple(
-        f"Input: name[P{i}], food[soup] Output:" for i in range(3)
-    )
-    assert task.generation.references[0] == ("P0 has a soup.", "P0 has b soup.")
+    assert len(task.generation.prompts) == 3
+    for shown, texts in zip(task.generation.prompts, task.generation.references, strict=True):
+        name = shown.removeprefix("Input: name[").removesuffix("], food[soup] Output:")
+        assert texts == (f"{name} has a soup.", f"{name} has b soup.")
     write_e2e(tmp_path, train=True)
     task = load(DataSettings(task="e2e", data=tmp_path, hold_out=True), decoder=True)
     assert (len(task.train), len(task.validation), task.reported) == (40, 40, "bleu")

@@ -81,7 +81,7 @@ class RunSettings:
         False,
     )
     limit_train: int | None = _is(DATA, "Train on this many examples, drawn by the seed.", None)
-    limit_test: int | None = _is(DATA, "Report on the first so many test examples.", None)
+    limit_test: int | None = _is(DATA, "Report on this many test examples, always the same.", None)
     hold_out: bool = _is(
         DATA,
         "Validate on a tenth of the training data; report the task's own set as test.",

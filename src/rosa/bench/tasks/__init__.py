@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from rosa.bench.tasks.task import DataSettings, Task
+from rosa.bench.tasks.task import DataSettings, Task, tested
 from rosa.errors import UserError
 
 
@@ -56,8 +56,8 @@ def load(settings: DataSettings, decoder: bool) -> Task:
     if settings.limit_train is not None and settings.limit_train < len(task.train):
         rows = task.train.shuffle(seed=settings.seed).select(range(settings.limit_train))
         task = replace(task, train=rows)
-    if settings.limit_test is not None and task.test is not None:
-        task = replace(task, test=task.test.select(range(min(settings.limit_test, len(task.test)))))
+    if task.test is not None:
+        task = replace(task, test=task.test.select(tested(len(task.test), settings.limit_test)))
     return task
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from rosa.bench.tasks.files import read_table
 from rosa.bench.tasks.generation_metrics import e2e_scores
-from rosa.bench.tasks.task import DataSettings, Generation, Task
+from rosa.bench.tasks.task import DataSettings, Generation, Task, tested
 from rosa.bench.tasks.text import VALIDATION_SHARE
 from rosa.errors import UserError
 
@@ -45,7 +45,8 @@ def load_e2e(settings: DataSettings) -> Task:
     references: dict[str, list[str]] = {}
     for meaning, reference in test:
         references.setdefault(meaning, []).append(reference)
-    shown = list(references.items())[: settings.limit_test]
+    meanings = list(references.items())
+    shown = [meanings[row] for row in tested(len(meanings), settings.limit_test)]
     return Task(
         name="e2e",
         kind="language",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -106,3 +107,13 @@ class DataSettings:
     hold_out: bool = False
     preference: bool = False
     seed: int = 0
+
+
+def tested(rows: int, limit: int | None) -> list[int]:
+    """Which of so many test examples are reported on: `limit` of them, the same for every seed.
+
+    A sample and not the first: files of test data are often sorted, by label or by name.
+    """
+    if limit is None or limit >= rows:
+        return list(range(rows))
+    return sorted(Random(0).sample(range(rows), limit))
