@@ -158,3 +158,20 @@ def test_an_evaluation_looks_for_the_columns_of_the_run():
 def test_settings_that_contradict_each_other(settings, message):
     with pytest.raises(ValueError, match=message):
         tasks.load(settings, decoder=False)
+
+
+def test_of_a_file_sorted_by_label_a_limited_test_has_every_label(tmp_path):
+    train = csv_of(tmp_path, ["a", "b"] * 40, "train.csv")
+    validation = csv_of(tmp_path, ["a"] * 40 + ["b"] * 40, "validation.csv")
+    limited = [
+        tasks.load(
+            DataSettings(
+                train=train, validation=validation, hold_out=True, limit_test=20, seed=seed
+            ),
+            decoder=False,
+        ).test["text0"][:]
+        for seed in (0, 1)
+    ]
+    assert limited[0] == limited[1]
+    assert len(limited[0]) == 20
+    assert 4 < sum(int(text.removeprefix("text ")) < 40 for text in limited[0]) < 16
