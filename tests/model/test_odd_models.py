@@ -334,6 +334,9 @@ def test_it_is_compiled_as_one_graph(which):
         ("embedding", "padding_idx", 3),
         ("attention", "batch_first", False),
         ("attention", "in_proj_bias", None),
+        ("linear", "bias", nn.Parameter(torch.arange(4).double())),
+        ("linear", "bias", None),
+        ("kernel", "bias", nn.Parameter(torch.arange(3).double())),
     ],
 )
 def test_an_attribute_of_the_module_is_set_in_the_module(which, name, value):

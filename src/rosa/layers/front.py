@@ -63,11 +63,17 @@ class Front(nn.Module):
                 f"{name} is adapted: replace it inside model.disable_adapter(), in base_layer"
             )
         modules = self.__dict__.get("_modules", {})
-        own = name in self.__dict__ or hasattr(type(self), name) or name.startswith(_OF_ENGINES)
+        own = name in self.__dict__ or _takes(type(self), name) or name.startswith(_OF_ENGINES)
         if own or not self._made or name in modules or not hasattr(self.base_layer, name):
             super().__setattr__(name, value)
         else:
             setattr(self.base_layer, name, value)
+
+
+def _takes(kind: type, name: str) -> bool:
+    """Whether instances of a class have such an attribute that can be set; not all can be."""
+    found = getattr(kind, name, None)
+    return hasattr(kind, name) and not (isinstance(found, property) and found.fset is None)
 
 
 class _Calling(nn.Module):
