@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -321,6 +322,89 @@ def test_it_is_compiled_as_one_graph(which):
         for one, other in zip(*found, strict=True):
             close(one, other)
         moved(model)
+
+
+# -- checkpoints inside ------------------------------------------------------------------------
+
+
+class Recomputing(nn.Module):
+    """Uses weights of its own in parts that a checkpoint computes anew in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(6, 6))
+        self.down = nn.Parameter(torch.randn(6, 6))
+        self.beside = nn.Linear(6, 6)
+        self.how: bool | None = None  # reentrant or not; None computes nothing anew
+
+    def anew(self, part: Any, x: Tensor) -> Tensor:
+        if self.how is None:
+            return part(x)
+        return checkpoint(part, x, use_reentrant=self.how)
+
+    def first(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.up.T) + self.beside(x) @ self.down
+
+    def second(self, x: Tensor) -> Tensor:
+        return F.gelu(x @ self.up) * (x @ self.down.T)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        x = self.anew(self.second, self.anew(self.first, x) @ self.up)
+        return x, {"more": self.anew(self.first, x)}
+
+
+class RecomputingLinear(nn.Linear):
+    """Its `spread` is called, and computes anew."""
+
+    how: bool | None = None
+
+    def part(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.weight) @ self.weight.T
+
+    def spread(self, x: Tensor) -> Tensor:
+        if self.how is None:
+            return self.part(x)
+        return checkpoint(self.part, x, use_reentrant=self.how) + 0 * self.weight.mean()
+
+
+class OfRecomputing(nn.Module):
+    def __init__(self, twice: bool) -> None:
+        super().__init__()
+        self.twice = twice
+        self.before, self.after = nn.Linear(6, 6), RecomputingLinear(6, 6)
+        self.inside = Recomputing()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, more = self.inside(self.before(x))
+        if self.twice:
+            x = self.inside(x + more["more"])[0]
+        return self.after.spread(x) + self.after(more["more"])
+
+
+@pytest.mark.parametrize("outside", [False, True])
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_a_module_computes_anew_in_the_backward_pass_has_the_changed_weight(
+    reentrant, twice, outside
+):
+    parameters = ["inside.up", "inside.down"]
+    base = OfRecomputing(twice).double()
+    model = trained(base, ["before", "after"], target_parameters=parameters)
+    x, found = torch.randn(3, 6).double(), []
+    for how in (None, reentrant, reentrant):
+        model.base_model.model.after.how = model.base_model.model.inside.how = how
+        model.zero_grad()
+        given = x.clone().requires_grad_()
+        if outside and how is not None:
+            checkpoint(model, given, use_reentrant=reentrant).square().sum().backward()
+        else:
+            model(given).square().sum().backward()
+        found.append([given.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
+        for _, layer in rosa_layers(model):  # nothing is left of the pass
+            assert layer.parameter_name not in vars(layer.get_base_layer())
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            close(one, two)
 
 
 # -- attributes --------------------------------------------------------------------------------

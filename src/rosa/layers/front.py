@@ -6,10 +6,14 @@ from functools import partial
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
 
 from rosa.errors import UserError
+from rosa.layers.tracing import is_traced
 
 _OF_ENGINES = ("_", "ds_", "pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt")
 """How names begin of what torch, accelerate and DeepSpeed set on every module, for that alone."""
@@ -96,7 +100,52 @@ def _is_method(found: Any) -> bool:
 
 def _call_method(layer: Front, method: Any, *args: Any, **kwargs: Any) -> Any:
     """What a method of a layer's module gives with the changed weight in its place."""
-    how = {layer.weight_path: layer.weight}
-    return functional_call(
-        _Calling(layer.base_layer), how, (method, args, kwargs), tie_weights=False
-    )
+    given = method, args, kwargs
+    return call_with(layer, layer.weight, layer.weight_path, _Calling(layer.base_layer), given, {})
+
+
+def call_with(
+    layer: Front,
+    weight: Tensor,
+    path: str,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """What a module gives with a changed weight in the place of its own.
+
+    A checkpoint inside computes a part of that anew in the backward pass, when the pretrained
+    weight is in its place again. So the gradient of an output brings the changed one for that pass.
+
+    Args:
+        layer: whose weight it is.
+        weight: W_0 + O + s B A.
+        path: where it stands in the module.
+        module: what is called.
+        args: with these.
+        kwargs: and those by name.
+    """
+    base: nn.Module = layer
+    while isinstance(base, Front):
+        base = base.base_layer
+    name, inside = layer.parameter_name, vars(base)
+    if name in base._parameters:
+        inside.pop(name, None)  # as the backward pass that now comes here has left it
+    found = functional_call(module, {path: weight}, args, kwargs, tie_weights=False)
+    if is_traced() or not weight.requires_grad:
+        return found
+
+    def bring(_: Tensor) -> None:
+        stand_in = weight.detach().requires_grad_()
+        stand_in.register_hook(pass_on)  # a pass of its own, which may come here several times
+        inside[name] = stand_in  # it is found before the parameter
+        Variable._execution_engine.queue_callback(partial(inside.pop, name, None))
+
+    def pass_on(gradient: Tensor) -> None:
+        with torch.enable_grad():
+            torch.autograd.backward(layer.weight, gradient)
+
+    for each in tree_leaves(found):
+        if isinstance(each, Tensor) and each.requires_grad:
+            each.register_hook(bring)
+    return found

@@ -24,7 +24,8 @@ class MatrixView:
     @property
     def parameter(self) -> Tensor:
         """The weight itself, as it is stored."""
-        return getattr(self.module, self.name)
+        own = self.module._parameters.get(self.name)  # before what stands in for it in a pass
+        return getattr(self.module, self.name) if own is None else own
 
     @property
     def matrix(self) -> Tensor:
