@@ -848,3 +848,9 @@ def test_a_module_that_is_held_unregistered_is_refused(how):
     assert not list(rosa_layers(base))
     model = attach(base, ["two"])
     torch.testing.assert_close(model(x), before)
+
+
+def test_all_linear_leaves_out_what_is_held_so():
+    with pytest.warns(UserWarning, match="all-linear leaves out one: .*held in a list"):
+        model = attach(Holding("list"), "all-linear")
+    assert [name for name, _ in rosa_layers(model.base_model.model)] == ["two"]

@@ -25,15 +25,7 @@ def check_not_held(model: nn.Module, targets: Iterable[tuple[str, nn.Module]]) -
         model: that is searched.
         targets: the modules with their names.
     """
-    wanted = {id(module): name for name, module in targets}
-    held = {
-        wanted[id(found)]: f"{owner}.{attribute}".lstrip(".")
-        for owner, module in model.named_modules()
-        for attribute, value in vars(module).items()
-        if attribute not in _OWN
-        for found in _modules_in(value, _DEEP)
-        if id(found) in wanted
-    }
+    held = held_elsewhere(model, targets)
     if held:
         name, place = next(iter(held.items()))
         raise UserError(
@@ -42,6 +34,19 @@ def check_not_held(model: nn.Module, targets: Iterable[tuple[str, nn.Module]]) -
             "weight and nothing else. Hold it in an nn.ModuleList or nn.ModuleDict there, or leave "
             f"out what is held so: exclude_modules={sorted(held)}"
         )
+
+
+def held_elsewhere(model: nn.Module, targets: Iterable[tuple[str, nn.Module]]) -> dict[str, str]:
+    """Names of modules that are in lists, dicts or unregistered attributes, and where they are."""
+    wanted = {id(module): name for name, module in targets}
+    return {
+        wanted[id(found)]: f"{owner}.{attribute}".lstrip(".")
+        for owner, module in model.named_modules()
+        for attribute, value in vars(module).items()
+        if attribute not in _OWN
+        for found in _modules_in(value, _DEEP)
+        if id(found) in wanted
+    }
 
 
 def _modules_in(value: Any, depth: int) -> Iterator[nn.Module]:

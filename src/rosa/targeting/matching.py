@@ -22,6 +22,7 @@ from rosa.kinds.linear import RosaLinear
 from rosa.kinds.parameter import ParamWrapper
 from rosa.kinds.registry import kind_of
 from rosa.layers.in_model import base_of, rosa_layers
+from rosa.targeting.held import held_elsewhere
 from rosa.targeting.names import COMPILED
 
 # The heads that PEFT's classes for a task train in full; some add them to the config only once the
@@ -54,15 +55,18 @@ def resolve_all_linear(config: RosaConfig, model: nn.Module) -> None:
     names = {_whole(model, n) for n in found if not is_trained_in_full(config, n)}
     if not names:
         return
-    others = {n for n in names if not _is_plain(model.get_submodule(n))}
+    modules = {n: model.get_submodule(n) for n in names}
+    others = {n for n, module in modules.items() if not _is_plain(module)}
+    others |= held_elsewhere(model, modules.items()).keys()
     # PEFT looks at names alone: with such a head it saves the embeddings too, and fails there.
     others |= {n for n in names if n in EMBEDDING_LAYER_NAMES and not has_embeddings(model)}
     config.target_modules = list(names - others)
     if others := others | set(_out_of_reach(model)):
         warnings.warn(
             f"all-linear leaves out {', '.join(sorted(others)[:5])}: of a class that computes or "
-            "is read otherwise than a linear layer, a head that PEFT cannot save as one, or in a "
-            "module of which another adapter adapts a parameter",
+            "is read otherwise than a linear layer, a head that PEFT cannot save as one, held in a "
+            "list that torch does not look into, or in a module of which another adapter adapts a "
+            "parameter",
             stacklevel=2,
         )
 
