@@ -53,7 +53,7 @@ from rosa.pretrained.memory import Owners, make_private, owners_of, tenants, wei
 from rosa.pretrained.sharding import check_shards, is_dtensor, is_fully_sharded, reshard, whole
 from rosa.pretrained.zero3 import at_hand
 from rosa.switching import or_as_before
-from rosa.targeting.held import check_not_held
+from rosa.targeting.held import check_not_held, give_own, held_outside
 from rosa.targeting.matching import has_embeddings, is_target, resolve_all_linear
 from rosa.targeting.names import COMPILED, check_adapter_name, check_modules_to_save
 from rosa.targeting.nesting import check_nesting
@@ -145,7 +145,7 @@ class RosaModel(BaseTuner):
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Check every layer that will be adapted, before any is touched."""
-        config = as_rosa_config(peft_config)
+        config, outside = as_rosa_config(peft_config), held_outside(model)
         _check_cut(config, model)
         if any(is_in_parts(layer) for _, layer in rosa_layers(model)):
             raise UserError(
@@ -174,7 +174,8 @@ class RosaModel(BaseTuner):
         for target in targets:  # here, since PEFT's loops hold the parameters
             own = target.kind.is_quantized or is_dtensor(target.weight)  # memory of its own
             if not isinstance(target.module, RosaLayer) and not own:
-                make_private(target.base, target.parameter, held)
+                base = self._own_base(target, model, outside)
+                make_private(base, target.parameter, held)
         if capped:
             warnings.warn(
                 "the rank is larger than the smaller side of some weights and is capped there: "
@@ -182,6 +183,16 @@ class RosaModel(BaseTuner):
                 + (f" and {len(capped) - 5} more" if len(capped) > 5 else ""),
                 stacklevel=2,
             )
+
+    @staticmethod
+    def _own_base(target: Target, model: nn.Module, outside: set[str]) -> nn.Module:
+        """The module that holds a weight: one of the model's own, where others hold it too."""
+        name = target.module_name
+        there = model.get_submodule(name)  # not the target's, if that was given for another weight
+        if there is target.module and name in outside and (own := give_own(model, name)):
+            outside.update(f"{name}.{child}" for child in own._modules)  # now the copy's as well
+            return own
+        return base_of(there)
 
     def _prepare_target(self, target: Target, model: nn.Module, owners: Owners) -> None:
         name = target.name

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import peft
 from peft import PeftConfig, inject_adapter_in_model
@@ -104,7 +105,7 @@ def _load(model: PreTrainedModel, name: str, asked: Mapping[str, Any]) -> LoadSt
         check_weights(str(place), how)
         state = load_peft_weights(str(place), "cpu", **how)
     config.inference_mode = not trains
-    before = set(model.modules())
+    before = WeakSet(model.modules())  # whoever holds a module shares it
     with from_file(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
         inject_adapter_in_model(config, model, name, low_cpu_mem_usage=low)
@@ -114,8 +115,9 @@ def _load(model: PreTrainedModel, name: str, asked: Mapping[str, Any]) -> LoadSt
     if not trains:
         model.eval()
     else:  # what is new is as what it was put into
-        for module in set(model.modules()) - before:
-            module.training = model.training
+        for module in model.modules():
+            if module not in before:
+                module.training = model.training
     empty: dict[str, Any] = {"error_msgs": [], "conversion_errors": {}}
     names = [field.name for field in dataclasses.fields(LoadStateDictInfo)]
     return LoadStateDictInfo(**{each: empty.get(each, set()) for each in names})

@@ -29,12 +29,12 @@ def as_before(model: nn.Module, adapter_name: str) -> Iterator[None]:
         yield
         return
     configured = hasattr(model, "peft_config")
-    # Parameters weakly: whoever holds one shares it, and the adapter would be given a copy.
-    held = {m: (dict(m._modules), _weakly(m._parameters)) for m in model.modules()}
+    # Weakly: whoever holds a module or a parameter shares it, and the adapter would get a copy.
+    held = [(ref(m), _weakly(m._modules), _weakly(m._parameters)) for m in model.modules()]
     trained = [(ref(parameter), parameter.requires_grad) for parameter in model.parameters()]
     wrappers = [
         (module, set(module._adapters), module._active_adapter)
-        for module in held
+        for module in model.modules()
         if isinstance(module, AuxiliaryTrainingWrapper)
     ]
     try:
@@ -50,10 +50,12 @@ def as_before(model: nn.Module, adapter_name: str) -> Iterator[None]:
             if isinstance(wrapper, TrainableTokensWrapper) and adapter_name not in adapters:
                 wrapper.token_adapter.delete_adapter(adapter_name)
             wrapper._adapters, wrapper._active_adapter = adapters, active  # type: ignore[assignment]
-        for module, (modules, parameters) in held.items():
-            now = module._parameters
-            there = {n: _found(each, now.get(n)) for n, each in parameters.items()}
-            module.__dict__.update(_modules=modules, _parameters=there)
+        for found, *parts in held:
+            if (module := found()) is not None:
+                for kind, known_parts in zip(("_modules", "_parameters"), parts, strict=True):
+                    now = vars(module)[kind]
+                    there = {n: _found(each, now.get(n)) for n, each in known_parts.items()}
+                    vars(module)[kind] = there
         for parameter, was_trained in ((found(), state) for found, state in trained):
             if parameter is not None:
                 parameter.requires_grad_(was_trained)
@@ -68,6 +70,6 @@ def _weakly(parameters: Mapping[str, Any]) -> dict[str, ref[Any] | None]:
 
 
 def _found(known: ref[Any] | None, now: Any) -> Any:
-    """The parameter that was there; the one that is, if that is no more."""
+    """What was there; what is, if that is no more."""
     before = None if known is None else known()
     return now if known is not None and before is None else before

@@ -21,6 +21,7 @@ from rosa.errors import UserError
 from rosa.layers import arriving, parts, statedict
 from rosa.layers.adapter import Adapter
 from rosa.layers.drawing import Factors, draw, take, waits_for_file
+from rosa.layers.dropped import take_out_with
 from rosa.layers.effective import effective_weight
 from rosa.layers.front import Front
 from rosa.layers.kind import Kind
@@ -100,6 +101,7 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
         self.register_load_state_dict_pre_hook(parts.before_load)
         self.register_load_state_dict_post_hook(arriving.after_load)
         self.update_layer(adapter_name, r, alpha, config)
+        take_out_with(self, self.base_weight, self.merged_adapters)
         self._made = True
 
     # -- the weight in memory ------------------------------------------------------------------
@@ -260,6 +262,7 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
         """Of a copy (deepcopy, pickle): its weight is another tensor, with a count of its own."""
         super().__setstate__(state)
         self.base_weight.copied()
+        take_out_with(self, self.base_weight, self.merged_adapters)
 
     def __repr__(self) -> str:
         return "rosa." + super().__repr__()

@@ -74,8 +74,8 @@ def tenants(model: nn.Module) -> Counter[int]:
 def make_private(base: nn.Module, name: str, tenants: Counter[int]) -> None:
     """Give a layer a weight of its own if anyone outside its model holds it or its memory.
 
-    Another model made from the same weights, a state dict that someone keeps: they would see each
-    change of the weight, and are left what they have.
+    Another model made from the same weights, a state dict that someone keeps, another process that
+    shares the memory: they would see each change of the weight, and are left what they have.
 
     Args:
         base: a layer.
@@ -89,7 +89,8 @@ def make_private(base: nn.Module, name: str, tenants: Counter[int]) -> None:
     del weight  # the names here count too
     objects, users = _holders(base, name)
     weight = getattr(base, name)
-    if objects <= usual[0] and users - usual[1] < max(tenants[_block(weight)], 1):
+    alone = objects <= usual[0] and users - usual[1] < max(tenants[_block(weight)], 1)
+    if alone and not (weight.device.type == "cpu" and weight.is_shared()):
         return
     own = nn.Parameter(weight.detach().clone(), weight.requires_grad)
     vars(own).update(vars(weight))

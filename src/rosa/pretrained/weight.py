@@ -48,10 +48,13 @@ class BaseWeight(WeightMemory):
         standing: the changes that stand in the weight in memory, by name.
         file: where else W_0 lies, if anybody has said so: then no copy is made of it.
         kept: the exact W_0, where it is kept: the copy (out, in) in main memory, or that file.
+        is_watched: whether somebody takes what stands in it out in the end; of a copy nobody does.
 
     Of a weight in shards over processes, what stands in memory and the copy are this process's;
     `present`, `pretrained` and the fingerprint are of the whole weight, which all have to ask for.
     """
+
+    is_watched = False
 
     def __init__(
         self, name: str, view: MatrixView, fingerprint: tuple[float, float] | None = None
@@ -63,6 +66,9 @@ class BaseWeight(WeightMemory):
         self.kept: Tensor | WeightFile | None = None
         self.file: WeightFile | None = None
         self._fingerprint = fingerprint
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in vars(self).items() if name != "is_watched"}
 
     @property
     def stored_dtype(self) -> torch.dtype:

@@ -1,8 +1,15 @@
-"""Modules that a model holds in ways that torch does not know of, and PEFT does not replace."""
+"""Modules that are held where PEFT does not replace them: by their model, or by anyone else."""
 
 from __future__ import annotations
 
+import copy
+import gc
+import sys
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import partial
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -55,3 +62,75 @@ def _modules_in(value: Any, depth: int) -> Iterator[nn.Module]:
     elif depth and isinstance(value, dict | list | tuple | set):
         for each in value.values() if isinstance(value, dict) else value:
             yield from _modules_in(each, depth - 1)
+
+
+def held_outside(model: nn.Module) -> set[str]:
+    """Names of modules that someone outside of their model holds: another model, a list, a name.
+
+    To be called before anyone who works on the model holds some: references are counted.
+    """
+    places = [
+        (f"{name}.{child}".lstrip("."), module._modules, child)
+        for name, module in model.named_modules()
+        for child in module._modules
+    ]
+    inside = Counter(id(modules[child]) for _, modules, child in places)
+    usual = _references(nn.Sequential(nn.Identity())._modules, "0") - 1
+    return {
+        name
+        for name, modules, child in places
+        if modules[child] is not None
+        if (more := _references(modules, child) - usual - inside[id(modules[child])]) > 0
+        if more > _to_itself(modules[child])
+    }
+
+
+def give_own(model: nn.Module, name: str) -> nn.Module | None:
+    """Put a copy of a module in its place in the model: the same tensors, hooks and modules inside.
+
+    Whoever else holds the module holds another one then, as they would beside PEFT's LoRA, which
+    leaves a module as it is.
+
+    Returns:
+        the copy; None for one that holds itself, in a forward or a hook that was put on it.
+    """
+    parent, _, child = name.rpartition(".")
+    places, module = model.get_submodule(parent)._modules, model.get_submodule(name)
+    if _to_itself(module):
+        warnings.warn(
+            f"{name} is held outside of the model too, and has a forward or a hook that holds it: "
+            "called from there it is the module with ROSA's offset in its weight and nothing else",
+            stacklevel=2,
+        )
+        return None
+    own = copy.copy(module)
+    for each in ("_parameters", "_buffers", "_modules"):
+        vars(own)[each] = vars(module)[each].copy()
+    places[child] = own
+    return own
+
+
+def _references(modules: dict[str, Any], name: str) -> int:
+    return sys.getrefcount(modules[name])
+
+
+_LOOKED_INTO = (MethodType, partial, FunctionType, CellType, tuple, list, dict)
+"""What a module may hold that holds the module: a forward that was put on it, its hooks."""
+
+
+def _to_itself(module: Any) -> int:
+    """How many references to a module are in what it holds itself."""
+    found, seen = 0, set[int]()
+    waiting: list[Any] = list(vars(module).values())
+    while waiting:
+        holder = waiting.pop()
+        if not isinstance(holder, _LOOKED_INTO) or id(holder) in seen:
+            continue
+        seen.add(id(holder))
+        if isinstance(holder, FunctionType):  # not the names of its file
+            held = [*(holder.__closure__ or ()), holder.__defaults__, vars(holder)]
+        else:
+            held = gc.get_referents(holder)
+        found += sum(each is module for each in held)
+        waiting += held
+    return found

@@ -204,6 +204,11 @@ class Target:
         return self.view.parameter
 
     @property
+    def module_name(self) -> str:
+        """The module's name in the model."""
+        return self.name.rpartition(".")[0] if self.kind is ParamWrapper else self.name
+
+    @property
     def place(self) -> str:
         """The parameter's name in the model without what is around its modules."""
         named = self.kind is ParamWrapper
