@@ -16,6 +16,7 @@ from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
 from rosa import RosaConfig
+from rosa.errors import UserError
 from rosa.layers.in_model import rosa_layers
 from tests.model.test_odd_models import attach, close, plain_of, trained
 from tests.models import tiny_gpt2
@@ -217,3 +218,17 @@ def test_a_dropped_layer_does_not_undo_what_others_wrote():
     with pytest.warns(UserWarning, match="layer linear was dropped without unload"):
         stripped(model.base_model.model)
     assert (base.weight == 1).all()
+
+
+def test_a_scale_of_one_may_be_set_and_no_other():
+    model, ids = trained(Kinds().double(), **CONFIG), torch.randint(9, (2, 4))
+    out = model(ids)
+    for _, layer in rosa_layers(model):
+        layer.set_scale("default", 1.0)
+        layer.scale_layer(1)
+        layer.unscale_layer()
+        with pytest.raises(UserError, match="has no scale to set.*add_weighted_adapter"):
+            layer.scale_layer(0.5)
+        with pytest.raises(UserError, match="has no scale to set"):
+            layer.set_scale("default", 0)
+    close(model(ids), out)

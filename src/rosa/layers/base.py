@@ -447,6 +447,23 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
             super().enable_adapters(enabled)
             self.synchronize(accept=not enabled)
 
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Scale an adapter, as other methods of PEFT can; diffusers asks for 1, which it has."""
+        if scale != 1:
+            raise UserError(
+                f"layer {self.name}: an adapter of ROSA is a part of the weight, and has no scale "
+                "to set. Of a PeftModel add_weighted_adapter([name], [scale], new_name) makes one "
+                "of another strength"
+            )
+
+    def scale_layer(self, scale: float) -> None:
+        """Scale all active adapters; see `set_scale`."""
+        for name in self.active_adapters:
+            self.set_scale(name, scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Take `scale_layer` back: nothing is to be done."""
+
     # -- merging -------------------------------------------------------------------------------
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
