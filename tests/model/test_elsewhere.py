@@ -227,7 +227,7 @@ def test_a_scale_of_one_may_be_set_and_no_other():
         layer.set_scale("default", 1.0)
         layer.scale_layer(1)
         layer.unscale_layer()
-        with pytest.raises(UserError, match="has no scale to set.*add_weighted_adapter"):
+        with pytest.raises(UserError, match=r"has no scale to set.*add_weighted_adapter"):
             layer.scale_layer(0.5)
         with pytest.raises(UserError, match="has no scale to set"):
             layer.set_scale("default", 0)
