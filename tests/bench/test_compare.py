@@ -139,6 +139,11 @@ def test_another_comparisons_folder_is_not_written_to(comparison, files, tmp_pat
         (["--lrs", "x"], "'x' are not numbers"),
         (["--lrs", "full=1e-5"], "'full' is none of the methods compared"),
         (["--lrs", "-1"], "lr must be positive"),
+        (["--lrs", "1e-3", "--lrs", "1e-4"], "--lrs 1e-4: all others had rates before"),
+        (["--lrs", "rosa=1", "--lrs", "rosa=2"], "rosa had rates before: name them together"),
+        (["--methods", "rosa+train=x.csv"], "the same data: train is no setting of one of them"),
+        (["--methods", "rosa,lora+limit_train=9"], "limit_train is no setting of one of them"),
+        (["--methods", "rosa,lora+model=x"], "model is no setting of one of them"),
         (["--methods", "lora+directions=svd"], "directions is ROSA's, and means nothing to"),
         (["--methods", "rosa+colour=red"], "'colour=red' is not setting=value"),
         (["--methods", "rosa+first_draw=few"], "first_draw takes int | None, got 'few'"),
@@ -153,6 +158,50 @@ def test_bad_input_is_said_before_anything_is_written(files, tmp_path, arguments
     text = fails(capsys, "compare", *files, *arguments, "--output", tmp_path / "out")
     assert message in text
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("which", ["t.csv", "v.csv"])
+def test_a_comparison_goes_on_with_the_same_data_alone(files, tmp_path, which, monkeypatch, capsys):
+    monkeypatch.setitem(EXECUTORS, "processes", Here)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    train, validation = write_csv(folder / "t.csv", 60), write_csv(folder / "v.csv", 20)
+    data = ["--train", train, "--validation", validation, "--steps", 1, "--batch-size", 8]
+    command = ["compare", *files[:2], *data, "--methods", "head", "--lrs", "1e-3", "--seeds", 0]
+    command += ["--output", tmp_path / "out"]
+    run(*command)
+    before = (tmp_path / "out" / "comparison.json").read_text()
+    path = folder / which
+    old = path.read_text()
+    path.write_text("\n".join(old.splitlines()[:-1]))
+    message = fails(capsys, *command, "--methods", "head,lora")
+    assert f"{which} has changed since it was begun" in message
+    assert (tmp_path / "out" / "comparison.json").read_text() == before
+    path.write_text(old)
+    run(*command)
+    said = capsys.readouterr().out
+    assert "1 cells, 1 of them finished before" in said
+    assert "no other rate was tried of head" in said
+
+
+def test_a_report_names_what_was_asked_for_and_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setitem(EXECUTORS, "processes", Here)
+
+    def stopped(settings, variant, told):
+        if settings.method == "full":
+            raise KeyboardInterrupt
+        return by_distance(1e-3).train(settings, variant, told)
+
+    grid = make_grid(["lora", "full"], [2], ["1e-3,1e-2"], [0, 1])
+    base = RunSettings(model="m", output=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        compare(base, grid, kind=Kind(lambda base: None, stopped))
+    found = read_comparison(tmp_path)
+    assert [row.method for row in found.rows] == ["lora"]
+    assert found.unfinished == ["full-lr0.001-s0", "full-lr0.01-s0"]
+    assert not {"planned", "digests"} & found.settings.keys()
+    compare(base, grid, kind=by_distance(1e-3))
+    assert not read_comparison(tmp_path).unfinished
 
 
 def test_what_is_not_a_comparison_makes_no_report(tmp_path, capsys):
@@ -189,10 +238,10 @@ VARIANTS = [
     "rosa+target_modules=x-r2",
     "full+target_modules=layer.1.out-lr",
     "head+report_to=my-rNone",
-    "lora+text_columns=a b:c",
-    "rosa+data=/home/someone/x-lr1/data",
-    "rosa+train=C++.csv",
-    "head+model=owner/name-lr2-s0",
+    "lora+report_to=a b:c",
+    "rosa+chat_template=/home/someone/x-lr1/data",
+    "rosa+chat_template=C++.csv",
+    "head+report_to=owner/name-lr2-s0",
 ]
 
 
@@ -251,7 +300,7 @@ def test_a_search_is_made_where_it_is_asked_for(tmp_path, monkeypatch):
     assert {r.lr for r in read_comparison(tmp_path).cells.values()} == {1e-3, 3e-3}
 
 
-@pytest.mark.parametrize("text", [v for v in VARIANTS if v != "rosa+train=C++.csv"])
+@pytest.mark.parametrize("text", [v for v in VARIANTS if v != "rosa+chat_template=C++.csv"])
 def test_a_cells_folder_is_one_folder_and_its_own(tmp_path, text):
     names = {
         Cell(Variant.parse(text), rank, rate, seed).name

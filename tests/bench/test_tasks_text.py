@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -175,3 +177,23 @@ def test_of_a_file_sorted_by_label_a_limited_test_has_every_label(tmp_path):
     assert limited[0] == limited[1]
     assert len(limited[0]) == 20
     assert 4 < sum(int(text.removeprefix("text ")) < 40 for text in limited[0]) < 16
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+def test_what_is_chosen_and_reported_on_is_the_same_for_every_seed(tmp_path, decoder):
+    rows = [{"text": f"text {i}", "label": f"{i % 2}"} for i in range(100)]
+    columns = ["text"] if decoder else ["text", "label"]
+    text = "\n".join(json.dumps({name: row[name] for name in columns}) for row in rows)
+    path = write(tmp_path, "t.jsonl", text)
+
+    def texts(part: Any) -> list[str]:
+        return part["text" if decoder else "text0"][:]
+
+    found = [
+        tasks.load(DataSettings(train=path, hold_out=True, seed=seed), decoder) for seed in (0, 1)
+    ]
+    for task in found:
+        parts = [texts(each) for each in (task.train, task.validation, task.test)]
+        assert sorted(itertools.chain(*parts)) == sorted(row["text"] for row in rows)
+    for part in ("train", "validation", "test"):
+        assert texts(getattr(found[0], part)) == texts(getattr(found[1], part))

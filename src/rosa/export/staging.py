@@ -112,5 +112,6 @@ def rosa_adapter(model: nn.Module, adapter_name: str | None) -> tuple[PeftModel,
     adapter = active[0] if adapter_name is None else adapter_name
     if not isinstance(inner.peft_config.get(adapter), RosaConfig):
         rosa = [name for name, c in inner.peft_config.items() if isinstance(c, RosaConfig)]
-        raise UserError(f"{adapter!r} is not a ROSA adapter of this model; there are: {rosa}")
+        there = f"; there are: {rosa}" if rosa else ": merged into a plain model it can be"
+        raise UserError(f"{adapter!r} is not a ROSA adapter of this model{there}")
     return inner, adapter

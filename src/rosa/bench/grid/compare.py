@@ -12,6 +12,7 @@ was chosen on. A finished cell is never trained again, so a stopped comparison g
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 COMPARISON, LOCK = "comparison.json", ".lock"
+DIGESTS, PLANNED = "digests", "planned"
+"""In that file, beside what all cells share: of the data's files, and the names of the cells."""
 
 
 def compare(
@@ -90,10 +93,14 @@ def compare(
         ) from None
     try:
         about = _shared(base) if before is None else {**_shared(base), "before": dict(before)}
-        runs.write_json(base.output / COMPARISON, about)
+        there = _about(base.output)
+        about[DIGESTS] = _check_files(base, there.get(DIGESTS))
+        planned = dict.fromkeys(there.get(PLANNED, ()))
         maker = made_by(jobs)
 
         def train(todo: list[Cell], title: str) -> dict[str, str]:
+            planned.update(dict.fromkeys(cell.name for cell in todo))
+            runs.write_json(base.output / COMPARISON, {**about, PLANNED: [*planned]})
             left = [cell for cell in todo if not runs.is_done(base.output / cell.name)]
             done = len(todo) - len(left)
             console.print(f"{title}: {len(todo)} cells, {done} of them finished before")
@@ -141,6 +148,27 @@ def _settings_of(base: RunSettings, cell: Cell) -> RunSettings:
 
 def _shared(base: RunSettings) -> dict[str, Any]:
     return {k: v for k, v in base.to_json().items() if k not in OF_A_CELL}
+
+
+def _about(output: Path) -> dict[str, Any]:
+    return runs.read_json(output / COMPARISON) if (output / COMPARISON).is_file() else {}
+
+
+def _check_files(base: RunSettings, before: Mapping[str, str] | None) -> dict[str, str]:
+    """Digests of the data's files; UserError if they are not those that it was begun with."""
+    files = {"train": base.train, "validation": base.validation}
+    if base.data is not None:
+        files |= {path.name: path for path in sorted(base.data.iterdir()) if path.is_file()}
+    there = {name: path for name, path in files.items() if path is not None}
+    found = {name: hashlib.sha256(p.read_bytes()).hexdigest() for name, p in there.items()}
+    known = before or {}
+    changed = [str(there[name]) for name in found if known.get(name, found[name]) != found[name]]
+    if changed:
+        raise UserError(
+            f"{base.output} holds a comparison on other data: {', '.join(changed)} has changed "
+            "since it was begun. Put it back, or name a new folder"
+        )
+    return found
 
 
 def _check_folder(base: RunSettings) -> None:

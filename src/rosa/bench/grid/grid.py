@@ -11,6 +11,7 @@ from urllib.parse import quote
 from rosa.bench.setup.checking import check_meant
 from rosa.bench.setup.methods import METHODS, find_method
 from rosa.bench.setup.settings import RunSettings, convert
+from rosa.bench.tasks.task import DataSettings
 from rosa.errors import UserError
 
 LR_FACTORS = (0.3, 1.0, 3.0)
@@ -20,6 +21,8 @@ HALF_DECADES = tuple(float(f"{digit}e{power}") for power in range(-8, 2) for dig
 
 OF_A_CELL = ("output", "method", "rank", "lr", "seed", "versions")
 """Settings that make one cell differ from another; the comparison's are all else."""
+OF_THE_DATA = ("model", *(field.name for field in fields(DataSettings) if field.name != "seed"))
+"""Settings that say what is learned, which no method of a comparison has for itself."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,11 @@ class Variant:
                 raise UserError(
                     f"{text!r}: {option!r} is not setting=value with a setting of a run; there "
                     f"are: {', '.join(types)}"
+                )
+            if name in OF_THE_DATA:
+                raise UserError(
+                    f"{text!r}: all methods are compared on one model and the same data: {name} is "
+                    "no setting of one of them"
                 )
             check_meant(method, name, repr(text))
             if name == "set":  # of which there may be several, each a value of YAML
@@ -132,6 +140,11 @@ def make_grid(
         known = {v.name for v in variants} | {v.method for v in variants}
         if equals and name not in known:
             raise UserError(f"--lrs {text}: {name!r} is none of the methods compared")
+        if name in rates:
+            raise UserError(
+                f"--lrs {text}: {name or 'all others'} had rates before: name them together, as in "
+                f"--lrs {name}{equals}1e-4,1e-3"
+            )
         try:
             rates[name] = tuple(sorted({float(value) for value in values.split(",")}))
         except ValueError:

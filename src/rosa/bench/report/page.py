@@ -47,7 +47,7 @@ def write_page(comparison: Comparison, path: Path) -> None:
     settings = "".join(
         f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>"
         for name, value in comparison.settings.items()
-        if value not in (None, [], False)
+        if value is not None and value is not False and value != []
     )
     listed = "".join(f"<li>{escape(note)}</li>" for note in notes(comparison))
     task = comparison.settings.get("task") or Path(comparison.settings.get("train") or "text").stem

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from rosa.bench.grid.cell import ERROR
-from rosa.bench.grid.compare import COMPARISON
+from rosa.bench.grid.compare import COMPARISON, DIGESTS, PLANNED
 from rosa.bench.storage import runs
 from rosa.bench.storage.record import Record, best_record, read_record
 from rosa.errors import UserError
@@ -29,6 +29,7 @@ class Row:
     rank: int | None
     lr: float
     at_edge: bool
+    rates: int  # that were tried
     records: list[Record]
     histories: list[dict[str, Any]] = field(repr=False)
 
@@ -57,7 +58,7 @@ class Comparison:
         before: metrics of the pretrained model, where they were measured.
         cells: the record of every finished cell, also of learning rates that were not chosen.
         failed: names of the cells that ended with an error.
-        unfinished: names of the cells that have begun and not ended.
+        unfinished: names of the cells that were asked for and have not ended.
     """
 
     folder: Path
@@ -115,7 +116,10 @@ def read_comparison(folder: Path) -> Comparison:
         for group in groups.values()
         for record, place in group
     }
-    before = settings.pop("before", {})
+    before, planned = settings.pop("before", {}), settings.pop(PLANNED, [])
+    settings.pop(DIGESTS, None)
+    begun = {*cells, *failed, *unfinished}
+    unfinished += [name for name in map(_shown, planned) if name not in begun]
     known = {f"{part}_{first.metric}" for part in ("train", "eval", "test")}
     further = [k for k in first.scores if k.endswith(f"_{first.metric}") and k not in known]
     return Comparison(
@@ -151,6 +155,7 @@ def _row(
         rank,
         lr,
         len(rates) > 1 and lr in (min(rates), max(rates)),
+        len(set(rates)),
         [record for record, _ in chosen],
         [runs.read_json(place / runs.HISTORY) for _, place in chosen],
     )

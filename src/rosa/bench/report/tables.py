@@ -19,7 +19,7 @@ def metrics_table(title: str, record: Mapping[str, Any]) -> Table:
 
     table = Table("metric", "value", title=title)
     for name, value in record.items():
-        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+        table.add_row(name, _score(value) if isinstance(value, float) else str(value))
     return table
 
 
@@ -116,7 +116,8 @@ def markdown(comparison: Comparison) -> str:
     """The table in Markdown, with the notes that it needs to be read right."""
     names = columns(comparison)
     lines = ["| " + " | ".join(names) + " |", "| " + " | ".join("---" for _ in names) + " |"]
-    lines += ["| " + " | ".join(cells) + " |" for cells in shown_rows(comparison)]
+    rows = ([cell.replace("|", "\\|") for cell in cells] for cells in shown_rows(comparison))
+    lines += ["| " + " | ".join(cells) + " |" for cells in rows]
     return "\n".join(lines) + "\n\n" + "\n".join(f"- {note}" for note in notes(comparison)) + "\n"
 
 
@@ -127,9 +128,11 @@ def notes(comparison: Comparison) -> list[str]:
     found = [
         f"score: {comparison.metric.removeprefix('test_').replace('_', ' ')} on the {examples} "
         "examples reported on, mean over the seeds; spread: its standard deviation over the seeds",
-        "the learning rate of each row was chosen with one seed on validation data held out of the "
-        "training set",
+        "where several learning rates were tried, a row's was chosen with one seed on validation "
+        "data held out of the training set",
     ]
+    if untuned := [row.name for row in comparison.rows if row.rates == 1]:
+        found.append(f"no other rate was tried of {'; '.join(untuned)}")
     if comparison.before:
         names = [comparison.metric, *comparison.further]
         values = [f"{n.replace('_', ' ')} {_score(comparison.before[n])}" for n in names]

@@ -83,14 +83,20 @@ def read_record(folder: Path) -> Record:
     Raises:
         UserError: the file is damaged.
     """
-    values = read_json(folder / METRICS)
+    try:
+        values = read_json(folder / METRICS)
+    except UserError as error:
+        raise UserError(f"{error}. Delete {folder} to train that run again") from error
     if not values.get("variant"):  # a run before records said it: its folder's name does
         name = folder.name.rsplit("-lr", 1)[0].removesuffix(f"-r{values.get('rank')}")
         values["variant"] = name
     known = [f for f in fields(Record) if f.name != "scores"]
     lacks = [f.name for f in known if f.default is MISSING and f.name not in values]
     if lacks:
-        raise UserError(f"{folder / METRICS} lacks {', '.join(lacks)}: the file is damaged")
+        raise UserError(
+            f"{folder / METRICS} lacks {', '.join(lacks)}: the file is damaged. "
+            f"Delete {folder} to train that run again"
+        )
     own = {f.name: values.pop(f.name) for f in known if f.name in values}
     return Record(**own, scores=values)
 

@@ -304,6 +304,8 @@ def load_trained(
         with blame(f"the model in {place} cannot be loaded"):
             trained = auto.from_pretrained(str(place))
     else:
+        if (folder / "comparison.json").is_file():
+            raise UserError(f"{folder} is a comparison of many runs: name the folder of one in it")
         raise UserError(f"{folder} holds neither a run nor an adapter (no adapter_config.json)")
     return trained.eval(), own_tokenizer(place)  # type: ignore[return-value]
 

@@ -50,8 +50,7 @@ def load(settings: DataSettings, decoder: bool) -> Task:
     if settings.hold_out and task.test is None and task.generation is None:
         from rosa.bench.tasks.text import split_off
 
-        # One split for every seed: what is chosen on it must not have been trained on.
-        train, validation = split_off(task.train, 0, stratify=task.kind == "classification")
+        train, validation = split_off(task.train, stratify=task.kind == "classification")
         task = replace(task, train=train, validation=validation, test=task.validation)
     if settings.limit_train is not None and settings.limit_train < len(task.train):
         rows = task.train.shuffle(seed=settings.seed).select(range(settings.limit_train))
