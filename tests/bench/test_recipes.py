@@ -217,7 +217,9 @@ def test_gpt2s_path(name, tmp_path, trainers, monkeypatch):
     assert set(lengths) == {4}
     assert all(len(o["logits_processor"]) == 1 for o in asked)
     texts = json.loads((tmp_path / "run" / "predictions.json").read_text())["texts"]
-    assert texts[0]["prompt"] == prompt("name[P0], food[soup]")
+    assert {text["prompt"] for text in texts} < {
+        prompt(f"name[P{i}], food[soup]") for i in range(20)
+    }
     assert prompt("name[P0]") == "Input: name[P0] Output:"
     if name in PAPERS:  # two epochs: one draw, as the second begins
         assert record["resamples"] == 1
