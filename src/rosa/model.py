@@ -189,7 +189,8 @@ class RosaModel(BaseTuner):
         """The module that holds a weight: one of the model's own, where others hold it too."""
         name = target.module_name
         there = model.get_submodule(name)  # not the target's, if that was given for another weight
-        if there is target.module and name in outside and (own := give_own(model, name)):
+        shared = there is target.module and name in outside
+        if shared and (own := give_own(model, name)) is not None:
             outside.update(f"{name}.{child}" for child in own._modules)  # now the copy's as well
             return own
         return base_of(there)

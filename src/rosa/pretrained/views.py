@@ -24,8 +24,8 @@ class MatrixView:
     @property
     def parameter(self) -> Tensor:
         """The weight itself, as it is stored."""
-        own = self.module._parameters.get(self.name)  # before what stands in for it in a pass
-        return getattr(self.module, self.name) if own is None else own
+        own = self.module._parameters  # not what stands in for it in a pass
+        return own[self.name] if self.name in own else getattr(self.module, self.name)  # type: ignore[return-value]
 
     @property
     def matrix(self) -> Tensor:
