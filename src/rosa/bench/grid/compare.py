@@ -12,7 +12,6 @@ was chosen on. A finished cell is never trained again, so a stopped comparison g
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from rosa.bench.grid.grid import OF_A_CELL, Cell, Grid, rate_beyond
 from rosa.bench.setup.checking import check
 from rosa.bench.setup.settings import RunSettings
 from rosa.bench.storage import runs
+from rosa.bench.storage.checkpoints import digest_of
 from rosa.bench.storage.record import best_record, read_record
 from rosa.bench.tasks.chat import usual_length
 from rosa.errors import UserError
@@ -32,7 +32,7 @@ from rosa.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-COMPARISON, LOCK = "comparison.json", ".lock"
+LOCK = ".lock"
 DIGESTS, PLANNED = "digests", "planned"
 """In that file, beside what all cells share: of the data's files, and the names of the cells."""
 
@@ -100,7 +100,7 @@ def compare(
 
         def train(todo: list[Cell], title: str) -> dict[str, str]:
             planned.update(dict.fromkeys(cell.name for cell in todo))
-            runs.write_json(base.output / COMPARISON, {**about, PLANNED: [*planned]})
+            runs.write_json(base.output / runs.COMPARISON, {**about, PLANNED: [*planned]})
             left = [cell for cell in todo if not runs.is_done(base.output / cell.name)]
             done = len(todo) - len(left)
             console.print(f"{title}: {len(todo)} cells, {done} of them finished before")
@@ -151,7 +151,7 @@ def _shared(base: RunSettings) -> dict[str, Any]:
 
 
 def _about(output: Path) -> dict[str, Any]:
-    return runs.read_json(output / COMPARISON) if (output / COMPARISON).is_file() else {}
+    return runs.read_json(output / runs.COMPARISON) if (output / runs.COMPARISON).is_file() else {}
 
 
 def _check_files(base: RunSettings, before: Mapping[str, str] | None) -> dict[str, str]:
@@ -160,7 +160,7 @@ def _check_files(base: RunSettings, before: Mapping[str, str] | None) -> dict[st
     if base.data is not None:
         files |= {path.name: path for path in sorted(base.data.iterdir()) if path.is_file()}
     there = {name: path for name, path in files.items() if path is not None}
-    found = {name: hashlib.sha256(p.read_bytes()).hexdigest() for name, p in there.items()}
+    found = {name: digest_of(p) for name, p in there.items()}
     known = before or {}
     changed = [str(there[name]) for name in found if known.get(name, found[name]) != found[name]]
     if changed:
@@ -177,9 +177,12 @@ def _check_folder(base: RunSettings) -> None:
         raise UserError(f"{output} is a file: name a folder")
     if not output.is_dir() or all(p.name == LOCK for p in output.iterdir()):
         return
-    if not (output / COMPARISON).is_file():
+    if not (output / runs.COMPARISON).is_file():
         raise UserError(f"{output} holds files that are not a comparison's: name a new folder")
-    before = {**runs.DEFAULTS, **runs.read_json(output / COMPARISON)}  # of a version with fewer
+    before = {
+        **runs.DEFAULTS,
+        **runs.read_json(output / runs.COMPARISON),
+    }  # of a version with fewer
     differ = [
         f"{name} ({before.get(name)} there, {value} here)"
         for name, value in _shared(base).items()

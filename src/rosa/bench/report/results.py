@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from rosa.bench.grid.cell import ERROR
-from rosa.bench.grid.compare import COMPARISON, DIGESTS, PLANNED
+from rosa.bench.grid.compare import DIGESTS, PLANNED
 from rosa.bench.storage import runs
 from rosa.bench.storage.record import Record, best_record, read_record
 from rosa.errors import UserError
@@ -79,8 +79,8 @@ def read_comparison(folder: Path) -> Comparison:
         FileNotFoundError: it is not one.
         ValueError: no cell of it is finished, or a file is damaged.
     """
-    if not (folder / COMPARISON).is_file():
-        raise FileNotFoundError(f"{folder} is not a comparison's folder (no {COMPARISON})")
+    if not (folder / runs.COMPARISON).is_file():
+        raise FileNotFoundError(f"{folder} is not a comparison's folder (no {runs.COMPARISON})")
     groups: dict[tuple[str, int | None], list[tuple[Record, Path]]] = {}
     failed, unfinished = [], []
     diverged: dict[str, list[float]] = {}  # rates that failed, by the begin of their cells' names
@@ -103,7 +103,7 @@ def read_comparison(folder: Path) -> Comparison:
         for group, cells in groups.items()
     ]
     first = rows[0].records[0]
-    settings = runs.read_json(folder / COMPARISON)
+    settings = runs.read_json(folder / runs.COMPARISON)
     # A report is for others: not where files lie on this machine.
     if settings.get("model"):
         settings["model"] = runs.model_name(settings["model"])

@@ -31,7 +31,7 @@ def finish(checkpoint: Path, best: str | None) -> None:
         checkpoint: its folder.
         best: the checkpoint of the best model so far, which is kept too.
     """
-    digests = {str(p.relative_to(checkpoint)): _digest(p) for p in _files(checkpoint)}
+    digests = {str(p.relative_to(checkpoint)): digest_of(p) for p in _files(checkpoint)}
     write_whole(checkpoint / WHOLE, json.dumps(digests, indent=2, sort_keys=True))
     (checkpoint / BEGUN).unlink()
     bring_to_disk(checkpoint)
@@ -76,7 +76,7 @@ def _damaged(checkpoint: Path) -> list[str]:
         return [
             name
             for name, digest in digests.items()
-            if not (checkpoint / name).is_file() or _digest(checkpoint / name) != digest
+            if not (checkpoint / name).is_file() or digest_of(checkpoint / name) != digest
         ]
     except (ValueError, AttributeError):
         return [WHOLE]
@@ -86,7 +86,8 @@ def _files(folder: Path) -> list[Path]:
     return [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in (BEGUN, WHOLE)]
 
 
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """Of a file's bytes, which are not read at once."""
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         while part := file.read(2**20):

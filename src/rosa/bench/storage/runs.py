@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 SETTINGS, METRICS, HISTORY = "settings.json", "metrics.json", "history.json"
 ADAPTER, MODEL, CHECKPOINTS = "adapter", "model", "checkpoints"
+COMPARISON = "comparison.json"  # of a folder of many runs
 MODEL_CONFIG = "model_config.json"  # beside an adapter
 PREDICTIONS = "predictions.json"
 _OURS = (METRICS, HISTORY, PREDICTIONS, ADAPTER, MODEL, CHECKPOINTS)
@@ -304,7 +305,7 @@ def load_trained(
         with blame(f"the model in {place} cannot be loaded"):
             trained = auto.from_pretrained(str(place))
     else:
-        if (folder / "comparison.json").is_file():
+        if (folder / COMPARISON).is_file():
             raise UserError(f"{folder} is a comparison of many runs: name the folder of one in it")
         raise UserError(f"{folder} holds neither a run nor an adapter (no adapter_config.json)")
     return trained.eval(), own_tokenizer(place)  # type: ignore[return-value]
