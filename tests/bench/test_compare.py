@@ -245,13 +245,13 @@ VARIANTS = [
 ]
 
 
-def by_distance(best: float, fails_at: float = math.inf) -> Kind:
-    """Cells whose loss is the distance of their rate from the best one."""
+def by_distance(best: float, fails_at: float = math.inf, flat: bool = False) -> Kind:
+    """Cells whose loss is the distance of their rate from the best one, or the same for all."""
 
     def train(settings, variant, told):
         if settings.lr >= fails_at:
             raise UserError("diverged")
-        loss = abs(math.log(settings.lr / best))
+        loss = 1.0 if flat else abs(math.log(settings.lr / best))
         values: dict[str, Any] = {f.name: 1 for f in fields(Record)}
         values |= {"variant": variant, "method": settings.method, "rank": settings.rank}
         values |= {"lr": settings.lr, "seed": settings.seed, "metric": "loss", "reported": "loss"}
@@ -291,6 +291,45 @@ def test_a_search_ends_where_a_rate_fails_and_where_there_are_no_more(tmp_path, 
     (row,) = read_comparison(tmp_path / "ends").rows
     assert row.lr == HALF_DECADES[0]
     assert row.at_edge
+
+
+def test_a_search_ends_where_no_rate_is_better_than_another(tmp_path, monkeypatch):
+    monkeypatch.setitem(EXECUTORS, "processes", Here)
+    base = RunSettings(model="m", output=tmp_path)
+    grid = make_grid(["full"], [], ["1e-3,3e-3"], [0, 1])
+    compare(base, grid, kind=by_distance(1.0, flat=True), widen=True)
+    (row,) = read_comparison(tmp_path).rows
+    assert (row.lr, row.rates, len(row.records)) == (1e-3, 2, 2)
+
+
+def test_a_settled_row_trains_its_seeds_while_others_look_for_a_rate(tmp_path, monkeypatch):
+    monkeypatch.setitem(EXECUTORS, "processes", Here)
+    made: list[str] = []
+    kind = by_distance(3e-3)
+    grid = make_grid(["full", "head"], [], ["full=1e-3,3e-3,1e-2", "head=1e-4,3e-4"], [0, 1])
+
+    def train(settings, variant, told):
+        made.append(settings.output.name)
+        return kind.train(settings, variant, told)
+
+    assert not compare(
+        RunSettings(model="m", output=tmp_path), grid, kind=Kind(kind.check, train), widen=True
+    )
+    assert made.index("full-lr0.003-s1") < made.index("head-lr0.003-s0")
+    assert "head-lr0.003-s1" in made
+    assert len(set(made)) == len(made)
+
+
+def test_rates_are_chosen_with_one_seed_in_every_call(tmp_path, monkeypatch):
+    monkeypatch.setitem(EXECUTORS, "processes", Here)
+    base = RunSettings(model="m", output=tmp_path)
+    compare(base, make_grid(["full"], [], ["1e-3,3e-3"], [0]), kind=by_distance(1e-3))
+    more = make_grid(["full"], [], ["1e-3,3e-3"], [1, 2])
+    with pytest.raises(UserError, match="with seed 0: give it as the first"):
+        compare(base, more, kind=by_distance(3e-3))
+    assert len(read_comparison(tmp_path).cells) == 2
+    compare(base, make_grid(["full"], [], ["1e-3,3e-3"], [0, 1, 2]), kind=by_distance(3e-3))
+    assert len(read_comparison(tmp_path).rows[0].records) == 3
 
 
 def test_a_search_is_made_where_it_is_asked_for(tmp_path, monkeypatch):

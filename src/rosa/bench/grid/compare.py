@@ -12,7 +12,7 @@ was chosen on. A finished cell is never trained again, so a stopped comparison g
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 LOCK = ".lock"
-DIGESTS, PLANNED = "digests", "planned"
-"""In that file, beside what all cells share: of the data's files, and the names of the cells."""
+DIGESTS, PLANNED, TUNED_ON = "digests", "planned", "tuned_on"
+"""In that file, beside what all cells share: of the data's files, the cells' names, a seed."""
 
 
 def compare(
@@ -96,6 +96,12 @@ def compare(
         there = _about(base.output)
         about[DIGESTS] = _check_files(base, there.get(DIGESTS))
         planned = dict.fromkeys(there.get(PLANNED, ()))
+        about[TUNED_ON] = there.get(TUNED_ON, grid.seeds[0])
+        if about[TUNED_ON] != grid.seeds[0]:
+            raise UserError(
+                f"in {base.output} rates are chosen with seed {about[TUNED_ON]}: give it as the "
+                f"first of the seeds, not {grid.seeds[0]}"
+            )
         maker = made_by(jobs)
 
         def train(todo: list[Cell], title: str) -> dict[str, str]:
@@ -109,35 +115,36 @@ def compare(
 
         failures: dict[str, str] = {}
         tried: dict[tuple[str, int | None], list[Cell]] = {}
-        best: dict[tuple[str, int | None], float | None] = {}
-        tuning = [cell for cell in cells if cell.seed == grid.seeds[0]]
-        while tuning:
-            failures |= train(tuning, "tuning")
+        begun: set[str] = set()
+        todo = [cell for cell in cells if cell.seed == grid.seeds[0]]
+        while todo:
+            tuning = [cell for cell in todo if cell.seed == grid.seeds[0]]
+            failures |= train(todo, "tuning" if tuning else "seeds")
+            begun.update(cell.name for cell in todo)
             for cell in tuning:
                 tried.setdefault(cell.group, []).append(cell)
-            best = {group: _best(base.output, some) for group, some in tried.items()}
-            tuning = [*_beyond(tried, best)] if widen else []
-        rest = [
-            replace(some[0], lr=rate, seed=seed)
-            for group, some in tried.items()
-            if (rate := best[group]) is not None
-            for seed in grid.seeds[1:]
-        ]
-        failures |= train(rest, "seeds")
+            # A row whose rate is settled goes on while others look for theirs.
+            after = [c for some in tried.values() for c in _after(base.output, some, grid, widen)]
+            todo = [cell for cell in after if cell.name not in begun]
         maker.close()
         return failures
     finally:
         lock.release()
 
 
-def _beyond(
-    tried: Mapping[tuple[str, int | None], list[Cell]],
-    best: Mapping[tuple[str, int | None], float | None],
-) -> Iterator[Cell]:
-    """A cell more for each row whose best rate is at the edge of those tried."""
-    for group, cells in tried.items():
-        if (rate := rate_beyond([cell.lr for cell in cells], best[group])) is not None:
-            yield replace(cells[0], lr=rate)
+def _after(folder: Path, tried: list[Cell], grid: Grid, widen: bool) -> list[Cell]:
+    """What a row's trials of rates call for: one beyond them, or the best with the other seeds."""
+    found = [read_record(folder / cell.name) for cell in tried if runs.is_done(folder / cell.name)]
+    if not found:
+        return []  # every one failed
+    best = best_record(found)
+    # Equals are the pretrained model, kept since no rate was better: a lower one is not either.
+    losses = [record.scores["eval_loss"] for record in found]
+    alone = losses.count(best.scores["eval_loss"]) == 1
+    beyond = rate_beyond([cell.lr for cell in tried], best.lr) if widen and alone else None
+    if beyond is not None:
+        return [replace(tried[0], lr=beyond)]
+    return [replace(tried[0], lr=best.lr, seed=seed) for seed in grid.seeds[1:]]
 
 
 def _settings_of(base: RunSettings, cell: Cell) -> RunSettings:
@@ -193,9 +200,3 @@ def _check_folder(base: RunSettings) -> None:
             f"{output} holds a comparison with other settings: {'; '.join(differ)}. Give the same "
             "to go on with it, or name a new folder"
         )
-
-
-def _best(folder: Path, cells: list[Cell]) -> float | None:
-    """The chosen learning rate of cells that differ in it alone; None if every one failed."""
-    found = [read_record(folder / c.name) for c in cells if runs.is_done(folder / c.name)]
-    return best_record(found).lr if found else None

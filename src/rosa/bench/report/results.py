@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from rosa.bench.grid.cell import ERROR
-from rosa.bench.grid.compare import DIGESTS, PLANNED
+from rosa.bench.grid.compare import DIGESTS, PLANNED, TUNED_ON
 from rosa.bench.storage import runs
 from rosa.bench.storage.record import Record, best_record, read_record
 from rosa.errors import UserError
@@ -117,7 +117,8 @@ def read_comparison(folder: Path) -> Comparison:
         for record, place in group
     }
     before, planned = settings.pop("before", {}), settings.pop(PLANNED, [])
-    settings.pop(DIGESTS, None)
+    for name in (DIGESTS, TUNED_ON):
+        settings.pop(name, None)
     begun = {*cells, *failed, *unfinished}
     unfinished += [name for name in map(_shown, planned) if name not in begun]
     known = {f"{part}_{first.metric}" for part in ("train", "eval", "test")}
