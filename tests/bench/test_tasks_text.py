@@ -34,6 +34,8 @@ def csv_of(folder: Path, labels: list[str], name: str = "t.csv") -> Path:
     [
         ("a.csv", 'text,label\n007,01\n"a, ""b""\nc",NA\n'),
         ("a.CSV", BOM + 'text,label\r\n007,01\r\n"a, ""b""\nc",NA\r\n'),
+        ("a.csv", 'text;label\n007;01\n"a, ""b""\nc";NA\n'),
+        ("a.csv", BOM + 'text\tlabel\r\n007\t01\r\n"a, ""b""\nc"\tNA\r\n'),
         ("a.tsv", 'text\tlabel\n007\t01\n"a, ""b""\nc"\tNA\n'),
         ("a.jsonl", '{"text":"007","label":"01"}\n\n{"text":"a, \\"b\\"\\nc","label":"NA"}\n'),
         ("a.json", BOM + '[{"text":"007","label":"01"},{"text":"a, \\"b\\"\\nc","label":"NA"}]'),
@@ -124,7 +126,7 @@ def test_labels_are_numbered_alike_whatever_the_type_in_the_file(tmp_path):
         (["x"] * 9, None, "one label only"),
         (["x", "x ", " x"] * 9, None, "one label only"),
         (["x", "y"] * 9, ["x", "z"], "labels that are not learned: z"),
-        (["x"] * 9 + ["y"], None, "too few rows to split"),
+        (["x"] * 9 + ["y"], None, "too few rows to hold some out for validation: 10"),
     ],
 )
 def test_labels_of_no_use(tmp_path, labels, validation, message):
@@ -134,6 +136,21 @@ def test_labels_of_no_use(tmp_path, labels, validation, message):
     )
     with pytest.raises(ValueError, match=message):
         tasks.load(settings, decoder=False)
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        (["Yes", "yes", "no"], "'Yes' and 'yes' are learned as 2 labels"),
+        (["good", "very bad", "Very  bad"], "'very bad' and 'Very  bad' are learned as 2"),
+        (["yes", "no"], ""),
+    ],
+)
+def test_labels_that_are_nearly_one_are_told_of(tmp_path, capsys, labels, told):
+    task = tasks.load(DataSettings(train=csv_of(tmp_path, labels * 9)), decoder=False)
+    assert len(task.labels) == len(labels)
+    said = capsys.readouterr()
+    assert (told in said.out + said.err) if told else "learned as" not in said.out + said.err
 
 
 def test_an_evaluation_looks_for_the_columns_of_the_run():

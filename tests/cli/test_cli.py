@@ -461,7 +461,7 @@ def test_the_cola_task_reads_the_raw_release(encoder, tmp_path):
         ("text,kind\ngood,1\n", "has no column 'label'; there are: text, kind"),
         ("text,label\ngood,1\nbad,1\n", "has one label only (1)"),
         ("text,label\n,1\nbad,0\n", "row 1 has nothing in column 'text'"),
-        ("text,label\ngood,1\nbad,0\n", "too few rows to split a validation set off"),
+        ("text,label\ngood,1\nbad,0\n", "too few rows to hold some out"),
     ],
 )
 def test_bad_training_files(encoder, tmp_path, capsys, content, message):

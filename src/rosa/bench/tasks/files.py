@@ -18,7 +18,8 @@ from rosa.errors import UserError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_SEPARATORS = {".csv": ",;\t", ".tsv": "\t"}
+"""Of each kind: the first of them that the header has. Spreadsheets write ; in half of Europe."""
 JSON_LINES = (".json", ".jsonl")
 
 
@@ -73,7 +74,9 @@ def read_columns(path: Path) -> dict[str, list[Any]]:
     elif kind in JSON_LINES:
         table = _objects(path, content)
     else:
-        table = _cells(path, content, _SEPARATORS[kind])
+        header = content.lstrip().split("\n", 1)[0]
+        separator = next((sign for sign in _SEPARATORS[kind] if sign in header), ",")
+        table = _cells(path, content, separator)
     if not any(table.values()):
         raise UserError(f"{path} has no rows")
     return table

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rosa.bench.processes import say
 from rosa.bench.tasks.files import read_table
 from rosa.bench.tasks.metrics import accuracy_and_macro_f1
 from rosa.bench.tasks.task import DataSettings, Task
@@ -43,6 +44,7 @@ def load_text(settings: DataSettings, labels: tuple[str, ...] | None = None) -> 
             f"{settings.train}: column {settings.label_column!r} has one label only "
             f"({', '.join(labels)}): there is nothing to learn"
         )
+    _tell_of_likenesses(labels)
     train = _with_ids(train, labels, settings.train)
     if settings.validation is None:
         train, validation = split_off(train)
@@ -75,6 +77,18 @@ def _label(value: str) -> str:
     return value[:-2] if re.fullmatch(r"-?\d+\.0", value) else value
 
 
+def _tell_of_likenesses(labels: tuple[str, ...]) -> None:
+    alike: dict[str, list[str]] = {}
+    for label in labels:
+        alike.setdefault(" ".join(label.casefold().split()), []).append(label)
+    for group in alike.values():
+        if len(group) > 1:
+            say(
+                f"{' and '.join(map(repr, group))} are learned as {len(group)} labels: write them "
+                "alike if they are one"
+            )
+
+
 def _with_ids(rows: Dataset, labels: tuple[str, ...], path: Path) -> Dataset:
     unknown = sorted(set(rows["label"]) - set(labels))
     if unknown:
@@ -102,8 +116,9 @@ def split_off(rows: Dataset, stratify: bool = True) -> tuple[Dataset, Dataset]:
     held = max(round(VALIDATION_SHARE * len(rows)), len(counts))
     if min(counts) < 2 or held > len(rows) - len(counts):
         raise UserError(
-            "too few rows to split a validation set off (each label needs at least two): give a "
-            "--validation file"
+            f"too few rows to hold some out for validation: {len(rows)} to train on"
+            + (", and each label needs two at least" if stratify else "")
+            + ". Add rows, or give a --validation file if there is none"
         )
     train, validation = train_test_split(
         range(len(rows)), test_size=held, random_state=0, stratify=labels
