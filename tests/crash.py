@@ -106,12 +106,12 @@ def _command(
     os.dup2(descriptor, sys.stderr.fileno())
 
     from rosa import cli
-    from rosa.resampling import callback
+    from rosa.resampling import callback, schedule
 
     torch.set_num_threads(1)
     # A run of thirty steps then has what a long one has.
-    callback.SHORTEST_ROUND, callback.COUNTED, callback.FIRST = 6, 5, 7
-    callback.ITEMS_A_NUMBER = 0.01  # type: ignore[assignment]
+    schedule.SHORTEST_ROUND, callback.COUNTED, schedule.FIRST = 6, 5, 7
+    schedule.ITEMS_A_NUMBER = 0.01  # type: ignore[assignment]
     if sabotage is not None:
         _put(sabotage)
     if largest is not None:

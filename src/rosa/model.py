@@ -52,7 +52,7 @@ from rosa.packing import keep_order
 from rosa.pretrained.memory import Owners, make_private, owners_of, tenants, weight_owners
 from rosa.pretrained.sharding import check_shards, is_dtensor, is_fully_sharded, reshard, whole
 from rosa.pretrained.zero3 import at_hand
-from rosa.switching import or_as_before
+from rosa.switching import enable_all, or_as_before
 from rosa.targeting.held import check_not_held, give_own, held_outside
 from rosa.targeting.matching import has_embeddings, is_target, resolve_all_linear
 from rosa.targeting.names import COMPILED, check_adapter_name, check_modules_to_save
@@ -301,14 +301,19 @@ class RosaModel(BaseTuner):
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         reshard(self.model)
-        super()._enable_adapter_layers(enabled)
+        if enabled:
+            enable_all(self)
+            return
+        with or_as_before(self, settled=False):
+            super()._enable_adapter_layers(False)
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
     ) -> None:
         """Put adapters' whole change into the weights; see `RosaLayer.merge`."""
         reshard(self.model)
-        super().merge_adapter(adapter_names, safe_merge)
+        with or_as_before(self):
+            super().merge_adapter(adapter_names, safe_merge)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter from all layers; nothing of it stays."""
@@ -322,7 +327,8 @@ class RosaModel(BaseTuner):
     def unmerge_adapter(self) -> None:
         """Take what is merged out of the weights."""
         reshard(self.model)
-        super().unmerge_adapter()
+        with or_as_before(self):
+            super().unmerge_adapter()
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +20,12 @@ from transformers import (
     RobertaConfig,
 )
 
-from rosa import RosaCallback
 from rosa.bench.planning import kept_bytes, parse_memory, plan
 from rosa.bench.setup.methods import find_method
 from rosa.bench.setup.settings import RunSettings
 from rosa.bench.train.building import Base, adapt
 from rosa.errors import UserError
+from rosa.resampling.schedule import auto_period
 from tests.helpers import fails, run
 
 SHAPES: dict[str, Any] = {
@@ -139,7 +138,10 @@ def test_draws_make_an_offset_of_full_rank_at_most_and_processes_make_buckets(fo
     given = {"rank": 4, "max_length": 20, "resample_every": "10", "precision": "fp32"}
     settings = RunSettings(model=str(folder), output=folder / "run", **given)
     few, many, later = (plan(settings, n, tflops=1) for n in (10, 30, 10_000))
-    assert (few.draws, many.draws, later.draws) == (1, 3, 1000)
+    # As the callback has it: by the gradient there is one more, at half of the first ten steps.
+    assert (few.draws, many.draws, later.draws) == (2, 4, 1001)
+    even = plan(replace(settings, directions="orthonormal"), 30, tflops=1)
+    assert even.draws == 3
     sizes = [next(iter(p.main.values())) for p in (few, many, later)]
     assert sizes[0] < sizes[1] <= sizes[2] < 2 * few.device["frozen weights"]
     two = plan(settings, 10, gpus=2, tflops=1)
@@ -162,8 +164,11 @@ def test_auto_counts_what_the_training_counts(folder):
     found = plan(settings, 10_000, tflops=1)
     classifier = "roberta" in (folder / "config.json").read_text()
     items = settings.batch_size if classifier else found.tokens
-    period = RosaCallback.auto_period(found.trained, items)
-    assert found.draws == max(math.ceil(10_000 / period), 1)
+    head = replace(settings, method="head", rank=None)
+    period = auto_period(
+        found.trained - (plan(head, 1, tflops=1).trained if classifier else 0), items
+    )
+    assert found.draws == 1 + len(range(32, 10_000, period))
 
 
 def test_weights_in_parts_are_counted_in_parts(folder):

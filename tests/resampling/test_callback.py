@@ -87,8 +87,8 @@ NUMBERS = 2 * 2 * (16 + 16) * 2  # of query and value in two layers at rank 2
 def test_auto_goes_by_the_items_for_each_trained_number(
     tmp_path, data, monkeypatch, directions, shortest, options, period
 ):
-    monkeypatch.setattr("rosa.resampling.callback.SHORTEST_ROUND", shortest)
-    monkeypatch.setattr("rosa.resampling.callback.ITEMS_A_NUMBER", 1 / 16)
+    monkeypatch.setattr("rosa.resampling.schedule.SHORTEST_ROUND", shortest)
+    monkeypatch.setattr("rosa.resampling.schedule.ITEMS_A_NUMBER", 1 / 16)
     monkeypatch.setattr("rosa.resampling.callback.COUNTED", 2)
     _, callback, _ = train(
         tmp_path, data, "auto", directions=directions, max_steps=period + 5, **options
@@ -215,9 +215,9 @@ def test_a_run_resumed_at_any_step_is_the_uninterrupted_run_to_the_last_bit(
     tmp_path, data, every, directions, monkeypatch
 ):
     """Also while it watches the gradient, or counts for its schedule."""
-    monkeypatch.setattr("rosa.resampling.callback.SHORTEST_ROUND", 3)
+    monkeypatch.setattr("rosa.resampling.schedule.SHORTEST_ROUND", 3)
     monkeypatch.setattr("rosa.resampling.callback.COUNTED", 4)
-    monkeypatch.setattr("rosa.resampling.callback.ITEMS_A_NUMBER", 0.05)
+    monkeypatch.setattr("rosa.resampling.schedule.ITEMS_A_NUMBER", 0.05)
     tiny_bert().save_pretrained(tmp_path / "base")
     options = {
         "base": tmp_path / "base",
@@ -287,8 +287,9 @@ def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, data, checkpoint):
 def test_another_schedule_is_taken_from_a_checkpoint_on_and_said(
     tmp_path, data, every, draws, monkeypatch
 ):
-    for name, value in (("SHORTEST_ROUND", 3), ("COUNTED", 2), ("ITEMS_A_NUMBER", 1e-6)):
-        monkeypatch.setattr(f"rosa.resampling.callback.{name}", value)
+    monkeypatch.setattr("rosa.resampling.schedule.SHORTEST_ROUND", 3)
+    monkeypatch.setattr("rosa.resampling.schedule.ITEMS_A_NUMBER", 1e-6)
+    monkeypatch.setattr("rosa.resampling.callback.COUNTED", 2)
     options = {"base": tiny_bert(), "save_strategy": "steps", "save_steps": 8, "max_steps": 20}
     train(tmp_path, data, every=7, **options)
     resume = str(tmp_path / "checkpoint-8")
@@ -325,13 +326,13 @@ def test_a_second_training_goes_on(tmp_path, data):
 
 def test_a_resumed_run_draws_by_the_period_that_was_found(tmp_path, data, monkeypatch):
     """Though the steps that it counts itself have other items."""
-    monkeypatch.setattr("rosa.resampling.callback.SHORTEST_ROUND", 2)
-    monkeypatch.setattr("rosa.resampling.callback.ITEMS_A_NUMBER", 0.05)
+    monkeypatch.setattr("rosa.resampling.schedule.SHORTEST_ROUND", 2)
+    monkeypatch.setattr("rosa.resampling.schedule.ITEMS_A_NUMBER", 0.05)
     options = {"base": tiny_bert(), "save_strategy": "steps", "save_steps": 12}
     _, whole, draws = train(tmp_path / "whole", data, "auto", max_steps=18, **options)
     assert whole.drawn_at
     checkpoint = str(tmp_path / "whole" / "checkpoint-12")
-    monkeypatch.setattr("rosa.resampling.callback.ITEMS_A_NUMBER", 1000)
+    monkeypatch.setattr("rosa.resampling.schedule.ITEMS_A_NUMBER", 1000)
     how = {"resume": checkpoint, "max_steps": 18, **options}
     _, resumed, later = train(tmp_path / "resumed", data, "auto", **how)
     assert (resumed.period, resumed.drawn_at) == (whole.period, whole.drawn_at)

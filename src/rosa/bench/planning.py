@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rosa.bench.setup.checking import check, parse_period
+from rosa.bench.setup.checking import check, parse_period, schedule
 from rosa.bench.setup.methods import find_method, own_optimizer
 from rosa.bench.setup.quantizing import HEADS
 from rosa.bench.setup.settings import RunSettings, in_bf16
@@ -124,7 +124,11 @@ def plan(
     """
     settings = check(settings)
     runs.check_model(settings.model)
-    for name, value in (("steps", steps), ("gpus", gpus), ("tflops", tflops or 1)):
+    for name, value in (
+        ("steps", steps),
+        ("gpus", gpus),
+        ("tflops", 1 if tflops is None else tflops),
+    ):
         if not 0 < value < math.inf:
             raise UserError(f"--{name} must be positive, got {value}")
     if settings.method not in PLANNED:
@@ -149,9 +153,10 @@ def plan(
     texts = settings.batch_size * settings.gradient_accumulation * gpus
     tokens = texts * _length(settings)
     items = tokens if is_decoder(model.config) else texts  # as "auto" counts them
-    draws = _draws(settings, steps, numbers, items) if settings.method == "rosa" else 0
+    draws = _draws(settings, model, steps, items) if settings.method == "rosa" else 0
+    rank = settings.rank or 0
     offset = sum(
-        min(per_draw * (draws + 1) * settings.rank, min(shape)) * sum(shape)  # type: ignore[operator]
+        int(min((1 + per_draw * (draws - 1)) * rank, 1.5 * min(shape))) * sum(shape)
         for shape in shapes
     )
     device = {
@@ -306,18 +311,14 @@ def kept_bytes(model: nn.Module, compute: Callable[[], Any]) -> tuple[int, Any]:
     return sum(storage.nbytes() for storage in found.values()), result
 
 
-def _draws(settings: RunSettings, steps: int, numbers: int, items: int) -> int:
+def _draws(settings: RunSettings, model: Any, steps: int, items: int) -> int:
     """How many draws a training has, the one at its beginning among them."""
-    from rosa import RosaCallback
-
-    every = parse_period(settings.resample_every)
-    if every == "never":
-        return 1
-    if every == "auto":
-        every = RosaCallback.auto_period(numbers, items)
-    if not isinstance(every, int):
+    if (
+        isinstance(parse_period(settings.resample_every), float)
+        or settings.resample_every == "epoch"
+    ):
         raise UserError("a plan knows no epochs: give --resample-every auto, never, or steps")
-    return max(math.ceil(steps / every), 1)
+    return 1 + len(schedule(settings).forecast(model, steps, 1, items))
 
 
 def _device() -> Any:

@@ -39,6 +39,8 @@ def as_before(model: nn.Module, adapter_name: str) -> Iterator[None]:
     ]
     try:
         yield
+    except GeneratorExit:  # interrupted when all was done, and told at some later time
+        raise
     except BaseException:
         ours = [layer for _, layer in rosa_layers(model) if adapter_name in layer.adapters]
         known: Any = getattr(model, "peft_config", None) or {}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -193,18 +192,16 @@ class Adapter:
         self.terms = LowRank(other.terms.B.clone(), other.terms.A.clone())
         self.draws = other.draws
 
-    @contextlib.contextmanager
-    def or_as_before(self) -> Iterator[None]:
-        """Take back what was done to the adapter if it fails."""
-        before = [own_part(factor).detach().clone() for factor in self.factors]
-        terms, draws = self.terms, self.draws
-        try:
-            yield
-        except BaseException:
-            for factor, values in zip(self.factors, before, strict=True):
-                own_part(factor).detach().copy_(values)
-            self.terms, self.draws = terms, draws
-            raise
+    def state(self) -> tuple[list[Tensor], LowRank, int]:
+        """What `restore` takes: a copy of the factors that are here, the offset, the draws."""
+        here = [own_part(factor).detach().clone() for factor in self.factors]
+        return here, self.terms, self.draws
+
+    def restore(self, state: tuple[list[Tensor], LowRank, int]) -> None:
+        """Be as one was."""
+        before, self.terms, self.draws = state
+        for factor, values in zip(self.factors, before, strict=True):
+            own_part(factor).detach().copy_(values)
 
     def watch(self, like: Tensor) -> None:
         """Begin to sum up where the loss gradient lies, in backward passes, until the next draw.

@@ -23,13 +23,13 @@ from rosa.layers.adapter import Adapter
 from rosa.layers.drawing import Factors, draw, take, waits_for_file
 from rosa.layers.dropped import take_out_with
 from rosa.layers.effective import effective_weight
-from rosa.layers.front import Front
+from rosa.layers.front import Front, forget_stand_in
 from rosa.layers.kind import Kind
 from rosa.layers.offset import OffsetDict
 from rosa.layers.replicated import average_gradients
 from rosa.layers.tracing import is_traced
 from rosa.pretrained.sharding import check_kept, from_first, is_fully_sharded
-from rosa.pretrained.weight import BaseWeight
+from rosa.pretrained.weight import WRITING, BaseWeight
 from rosa.pretrained.zero3 import is_in_part
 
 
@@ -64,6 +64,7 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
     weight_class: type[BaseWeight] = BaseWeight
     arrived: statedict.Arrived | None = None  # by state dicts since the layer was last used
     cast_input_dtype_enabled = True  # which `peft.helpers.disable_input_dtype_casting` looks for
+    is_behind = False  # something kept the weight from what is asked for, until the next use
     was_called = False
     was_read = False  # its weight's values were, which a model may do instead
 
@@ -144,7 +145,9 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
         if self.merged_adapters:
             if adapter.name not in self.merged_adapters:
                 return None
-            return self._base_weight.held[adapter.name] if adapter.merged else adapter.change()
+            held = self._base_weight.held.get(adapter.name)
+            as_merged = adapter.merged and held is not None and held is not adapter.terms
+            return held if as_merged else adapter.change()
         if self._disable_adapters or adapter.name not in self.active_adapters:
             return None
         return adapter.terms
@@ -162,7 +165,9 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
             leaving: an adapter that is being deleted: nothing of it is wanted.
             accept: what others have written into the weight as a part of W_0, with a warning.
         """
-        with self.base_weight.at_hand(written=True):
+        with WRITING, self.base_weight.at_hand(written=True):
+            forget_stand_in(self)
+            self.is_behind = True
             self._take_account(leaving, accept)
             wanted = {
                 name: change
@@ -170,8 +175,9 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
                 if name != leaving and (change := self._wanted(adapter)) is not None
             }
             self.base_weight.put(wanted, self._takes_turns)
-        for name, adapter in self.adapters.items():
-            adapter.merged = name in self.merged_adapters and name != leaving
+            for name, adapter in self.adapters.items():
+                adapter.merged = name in self.merged_adapters and name != leaving
+            self.is_behind = False
 
     def settle(self, looks: bool = True) -> None:
         """Take account of what state dicts brought and of what others wrote, before any use.
@@ -183,10 +189,11 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
             UserError: an adapter was loaded in part; or others have written into the weight while
                 an offset stood in it, so that it is not known any more what it holds.
         """
-        if looks:
-            self.base_weight.look()
-        if self.arrived is not None or self.base_weight.is_changed():
-            self.synchronize()
+        with WRITING:
+            if looks:
+                self.base_weight.look()
+            if self.arrived is not None or self.is_behind or self.base_weight.is_changed():
+                self.synchronize()
 
     def _take_account(self, leaving: str | None = None, accept: bool = False) -> None:
         if self.arrived is not None:
@@ -208,25 +215,40 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
         Args:
             overwritten: the weight is about to be overwritten: only forget what stands in it.
         """
-        if overwritten:
-            self.base_weight.overwritten()
-        else:
-            with self.base_weight.at_hand(written=True):
-                if self.arrived is None:
-                    self._take_account()
-                self.base_weight.put({}, several=False)
-        self._forget_merges()
+        with WRITING:
+            if overwritten:
+                self.base_weight.overwritten()
+            else:
+                with self.base_weight.at_hand(written=True):
+                    if self.arrived is None:
+                        self._take_account()
+                    self.base_weight.put({}, several=False)
+            self._forget_merges()
+
+    @property
+    def asked(self) -> tuple[tuple[str, ...], bool, str | list[str]]:
+        """What the state asks for: what is merged, whether it is disabled, what is active."""
+        return tuple(self.merged_adapters), self._disable_adapters, self._active_adapter
+
+    def ask(self, for_: tuple[tuple[str, ...], bool, str | list[str]]) -> None:
+        """Ask for this again, after an error: now, or if it cannot be now, at the next use."""
+        merged, self._disable_adapters, self._active_adapter = for_
+        self.merged_adapters[:] = [name for name in merged if name in self.adapters]
+        self.is_behind = True
+        if not is_in_part(self._base_weight.parameter):  # else all processes would have to
+            with contextlib.suppress(Exception):  # the first error is told
+                self.synchronize()
 
     @contextlib.contextmanager
     def _or_as_before(self) -> Iterator[None]:
         """Take back what was asked for if the weight cannot be brought to it."""
-        merged, disabled = list(self.merged_adapters), self._disable_adapters
-        active = self._active_adapter
+        before = self.asked
         try:
             yield
+        except GeneratorExit:  # interrupted when all was done, and told at some later time
+            raise
         except BaseException:
-            self.merged_adapters[:] = merged
-            self._disable_adapters, self._active_adapter = disabled, active
+            self.ask(before)
             raise
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -276,7 +298,10 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
                 f"a state dict has come to layer {self.name}, and is not in its weight yet: call "
                 "model.set_adapter(name) before the next forward pass of a sharded model"
             )
-        if self.arrived is not None or (not traced and self.base_weight.is_written()):
+        if not traced:
+            forget_stand_in(self)
+        behind = self.arrived is not None or self.is_behind
+        if behind or (not traced and self.base_weight.is_written()):
             self.synchronize()
         if not traced and not self.was_called:
             self.check_parts()
@@ -417,21 +442,28 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
         """
         self.settle()
         base, one = self.base_weight, self.adapters[adapter]
-        with base.at_hand(written=True), one.or_as_before():
-            learned = one.learned()
-            change = (learned + take(one, drawn)).joined()
-            one.terms = one.next_terms(change.to("cpu"), *base.bounds())
-            # In one pass over the weight: cheaper than the old offset out and the new one in.
-            if not base.add(adapter, change, one.terms):
-                self.synchronize()
+        with WRITING, base.at_hand(written=True):
+            before = one.state()
+            try:
+                learned = one.learned()
+                change = (learned + take(one, drawn)).joined()
+                one.terms = one.next_terms(change.to("cpu"), *base.bounds())
+                # In one pass over the weight: cheaper than the old offset out and the new one in.
+                if not base.add(adapter, change, one.terms):
+                    self.synchronize()
+            except BaseException:
+                one.restore(before)
+                self.ask(self.asked)
+                raise
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; nothing of it stays in the weight."""
-        if adapter_name in self.merged_adapters:
-            self.merged_adapters.remove(adapter_name)
-        self.synchronize(leaving=adapter_name, accept=True)
-        super().delete_adapter(adapter_name)
-        self.synchronize()
+        with self._or_as_before():
+            if adapter_name in self.merged_adapters:
+                self.merged_adapters.remove(adapter_name)
+            self.synchronize(leaving=adapter_name, accept=True)
+            super().delete_adapter(adapter_name)
+            self.synchronize()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapter(s); their offsets take the place of the others' in the weight."""
@@ -441,11 +473,14 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
 
     def enable_adapters(self, enabled: bool) -> None:
         """Put the adapters' offsets into the weight, or take them (and what is merged) out."""
+        if enabled:  # `disable_adapter()` ends with it: it is asked for whatever happens
+            self._disable_adapters, self.is_behind = False, True
+            super().enable_adapters(True)
+            return
         with self._or_as_before():
-            if not enabled:
-                self.merged_adapters.clear()
-            super().enable_adapters(enabled)
-            self.synchronize(accept=not enabled)
+            self.merged_adapters.clear()
+            super().enable_adapters(False)
+            self.synchronize(accept=True)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Scale an adapter, as other methods of PEFT can; diffusers asks for 1, which it has."""
@@ -507,11 +542,12 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
         """The base layer with the adapters merged, or with the pretrained weight (PEFT's hook)."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        else:
-            self.merged_adapters.clear()
-        if not self.merged:
-            self._disable_adapters = True
-            self.synchronize(accept=True)
+        with self._or_as_before():
+            if not merge:
+                self.merged_adapters.clear()
+            if not self.merged:
+                self._disable_adapters = True
+                self.synchronize(accept=True)
         base, how = self.base_layer, (merge, safe_merge, adapter_names)
         for name, module in self.inner(base).items():
             setattr(base, name, cast(RosaLayer, module).unload_and_optionally_merge_module(*how))

@@ -104,6 +104,22 @@ def _call_method(layer: Front, method: Any, *args: Any, **kwargs: Any) -> Any:
     return call_with(layer, layer.weight, layer.weight_path, _Calling(layer.base_layer), given, {})
 
 
+def _innermost(layer: nn.Module) -> nn.Module:
+    while isinstance(layer, Front):
+        layer = layer.base_layer
+    return layer
+
+
+def forget_stand_in(layer: Front) -> None:
+    """Take the changed weight out of the module that a backward pass has left it in.
+
+    One that comes here again has, and one that failed; see `call_with`.
+    """
+    base = _innermost(layer)
+    if layer.parameter_name in base._parameters:
+        vars(base).pop(layer.parameter_name, None)
+
+
 def call_with(
     layer: Front,
     weight: Tensor,
@@ -125,12 +141,8 @@ def call_with(
         args: with these.
         kwargs: and those by name.
     """
-    base: nn.Module = layer
-    while isinstance(base, Front):
-        base = base.base_layer
-    name, inside = layer.parameter_name, vars(base)
-    if name in base._parameters:
-        inside.pop(name, None)  # as the backward pass that now comes here has left it
+    forget_stand_in(layer)
+    name, inside = layer.parameter_name, vars(_innermost(layer))
     found = functional_call(module, {path: weight}, args, kwargs, tie_weights=False)
     if is_traced() or not weight.requires_grad:
         return found

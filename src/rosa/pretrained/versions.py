@@ -20,13 +20,14 @@ class Versions:
     Autograd refuses to go backward through a weight that was changed since the forward pass. That
     is right while the weight is another one, and wrong once it is what it was, as after a reference
     model's forward pass (`disable_adapter`, `set_adapter`) between the policy's forward and
-    backward. The last few states are remembered; with an older one, autograd refuses.
+    backward. The last few states are remembered, without what stood in them, which does not come
+    back once it is gone; with an older one, autograd refuses.
 
     All methods take the parameter itself, not a view of it: it is known by its identity.
     """
 
     def __init__(self, of_written: bool = False) -> None:
-        self._states: deque[tuple[State, int]] = deque(maxlen=4)
+        self._states: deque[tuple[dict[str, weakref.ref[object]], int]] = deque(maxlen=4)
         self._seen: int | None = None
         self._highest = 0
         self._of: weakref.ref[Tensor] | None = None
@@ -57,22 +58,22 @@ class Versions:
 
     def leaving(self, weight: Tensor, state: State) -> None:
         """Note the state of a weight that is about to be changed."""
-        if not _tracked(weight):
+        if not is_counted(weight):
             return
         if self.written(weight):
             self._states.clear()
         if self._version_of(state) is None:
-            self._states.append((state, weight._version))
+            self._remember(state, weight._version)
         self._highest = max(self._highest, weight._version)
 
     def arrived(self, weight: Tensor, state: State) -> None:
         """Set the version of a weight that was just changed to a state."""
-        if not _tracked(weight):
+        if not is_counted(weight):
             return
         version = self._version_of(state)
         if version is None:
             self._highest = version = max(self._highest, weight._version) + 1
-            self._states.append((state, version))
+            self._remember(state, version)
         guard = _unsafe_preserve_version_counter(weight)
         guard.prev_versions = (version,)
         guard.__exit__()
@@ -107,8 +108,14 @@ class Versions:
     def _is(self, weight: Tensor) -> bool:
         return self._of is not None and self._of() is weight
 
+    def _remember(self, state: State, version: int) -> None:
+        self._states.append(({name: weakref.ref(each) for name, each in state.items()}, version))
+
     def _version_of(self, state: State) -> int | None:
-        return next((version for known, version in self._states if same_state(known, state)), None)
+        for known, version in self._states:
+            if same_state({name: each() for name, each in known.items()}, state):
+                return version
+        return None
 
 
 def same_state(one: State, other: State) -> bool:
@@ -170,5 +177,6 @@ def _some_of(weight: Tensor) -> Tensor | None:
     return weight.detach()[steps].contiguous().view(BITS[weight.element_size()]).clone()
 
 
-def _tracked(weight: Tensor) -> bool:
+def is_counted(weight: Tensor) -> bool:
+    """Whether autograd counts its changes."""
     return not weight.is_inference() and weight.device != torch.device("meta")

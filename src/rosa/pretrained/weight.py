@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from rosa.pretrained.files import WeightFile
 from rosa.pretrained.memory import check_in_memory
 from rosa.pretrained.shard import WeightMemory
 from rosa.pretrained.sharding import is_dtensor, is_sharded
-from rosa.pretrained.versions import Versions, same_state
+from rosa.pretrained.versions import Versions, is_counted, same_state
 from rosa.pretrained.views import MatrixView
 from rosa.pretrained.zero3 import is_in_part
 
@@ -26,6 +28,12 @@ HALF = (torch.float16, torch.bfloat16)
 LARGE = 8.0
 """How many times its norm may be added to a weight without such a copy; more would round it."""
 SUPPORTED_DTYPES = (*HALF, torch.float32, torch.float64)
+
+WRITING = threading.RLock()
+"""Is held by who writes into weights: of several threads with one model, one at a time."""
+
+Step = Callable[[int], object]
+"""Writes into a weight once, given +1; given -1, takes back what it wrote."""
 
 
 class BaseWeight(WeightMemory):
@@ -152,28 +160,43 @@ class BaseWeight(WeightMemory):
             check_in_memory(self.name, self.view.module, self.parameter)
             if self.kept is None and self._needs_a_copy(wanted, several):
                 self.kept = self._exact()
-            if self.kept is None:
+            if (exact := self.copy) is None:
                 names = dict.fromkeys((*before, *wanted))
                 changed = [n for n in names if wanted.get(n) is not before.get(n)]
-                steps = [(before.get(n), -1) for n in changed]
-                steps += [(wanted.get(n), +1) for n in changed]
-                steps = [
-                    (_rounded(self.here(change), weight), sign)
-                    for change, sign in steps
+                changes = [(before.get(n), -1) for n in changed]
+                changes += [(wanted.get(n), +1) for n in changed]
+                steps: list[Step] = [
+                    partial(_add, weight, _rounded(self.here(change), weight), times)
+                    for change, times in changes
                     if change is not None and change.rank
                 ]
-                self._versions.leaving(self.memory, before)
-                for change, sign in steps:
-                    weight.add_(change, alpha=sign)
             else:
-                exact = self.copy
-                assert exact is not None
-                self._versions.leaving(self.memory, before)
-                _write_sum(weight, exact, map(self.here, wanted.values()))
-            self.standing = dict(wanted)
-            self._note(self.standing)
+                sums = {+1: wanted.values(), -1: before.values()}
+                steps = [lambda sign: _write_sum(weight, exact, map(self.here, sums[sign]))]
+            self._take(steps, wanted)
         if not wanted:
             self.kept = None  # the weight itself is the copy
+
+    def _take(self, steps: Sequence[Step], now: Mapping[str, LowRank]) -> None:
+        """Write into the weight; whatever ends that early, what stood there stands there again."""
+        before, weight, done = self.standing, self.matrix, 0
+        self._versions.leaving(self.memory, before)
+        counted = is_counted(weight)
+        start = weight._version if counted else 0
+        try:
+            for step in steps:
+                step(+1)
+                done += 1
+            self.standing = dict(now)
+            self._note(self.standing)
+        except BaseException:
+            if counted and self.standing is before:  # then a step may be done that is not in `done`
+                done = weight._version - start
+            for step in reversed(steps[:done]):
+                step(-1)
+            self.standing = before
+            self._note(before)
+            raise
 
     @torch.no_grad()
     def keep_in(self, file: WeightFile) -> bool:
@@ -215,12 +238,10 @@ class BaseWeight(WeightMemory):
         half = self.parameter.dtype in HALF  # whose copy is gone once others train the weight
         if self.kept is not None or half or name not in self.standing or self._is_large(now):
             return False
-        self._versions.leaving(self.memory, self.standing)
-        here = self.here(change)
+        here, weight = self.here(change), self.matrix
+        step: Step = lambda sign: add_product(weight, sign * here.B, here.A)  # noqa: E731
         with full_precision():
-            add_product(self.matrix, here.B, here.A)
-        self.standing = {**self.standing, name: now}
-        self._note(self.standing)
+            self._take([step], {**self.standing, name: now})
         return True
 
     def _needs_a_copy(self, wanted: Mapping[str, LowRank], several: bool) -> bool:
@@ -430,6 +451,10 @@ class BaseWeight(WeightMemory):
         for change in changes:
             total += _rounded(change, total)
         return total
+
+
+def _add(weight: Tensor, change: Tensor, times: int, sign: int) -> None:
+    weight.add_(change, alpha=times * sign)
 
 
 def _rounded(change: LowRank, weight: Tensor) -> Tensor:

@@ -84,8 +84,10 @@ def active_adapters(model: nn.Module, optimizer: Any = None) -> list[Active]:
     """What a resample would draw; raises as `resample` does."""
     if not isinstance(model, nn.Module):
         raise UserTypeError(
-            f"expected a model, got {type(model).__name__}: the model comes first, then the "
-            "optimizer"
+            f"expected a model (torch.nn.Module), got {type(model).__name__}: rosa.resample takes "
+            "the model first and then the optimizer; a trainer of another kind of model has no "
+            "place for RosaCallback: call rosa.resample on the module inside it in a callback of "
+            "its own"
         )
     layers = list(rosa_layers(model))
     check_shards(model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from pathlib import Path
@@ -16,21 +15,19 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from rosa.errors import UserError, UserTypeError
 from rosa.layers.adapter import Adapter
+from rosa.layers.in_model import rosa_layers
 from rosa.pretrained.sharding import reshard
 from rosa.resampling.active import active_adapters
 from rosa.resampling.counting import ItemCounter
 from rosa.resampling.decay import DecayTowardDrawn
 from rosa.resampling.moments import check_moments
 from rosa.resampling.resample import resample, states_to_keep
+from rosa.resampling.schedule import Schedule, auto_period, period_of, trained_numbers
 from rosa.resampling.seen import FILE, read_seen, recall, recall_count, write_seen
 from rosa.resampling.watching import watch
 
-ITEMS_A_NUMBER, SHORTEST_ROUND = 2, 64
-"""What "auto" goes by: items that a trained number is shown before the next draw, and the fewest
-optimizer steps between two draws."""
-FIRST, WATCHED, COUNTED = 32, 4, 8
-"""Optimizer steps before the first draw by the gradient, in a training of ten times that; those
-that are watched before each; and those whose items are counted."""
+COUNTED = 8
+"""Optimizer steps whose items are counted, for "auto"."""
 
 
 class RosaCallback(TrainerCallback, ExportableState):
@@ -89,8 +86,7 @@ class RosaCallback(TrainerCallback, ExportableState):
         self.drawn = 0
         self.seconds = 0.0
         self.period: int | None = None
-        self._first: int | None = None  # the step that begins with the first draw
-        self._watched = 0  # steps that are watched before it
+        self._schedule = Schedule()
         self._draw_at: int | None = None
         self._last_step = -1
         self._decay: DecayTowardDrawn | None = None
@@ -99,11 +95,6 @@ class RosaCallback(TrainerCallback, ExportableState):
         self._stepped = 0  # in this process
         self._counted = 0  # steps whose items are counted
         self._seen: dict[str, Tensor] = {}  # before a resumed run's checkpoint
-
-    @staticmethod
-    def auto_period(numbers: int, items: float) -> int:
-        """Optimizer steps between two draws with "auto", by trained numbers and items a step."""
-        return max(math.ceil(ITEMS_A_NUMBER * numbers / items), SHORTEST_ROUND)
 
     def state(self) -> dict[str, Any]:
         """What the Trainer's checkpoints hold of it."""
@@ -203,6 +194,8 @@ class RosaCallback(TrainerCallback, ExportableState):
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Leave the optimizer's weight decay and the model as they were."""
+        for adapter in self._adapters:
+            adapter.sketch = None
         if self._decay is not None:
             self._decay.stop()
             self._decay = None
@@ -212,32 +205,19 @@ class RosaCallback(TrainerCallback, ExportableState):
 
     def _period_in_steps(self, args: TrainingArguments, dataloader: Any) -> int | None:
         if isinstance(self.every, int) or self.every == "never":
-            return self._period_of_epochs(1)
+            return period_of(self.every, 1)
         batches = _length(dataloader)
         if batches is None:
             raise UserError(
                 "the training data has no length, so an epoch has no number of steps: "
                 "use RosaCallback(every='auto') or every=<optimizer steps>"
             )
-        return self._period_of_epochs(max(-(-batches // args.gradient_accumulation_steps), 1))
-
-    def _period_of_epochs(self, epoch: int) -> int | None:
-        """The period in steps, of which an epoch has so many."""
-        if self.every == "never":
-            return None
-        if isinstance(self.every, int):
-            return self.every
-        return max(round((1.0 if self.every == "epoch" else float(self.every)) * epoch), 1)
+        return period_of(self.every, max(-(-batches // args.gradient_accumulation_steps), 1))
 
     def _plan(self, steps: int) -> None:
-        """Find the step of the first draw, and how many are watched."""
-        self._first, self._watched = self.period, 0
-        if any(adapter.config.is_informed for adapter in self._adapters):
-            soon = min(FIRST, max(steps // 10, WATCHED))
-            shortest = SHORTEST_ROUND if self.every == "auto" else self.period
-            half = soon if shortest is None else max(shortest // 2, 1)
-            self._first = min(soon, half) if self.first is None else self.first
-            self._watched = min(WATCHED, self._first, half)
+        """Find the steps that begin with a draw."""
+        auto = self.every == "auto"
+        self._schedule = Schedule.of(self._adapters, self.period, self.first, auto, steps)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -250,8 +230,8 @@ class RosaCallback(TrainerCallback, ExportableState):
             self._begin_step(step, resumed, kwargs["model"], kwargs.get("optimizer"))
 
     def _begin_step(self, step: int, resumed: bool, model: Any, optimizer: Any) -> None:
-        ahead = self._steps_to_draw(step)
-        watched = self._watched if self._first is None or step <= self._first else 0
+        ahead, first = self._schedule.ahead(step), self._schedule.first
+        watched = self._schedule.watched if first is None or step <= first else 0
         if ahead is not None and (ahead == watched or (resumed and ahead < watched)):
             if watched:
                 watch(model)
@@ -262,14 +242,6 @@ class RosaCallback(TrainerCallback, ExportableState):
             self.drawn += resample(model, optimizer, moments=self.moments)
             self.seconds += time.perf_counter() - started
             self.drawn_at.append(step)
-
-    def _steps_to_draw(self, step: int) -> int | None:
-        """Steps until the next draw, 0 if it is due; None if there is none any more."""
-        if self._first is None:
-            return None
-        if step <= self._first:
-            return self._first - step
-        return None if self.period is None else (self._first - step) % self.period
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -282,31 +254,31 @@ class RosaCallback(TrainerCallback, ExportableState):
         if self._counted == COUNTED and self._counter is not None:
             counted, self._counter = self._counter.stop() / COUNTED, None
             examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-            self.period = self._period_by_items(counted or examples)
+            self.period = auto_period(trained_numbers(self._adapters), counted or examples)
             self._plan(state.max_steps)
 
-    def _period_by_items(self, items: float) -> int:
-        """Steps of so many items each until "auto" draws again."""
-        factors = [f for adapter in self._adapters for f in adapter.factors]
-        numbers = sum(f.numel() for f in factors if f.requires_grad)
-        return self.auto_period(numbers, items)
-
     def forecast(self, model: Any, steps: int, steps_of_an_epoch: int, items: float) -> list[int]:
-        """The steps of a training that would begin with a draw; for a callback of its own.
+        """The steps of a training that would begin with a draw.
 
         Args:
-            model: with ROSA adapters.
+            model: with ROSA adapters; may be on the meta device.
             steps: of the training.
             steps_of_an_epoch: of them.
             items: that a step shows, as "auto" counts them.
         """
-        self._adapters = [active.adapter for active in active_adapters(model, None)]
-        if self.every == "auto":
-            self.period = self._period_by_items(items)
+        adapters = [
+            layer.adapters[name]
+            for _, layer in rosa_layers(model)
+            for name in layer.active_adapters
+            if name in layer.adapters
+        ]
+        auto = self.every == "auto"
+        if auto:
+            period: int | None = auto_period(trained_numbers(adapters), items)
         else:
-            self.period = self._period_of_epochs(steps_of_an_epoch)
-        self._plan(steps)
-        return [step for step in range(1, steps) if self._steps_to_draw(step) == 0]
+            period = period_of(self.every, steps_of_an_epoch)
+        schedule = Schedule.of(adapters, period, self.first, auto, steps)
+        return [step for step in range(1, steps) if schedule.ahead(step) == 0]
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from rosa.resampling.processes import everyone
 
 IGNORED = -100
 """The label that a loss leaves out, in torch and transformers."""
+
+_HOOKS: weakref.WeakKeyDictionary[nn.Module, RemovableHandle] = weakref.WeakKeyDictionary()
+"""The counter of a model: one at a time."""
 
 
 class ItemCounter:
@@ -27,7 +32,10 @@ class ItemCounter:
 
     def __init__(self, model: nn.Module) -> None:
         self._counts: list[Tensor | int] = []
+        if (before := _HOOKS.get(model)) is not None:  # of a training that was interrupted
+            before.remove()
         self._hook = model.register_forward_hook(self._count, with_kwargs=True)
+        _HOOKS[model] = self._hook
 
     def _count(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any

@@ -8,6 +8,7 @@ toward the drawn values holds back what was learned, as it does in other methods
 from __future__ import annotations
 
 import warnings
+import weakref
 from typing import Any
 
 import torch
@@ -18,6 +19,15 @@ from rosa.layers.adapter import Adapter
 from rosa.pretrained.sharding import cut_as, is_dtensor
 from rosa.resampling.optimizers import stepping
 from rosa.resampling.zero import partitioned
+
+_SEEN_TO: weakref.WeakKeyDictionary[Adapter, weakref.ref[DecayTowardDrawn]] = (
+    weakref.WeakKeyDictionary()
+)
+"""Who gives back to an adapter: one at a time."""
+
+
+def _nobody() -> None:
+    return None
 
 
 class DecayTowardDrawn:
@@ -56,6 +66,12 @@ class DecayTowardDrawn:
                 stacklevel=2,
             )
             self._adapters = []
+        for adapter in self._adapters:
+            before = _SEEN_TO.get(adapter, _nobody)()
+            if before is not None:  # of a training that was interrupted
+                before._adapters.remove(adapter)
+                before.refresh()
+            _SEEN_TO[adapter] = weakref.ref(self)
         self._hooks = [
             one.register_step_post_hook(self._give_back) for one in optimizers if self._adapters
         ]
@@ -95,6 +111,7 @@ class DecayTowardDrawn:
         """Leave the optimizer as it was."""
         for hook in self._hooks:
             hook.remove()
+        self._adapters = []
 
 
 def _ids(group: dict[str, Any]) -> list[int]:

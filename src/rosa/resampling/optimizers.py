@@ -163,7 +163,8 @@ def check_optimizer(
 def _check_rates(
     optimizer: Any, factors: Mapping[nn.Parameter, str], fixed: Mapping[nn.Parameter, str]
 ) -> None:
-    groups = [group for group in _groups(optimizer) if "lr" in group and group.get("params")]
+    groups = [group for group in _groups(optimizer) if group.get("params")]
+    groups = [group for group in groups if group.get("lr") is not None]  # Adafactor has its own
     rates = [float(g["lr"]) for g in groups if any(p in factors for p in g["params"])]
     for group in groups:
         if all(p in fixed for p in group["params"]) and float(group["lr"]) not in rates:
@@ -250,7 +251,7 @@ def _is_loraplus(groups: list[dict[str, Any]], factors: set[int]) -> bool:
     """
     if len(groups) != 4 or groups[1]["params"]:
         return False
-    rates = [float(group.get("initial_lr", group["lr"])) for group in groups]
+    rates = [group.get("initial_lr", group.get("lr")) for group in groups]
     decays = [group.get("weight_decay", 0.0) for group in groups]
     return (
         rates[2] == rates[3] != rates[0]

@@ -62,8 +62,8 @@ def resample(
     Raises:
         ValueError: the model has no ROSA, or is merged or disabled; a factor is NaN; the optimizer
             does not hold the factors, or keeps copies of them, or holds what cannot be kept; the
-            weights are sharded or offloaded; a batch gives no loss; the processes are not in step.
-            Nothing has been changed then.
+            weights are sharded or offloaded, or were written into by others; a batch gives no
+            loss; the processes are not in step. Nothing has been changed then.
     """
     with everyone().failing_together():
         found = active_adapters(model, optimizer)

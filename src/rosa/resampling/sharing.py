@@ -94,14 +94,15 @@ def drawn(found: list[Active], team: Team) -> Iterable[tuple[Active, Factors]]:
     """New factors of each, the same in all processes; alone one after the other, as they are asked.
 
     Raises:
-        UserError: one could not be drawn, in whichever process. Nothing has been changed then.
+        UserError: one could not be drawn, in whichever process. Nothing has been changed then,
+            but by one alone in the layers before it.
     """
-    if team.is_alone:
-        return ((active, active.draw()) for active in found)
-    owners = shares([_cost(active) for active in found], len(team.ranks))
     with team.failing_together():
         for active in found:
             active.layer.settle()
+    if team.is_alone:
+        return ((active, active.draw()) for active in found)
+    owners = shares([_cost(active) for active in found], len(team.ranks))
     with team.failing_together():
         factors, failures = [], []
         for active, owner in zip(found, owners, strict=True):

@@ -68,7 +68,7 @@ def look(
                     "model(**batch) computes a loss of, or loss=function(model, batch)"
                 )
             value.backward()
-    except Exception:
+    except BaseException:
         for active in found:
             active.adapter.sketch = None
         raise
