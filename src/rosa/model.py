@@ -44,6 +44,7 @@ from rosa.files.loading import guard
 from rosa.files.restoring import as_before
 from rosa.kinds.parameter import ParamWrapper
 from rosa.kinds.registry import kind_of
+from rosa.layers.arriving import check_of_one_time
 from rosa.layers.base import RosaLayer
 from rosa.layers.in_model import base_of, layers_of, rosa_layers
 from rosa.layers.parts import check_not_in_parts
@@ -372,10 +373,11 @@ class RosaModel(BaseTuner):
         self.peft_config[adapter_name] = weighted_config(self, adapters, layers)
         try:
             self.inject_adapter(self.model, adapter_name)
-        except Exception:
-            del self.peft_config[adapter_name]
+            put_sum(layers, adapters, weights, adapter_name)
+        except BaseException:
+            self._remove_adapter(self.model, adapter_name)
+            self.peft_config.pop(adapter_name, None)
             raise
-        put_sum(layers, adapters, weights, adapter_name)
 
     # -- saving and loading --------------------------------------------------------------------
 
@@ -392,6 +394,8 @@ class RosaModel(BaseTuner):
 
         Also writes the fingerprint of the base weights into the config, which is saved next.
         """
+        for name, layer in layers_of(model, adapter_name).items():
+            check_of_one_time(name, layer.adapters[adapter_name], state_dict, f"{name}.")
         found = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )

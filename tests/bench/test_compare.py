@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+from matplotlib.figure import Figure
 
 from rosa.bench.grid.cell import Kind
 from rosa.bench.grid.compare import compare
 from rosa.bench.grid.executors import EXECUTORS
 from rosa.bench.grid.grid import HALF_DECADES, Cell, Variant, make_grid
+from rosa.bench.report.pictures import _spectra
 from rosa.bench.report.results import read_comparison
 from rosa.bench.report.tables import table_rows
 from rosa.bench.setup.settings import RunSettings
@@ -184,6 +186,38 @@ def test_a_comparison_goes_on_with_the_same_data_alone(files, tmp_path, which, m
     assert "no other rate was tried of head" in said
 
 
+@pytest.mark.parametrize("how", ["changed", "gone", "come"])
+def test_a_comparison_goes_on_with_the_same_folder_of_data_alone(tmp_path, how, monkeypatch):
+    monkeypatch.setitem(EXECUTORS, "processes", Here)
+    data = tmp_path / "data"
+    (data / "CoLA").mkdir(parents=True)
+    for name in ("CoLA/train.tsv", "CoLA/dev.tsv", "b.txt"):
+        (data / name).write_text("some")
+    base = RunSettings(model="m", output=tmp_path / "runs", task="cola", data=data)
+    grid = make_grid(["full"], [], ["1e-3"], [0])
+    assert not compare(base, grid, kind=by_distance(1e-3))
+    assert not compare(base, grid, kind=by_distance(1e-3))
+    (data / ".listing").write_text("a file browser's")
+    assert not compare(base, grid, kind=by_distance(1e-3))
+    if how == "changed":
+        (data / "CoLA" / "dev.tsv").write_text("other")
+    elif how == "gone":
+        (data / "CoLA" / "dev.tsv").unlink()
+    else:
+        (data / "CoLA" / "more.tsv").write_text("some")
+    named = "more.tsv" if how == "come" else "dev.tsv"
+    with pytest.raises(UserError, match=f"{named} has changed, come or gone"):
+        compare(base, grid, kind=by_distance(1e-3))
+
+
+@pytest.mark.parametrize(
+    "option", ["max_length=10", "loss_on=all", "packing=true", "chat_template=a.jinja", "task=rte"]
+)
+def test_methods_are_scored_on_the_same_texts(option):
+    with pytest.raises(UserError, match="on one model and the same data"):
+        Variant.parse(f"rosa+{option}")
+
+
 def test_a_report_names_what_was_asked_for_and_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setitem(EXECUTORS, "processes", Here)
 
@@ -239,8 +273,8 @@ VARIANTS = [
     "full+target_modules=layer.1.out-lr",
     "head+report_to=my-rNone",
     "lora+report_to=a b:c",
-    "rosa+chat_template=/home/someone/x-lr1/data",
-    "rosa+chat_template=C++.csv",
+    "rosa+deepspeed=/home/someone/x-lr1/data",
+    "rosa+deepspeed=C++.csv",
     "head+report_to=owner/name-lr2-s0",
 ]
 
@@ -339,7 +373,7 @@ def test_a_search_is_made_where_it_is_asked_for(tmp_path, monkeypatch):
     assert {r.lr for r in read_comparison(tmp_path).cells.values()} == {1e-3, 3e-3}
 
 
-@pytest.mark.parametrize("text", [v for v in VARIANTS if v != "rosa+chat_template=C++.csv"])
+@pytest.mark.parametrize("text", [v for v in VARIANTS if v != "rosa+deepspeed=C++.csv"])
 def test_a_cells_folder_is_one_folder_and_its_own(tmp_path, text):
     names = {
         Cell(Variant.parse(text), rank, rate, seed).name
@@ -410,6 +444,22 @@ def test_a_record_is_read_as_it_was_written_and_a_damaged_one_is_refused(tmp_pat
     runs.write_json(place / "metrics.json", values)
     with pytest.raises(UserError, match=r"metrics.json lacks seed, steps: the file is damaged"):
         read_record(place)
+
+
+def test_a_report_of_methods_that_change_other_layers_shows_what_most_change(tmp_path):
+    folder = write_comparison(tmp_path / "cmp", ["rosa", "lora", "full"], "x", told=True)
+    for place in folder.iterdir():
+        if place.is_dir():
+            layers = {"a.q"} if place.name.startswith("rosa") else {"a.q", "a.k"}
+            one = {"weight": [2.0, 1.0], "change": [0.1, 0.01]}
+            spectra = dict.fromkeys({"b"} if place.name.startswith("lora") else layers, one)
+            changes = {"spectra": spectra, "ranks": []}
+            runs.write_json(place / "history.json", {"steps": [], "epochs": [], "changes": changes})
+    run("report", folder)
+    axes = Figure().subplots()
+    _spectra(axes, read_comparison(folder).rows)
+    assert axes.get_title() == "a.q"
+    assert len(axes.lines) == 1 + 4  # the weight's, and of ROSA and full fine-tuning at two ranks
 
 
 def test_a_report_tells_nothing_of_where_files_lie(tmp_path):

@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from rich.console import Console
 
 from rosa.bench.grid.cell import ERROR, Job
 from rosa.bench.grid.cells import run_all
-from rosa.bench.grid.executors import EXECUTORS, _make_there
+from rosa.bench.grid.executors import EXECUTORS, Processes, _make_there
 from rosa.bench.setup.settings import RunSettings
 from rosa.bench.storage import runs
 from rosa.errors import UserError
@@ -132,6 +134,19 @@ def test_a_killed_cell_takes_no_other_with_it(executor):
             }
     finally:
         made.close()
+
+
+def test_what_the_caller_has_begun_besides_is_left_alone():
+    other = get_context("spawn").Process(target=time.sleep, args=(60,))
+    other.start()
+    made = Processes(1)
+    made.begin(Job(RunSettings(model="m", output=Path("o")), "v"))
+    made.stop()
+    try:
+        assert other.is_alive()
+    finally:
+        other.terminate()
+        other.join()
 
 
 def test_a_machine_that_does_not_see_the_folder_says_so(tmp_path, monkeypatch):

@@ -374,7 +374,7 @@ def test_a_failure_inside_a_change_of_weights_leaves_the_layer_as_it_was(verb, n
 
 
 @pytest.mark.parametrize("peft", [False, True])
-def test_a_state_dict_of_live_factors_is_refused_after_a_draw(peft):
+def test_a_state_dict_of_live_factors_is_refused_after_a_draw(peft, tmp_path):
     """It would be new factors with an old offset; a copy is what people mean."""
     model: Any = get_peft_model(Mlp(), RosaConfig(r=2, target_modules=["first", "last"]))
     x = torch.randn(4, 7).double()
@@ -388,6 +388,7 @@ def test_a_state_dict_of_live_factors_is_refused_after_a_draw(peft):
             if parameter.requires_grad:
                 parameter.add_(0.1)
     live, kept, best = take(model), copy.deepcopy(take(model)), model(x)
+    whole = model.state_dict()
     give(live)  # of now: nothing changes
     torch.testing.assert_close(model(x), best)
     resample(model)
@@ -398,6 +399,9 @@ def test_a_state_dict_of_live_factors_is_refused_after_a_draw(peft):
     now = model(x)
     with pytest.raises(ValueError, match=r"taken before a draw.*deepcopy"):
         give(live)
+    with pytest.raises(ValueError, match=r"taken before a draw.*deepcopy"):
+        model.save_pretrained(tmp_path, state_dict=whole)
+    assert not list(tmp_path.glob("*.safetensors"))
     torch.testing.assert_close(model(x), now)
     give(kept)
     torch.testing.assert_close(model(x), best)

@@ -227,3 +227,22 @@ def test_layers_that_the_first_step_did_not_use_are_named(tmp_path):
     with pytest.warns(UserWarning, match="1 of 2 adapted layers got no gradient .* unused") as seen:
         trainer.train()
     assert sum("got no gradient" in str(w.message) for w in seen) == 1
+
+
+def test_a_weight_that_was_asked_for_is_of_one_state():
+    (model, _) = pair(directions="svd")
+    layer = model.base_model.model.one
+    with torch.no_grad():
+        layer.rosa_B["default"].add_(0.3)
+        now = layer.weight
+        at_once = pytest.raises(ValueError, match=r"Read it at once: layer.weight.clone\(\)")
+        with model.disable_adapter(), at_once:
+            now - layer.weight
+        torch.testing.assert_close(now - layer.weight, torch.zeros_like(now))  # it is back
+        now = layer.weight
+        layer.rosa_B["default"].add_(0.3)
+        with pytest.raises(ValueError, match="or the factors stepped"):
+            now.norm()
+        read = layer.weight.clone()
+        resample(model)
+        torch.testing.assert_close(layer.weight.clone(), read)

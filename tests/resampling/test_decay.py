@@ -15,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from rosa import RosaCallback, RosaConfig, resample
 from rosa.layers.in_model import rosa_layers
+from rosa.resampling.counting import ItemCounter
 from rosa.resampling.decay import DecayTowardDrawn
 from tests.helpers import adapters_of
 from tests.models import Mlp, tiny_bert
@@ -245,3 +246,29 @@ def test_steps_that_a_scaler_skips_move_nothing(fused):
     scaler.scale(model(torch.randn(4, 7)).sum() * float("inf")).backward()
     scaler.step(optimizer)
     assert all(map(torch.equal, [f.detach() for f in factors(model)], before))
+
+
+def test_a_training_that_was_interrupted_gives_nothing_back_any_more():
+    model, optimizer = adapted()
+    drawn = [f.detach().clone() for f in factors(model)]
+    kept = [DecayTowardDrawn(optimizer, adapters_of(model, optimizer)) for _ in range(3)]
+    for _ in range(20):
+        step(model, optimizer)
+    for now, before in zip(factors(model), drawn, strict=True):
+        close(now, before)
+    kept[0].stop()
+    step(model, optimizer)
+    close(factors(model)[0], drawn[0])
+    kept[2].stop()
+    step(model, optimizer)
+    close(factors(model)[0], drawn[0] * (1 - LR * DECAY))
+
+
+def test_items_are_counted_by_the_last_training_alone():
+    model = Mlp().train()
+    first = ItemCounter(model)
+    second = ItemCounter(model)
+    model(torch.randn(5, 7).double())
+    assert (first.counted(), second.stop()) == (0, 5)
+    model(torch.randn(5, 7).double())
+    assert second.counted() == 5

@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers.optimization import Adafactor as TheirAdafactor
 
 from rosa import RosaConfig, resample, watch
 from rosa.algebra import subspace
@@ -180,7 +181,7 @@ def test_an_adapter_made_for_inference_is_drawn_when_asked():
 def test_a_model_without_rosa_is_refused():
     with pytest.raises(ValueError, match=r"has no ROSA layers: attach them"):
         resample(Mlp())
-    with pytest.raises(TypeError, match="the model comes first, then the optimizer"):
+    with pytest.raises(TypeError, match="takes the model first and then the optimizer"):
         resample(torch.optim.SGD(Mlp().parameters(), lr=0.1), Mlp())
     lora = get_peft_model(Mlp(), LoraConfig(target_modules=["first"]))
     with pytest.raises(ValueError, match=r"has no ROSA layers"):
@@ -286,3 +287,27 @@ def test_looking_at_batches_leaves_the_norms_statistics():
     before = adapted.eval()(x)
     resample(adapted.train(), batches=[x], loss=lambda m, batch: m(batch).square().sum())
     torch.testing.assert_close(adapted.eval()(x), before)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_looking_that_ends_early_leaves_nothing_to_draw_from(error):
+    model = get_peft_model(Mlp(), RosaConfig(r=2, target_modules=["first"]))
+
+    def loss(model, batch):
+        if batch is None:
+            raise error
+        return model(batch).square().sum()
+
+    with pytest.raises(error):
+        resample(model, batches=[torch.randn(4, 7).double(), None], loss=loss)
+    assert all(a.sketch is None for _, layer in rosa_layers(model) for a in layer.adapters.values())
+
+
+def test_an_optimizer_that_has_no_rate_given():
+    model = get_peft_model(Mlp(), RosaConfig(r=2, target_modules=["first"], directions="svd"))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = TheirAdafactor(trained, lr=None, relative_step=True, warmup_init=True)
+    model(torch.randn(4, 7).double()).square().sum().backward()
+    optimizer.step()
+    assert resample(model, optimizer) == 1
+    assert not optimizer.state

@@ -83,7 +83,7 @@ def _note(
         if value is not None and not is_dtensor(value):
             state_dict[prefix + key] = cut_as(value, factor)
     if not factors.keys() & handed.keys():
-        _check_of_one_time(layer, adapter, state_dict, prefix)
+        check_of_one_time(layer, adapter, state_dict, prefix)
     elif not any(map(handed.get, factors)) and _has_now(adapter, state_dict, prefix):
         return  # the saver has left out what was frozen
     for part in PARTS:
@@ -112,7 +112,7 @@ def _has_now(adapter: Adapter, state_dict: dict[str, Any], prefix: str) -> bool:
     return torch.equal(a.to(mine.A), mine.A) and torch.equal(b.to(mine.B), mine.B)
 
 
-def _check_of_one_time(
+def check_of_one_time(
     layer: str, adapter: Adapter, state_dict: dict[str, Any], prefix: str
 ) -> None:
     """Raise UserError if the factors are the adapter's own and the offset is an earlier one."""

@@ -12,6 +12,7 @@ import weakref
 
 from torch import nn
 
+from rosa.pretrained.holders import references_to_itself
 from rosa.pretrained.weight import BaseWeight
 
 _OWN = 4
@@ -35,7 +36,9 @@ def take_out_with(layer: nn.Module, weight: BaseWeight, merged: list[str]) -> No
 
 def _take_out(weight: BaseWeight, merged: list[str]) -> None:
     module = weight.view.module
-    if merged or not weight.standing or not weight.is_whole or sys.getrefcount(module) <= _OWN:
+    if merged or not weight.standing or not weight.is_whole:
+        return
+    if sys.getrefcount(module) - references_to_itself(module) <= _OWN:  # its hooks may hold it
         return
     try:
         weight.look()

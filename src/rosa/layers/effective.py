@@ -19,7 +19,7 @@ from rosa.errors import UserError
 from rosa.layers.adapter import Adapter
 from rosa.layers.tracing import is_traced
 from rosa.pretrained.sharding import is_dtensor
-from rosa.pretrained.versions import unpack
+from rosa.pretrained.versions import is_counted, unpack
 from rosa.pretrained.views import MatrixView
 
 
@@ -95,9 +95,20 @@ class _Unread(Tensor):
 
     def __init__(self, note: Callable[[], None], *how: Any) -> None:
         self._note, self._how, self._read = note, how, None
+        self._then = self._counts()
+
+    def _counts(self) -> list[int]:
+        """How often the weight and the factors were written to; a weight's state has its own."""
+        return [each._version for each in self._how[:3] if is_counted(each)]
 
     def _value(self) -> Tensor:
         if self._read is None:
+            if self._counts() != self._then:
+                raise UserError(
+                    "a layer's weight was asked for, and another adapter made active, merged, "
+                    "disabled or drawn again, or the factors stepped, before a value of it was "
+                    "read: it would be of both. Read it at once: layer.weight.clone()"
+                )
             self._note()
             with torch.no_grad(), full_precision():
                 self._read = _product(*self._how)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter, defaultdict
 from itertools import chain
 
@@ -12,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from rosa.errors import UserError
+from rosa.pretrained.holders import references_to_weight
 from rosa.pretrained.sharding import is_sharded
 
 Owners = dict[int, list[tuple[str, Tensor]]]
@@ -85,9 +85,9 @@ def make_private(base: nn.Module, name: str, tenants: Counter[int]) -> None:
     weight: nn.Parameter = getattr(base, name)
     if not _block(weight):
         return
-    usual = _holders(nn.Linear(1, 1), "weight")
+    usual = references_to_weight(nn.Linear(1, 1), "weight")
     del weight  # the names here count too
-    objects, users = _holders(base, name)
+    objects, users = references_to_weight(base, name)
     weight = getattr(base, name)
     alone = objects <= usual[0] and users - usual[1] < max(tenants[_block(weight)], 1)
     if alone and not (weight.device.type == "cpu" and weight.is_shared()):
@@ -97,15 +97,6 @@ def make_private(base: nn.Module, name: str, tenants: Counter[int]) -> None:
     # Not by setattr: under accelerate's init_empty_weights, in which PEFT loads adapters, that puts
     # every new parameter on the meta device, and the weight would be lost.
     base._parameters[name] = own
-
-
-def _holders(layer: nn.Module, name: str) -> tuple[int, int]:
-    """How many references there are to a weight, and how many tensors to its memory."""
-    weight = layer._parameters[name]
-    assert weight is not None
-    storage = weight.untyped_storage()
-    users = torch._C._storage_Use_Count(storage._cdata)  # type: ignore[attr-defined]
-    return sys.getrefcount(weight), users
 
 
 def _block(weight: Tensor) -> int:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import copy
-import gc
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from functools import partial
-from types import CellType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
 
 from rosa.errors import UserError
+from rosa.pretrained.holders import references, references_to_itself
 
 _DEEP = 3
 """Lists in lists, at most."""
@@ -75,13 +72,13 @@ def held_outside(model: nn.Module) -> set[str]:
         for child in module._modules
     ]
     inside = Counter(id(modules[child]) for _, modules, child in places)
-    usual = _references(nn.Sequential(nn.Identity())._modules, "0") - 1
+    usual = references(nn.Sequential(nn.Identity())._modules, "0") - 1
     return {
         name
         for name, modules, child in places
         if modules[child] is not None
-        if (more := _references(modules, child) - usual - inside[id(modules[child])]) > 0
-        if more > _to_itself(modules[child])
+        if (more := references(modules, child) - usual - inside[id(modules[child])]) > 0
+        if more > references_to_itself(modules[child])
     }
 
 
@@ -96,7 +93,7 @@ def give_own(model: nn.Module, name: str) -> nn.Module | None:
     """
     parent, _, child = name.rpartition(".")
     places, module = model.get_submodule(parent)._modules, model.get_submodule(name)
-    if _to_itself(module):
+    if references_to_itself(module):
         warnings.warn(
             f"{name} is held outside of the model too, and has a forward or a hook that holds it: "
             "called from there it is the module with ROSA's offset in its weight and nothing else",
@@ -104,33 +101,7 @@ def give_own(model: nn.Module, name: str) -> nn.Module | None:
         )
         return None
     own = copy.copy(module)
-    for each in ("_parameters", "_buffers", "_modules"):
+    for each in ("_parameters", "_buffers", "_modules"):  # and hooks put on one are on both
         vars(own)[each] = vars(module)[each].copy()
     places[child] = own
     return own
-
-
-def _references(modules: dict[str, Any], name: str) -> int:
-    return sys.getrefcount(modules[name])
-
-
-_LOOKED_INTO = (MethodType, partial, FunctionType, CellType, tuple, list, dict)
-"""What a module may hold that holds the module: a forward that was put on it, its hooks."""
-
-
-def _to_itself(module: Any) -> int:
-    """How many references to a module are in what it holds itself."""
-    found, seen = 0, set[int]()
-    waiting: list[Any] = list(vars(module).values())
-    while waiting:
-        holder = waiting.pop()
-        if not isinstance(holder, _LOOKED_INTO) or id(holder) in seen:
-            continue
-        seen.add(id(holder))
-        if isinstance(holder, FunctionType):  # not the names of its file
-            held = [*(holder.__closure__ or ()), holder.__defaults__, vars(holder)]
-        else:
-            held = gc.get_referents(holder)
-        found += sum(each is module for each in held)
-        waiting += held
-    return found

@@ -165,15 +165,18 @@ def _check_files(base: RunSettings, before: Mapping[str, str] | None) -> dict[st
     """Digests of the data's files; UserError if they are not those that it was begun with."""
     files = {"train": base.train, "validation": base.validation}
     if base.data is not None:
-        files |= {path.name: path for path in sorted(base.data.iterdir()) if path.is_file()}
-    there = {name: path for name, path in files.items() if path is not None}
-    found = {name: digest_of(p) for name, p in there.items()}
-    known = before or {}
-    changed = [str(there[name]) for name in found if known.get(name, found[name]) != found[name]]
+        names = (path.relative_to(base.data) for path in base.data.rglob("*") if path.is_file())
+        seen = sorted(n for n in names if not any(part.startswith(".") for part in n.parts))
+        files |= {name.as_posix(): base.data / name for name in seen}
+    found = {name: digest_of(path) for name, path in files.items() if path is not None}
+    known = found if before is None else before
+    changed = [
+        str(files.get(n) or n) for n in sorted({*known, *found}) if known.get(n) != found.get(n)
+    ]
     if changed:
         raise UserError(
-            f"{base.output} holds a comparison on other data: {', '.join(changed)} has changed "
-            "since it was begun. Put it back, or name a new folder"
+            f"{base.output} holds a comparison on other data: {', '.join(changed)} has changed, "
+            "come or gone since it was begun. Put it back, or name a new folder"
         )
     return found
 

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from multiprocessing import active_children, get_context
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +88,9 @@ class Processes(Executor):
 
     @override
     def stop(self) -> None:
-        for process in active_children():
-            process.terminate()
         for pool, _ in self.running.values():
+            for process in list((pool._processes or {}).values()):  # none other of the caller's
+                process.terminate()
             pool.shutdown(cancel_futures=True)
 
     @override

@@ -21,8 +21,11 @@ HALF_DECADES = tuple(float(f"{digit}e{power}") for power in range(-8, 2) for dig
 
 OF_A_CELL = ("output", "method", "rank", "lr", "seed", "versions")
 """Settings that make one cell differ from another; the comparison's are all else."""
-OF_THE_DATA = ("model", *(field.name for field in fields(DataSettings) if field.name != "seed"))
-"""Settings that say what is learned, which no method of a comparison has for itself."""
+OF_THE_DATA = (
+    *("model", "max_length", "loss_on", "chat_template", "packing"),
+    *(field.name for field in fields(DataSettings) if field.name != "seed"),
+)
+"""Settings that say what is learned and scored, which no method of a comparison has for itself."""
 
 
 @dataclass(frozen=True)

@@ -268,7 +268,9 @@ def _spectra(axes: Axes, rows: Sequence[Row]) -> None:
     if not found:
         _nothing(axes, "no spectra were recorded")
         return
-    layer = next(iter(found[0][2]["spectra"]))
+    counts = Counter(name for _, _, changes in found for name in changes["spectra"])
+    layer = counts.most_common(1)[0][0]  # methods may change others
+    found = [each for each in found if layer in each[2]["spectra"]]
     weight = found[0][2]["spectra"][layer]["weight"]
     places = range(1, len(weight) + 1)
     axes.plot(places, weight, color="0.6", lw=2, label="pretrained weight")
