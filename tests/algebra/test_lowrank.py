@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
+from rosa.algebra import lowrank
 from rosa.algebra.lowrank import LowRank, are_finite
 
 
@@ -44,3 +47,33 @@ def test_compressing_to_an_error_makes_no_larger_one_and_drops_what_it_can(shape
     sizes = torch.linalg.svdvals(whole.dense())
     rest = sizes.square().flip(-1).cumsum(-1).flip(-1).sqrt()
     assert small.rank == int((rest > error * norms[..., None]).sum(-1).max())
+
+
+@pytest.mark.parametrize("stack", [(), (3,)])
+def test_the_size_of_a_sum_is_found_of_what_is_new_alone(stack, monkeypatch):
+    def some(rank: int) -> LowRank:
+        return LowRank(torch.randn(*stack, 7, rank).double(), torch.randn(*stack, rank, 5).double())
+
+    def by_terms(matrix: LowRank) -> float:
+        terms = [matrix[i : i + 1].dense() for i in range(matrix.rank)]
+        return float(torch.stack([term.norm() for term in terms]).norm())
+
+    total, read = some(2), list[int]()
+    square = lowrank._square
+    monkeypatch.setattr(lowrank, "_square", lambda b, a: read.append(a.shape[-2]) or square(b, a))
+    for rank in (1, 4, 2):
+        assert total.size == pytest.approx(by_terms(total))
+        total = (total + some(rank)).to(dtype=torch.float64)
+        if rank == 4:
+            total = total.joined()  # of which not all was known
+    assert total.size == pytest.approx(by_terms(total))
+    assert read == [2, 1, 7, 2]
+    assert LowRank.zero((*stack, 7, 5), torch.float32).size == 0
+
+
+def test_one_number_that_is_none_is_found_among_large_ones():
+    fine = [torch.randn(4, 3), torch.full((5,), 3e38), torch.randn(2).bfloat16(), torch.zeros(0)]
+    assert are_finite(fine)
+    for value in (math.nan, math.inf):
+        assert not are_finite([*fine, torch.tensor([1.0, value])])
+        assert not are_finite([*fine, torch.tensor([3e38, value, 3e38])])

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,11 +41,14 @@ def full_precision() -> Iterator[None]:
 def are_finite(tensors: list[Tensor]) -> bool:
     """Whether no tensor has NaN or infinity."""
     # A norm reads a tensor once and makes no temporaries; that of large numbers can overflow.
-    norms = torch._foreach_norm(tensors)  # type: ignore[attr-defined]  # one call for all
-    return all(
-        math.isfinite(norm) or bool(tensor.isfinite().all())
-        for tensor, norm in zip(tensors, norms, strict=True)
-    )
+    norms: Any = torch._foreach_norm(tensors)  # type: ignore[attr-defined]  # one call for all
+    for device in {norm.device for norm in norms}:
+        here = [(t, n) for t, n in zip(tensors, norms, strict=True) if n.device == device]
+        seen = torch.stack([norm.float() for _, norm in here]).isfinite().tolist()  # waits once
+        suspects = [tensor for (tensor, _), fine in zip(here, seen, strict=True) if not fine]
+        if not all(bool(tensor.isfinite().all()) for tensor in suspects):
+            return False
+    return True
 
 
 def transposed(matrix: Tensor) -> Tensor:
@@ -67,6 +71,7 @@ class LowRank:
 
     def __init__(self, B: Tensor, A: Tensor) -> None:
         self._parts = [(B, A)]
+        self._squares: list[float | None] = [None]  # of the parts, where they were asked for
 
     @classmethod
     def zero(cls, shape: Sequence[int], dtype: torch.dtype) -> LowRank:
@@ -97,6 +102,8 @@ class LowRank:
             lefts, rights = zip(*self._parts, strict=True)
             # Each in memory of its own: savers take tensors that share some for tied weights.
             self._parts = [(torch.cat(lefts, dim=-1), torch.cat(rights, dim=-2))]
+            known = [square for square in self._squares if square is not None]
+            self._squares = [sum(known) if len(known) == len(lefts) else None]
         return self._parts[0]
 
     @property
@@ -110,13 +117,17 @@ class LowRank:
 
         Terms that take each other out count; of a stack that of all.
         """
-        squares = (a.norm(dim=-1) * b.norm(dim=-2) for b, a in self._parts)
-        return math.hypot(*(float(each.norm()) for each in squares))
+        self._squares = [
+            _square(b, a) if known is None else known
+            for (b, a), known in zip(self._parts, self._squares, strict=True)
+        ]
+        return math.sqrt(math.fsum(filter(None, self._squares)))
 
     def __add__(self, other: LowRank) -> LowRank:
         """The sum, with the terms of both: exact, nothing is multiplied out."""
         total = LowRank.__new__(LowRank)
         total._parts = self._parts + other._parts
+        total._squares = self._squares + other._squares
         return total
 
     def __getitem__(self, terms: slice) -> LowRank:
@@ -146,7 +157,7 @@ class LowRank:
         if all(new[0] is old[0] and new[1] is old[1] for new, old in zip(parts, self._parts)):  # noqa: B905
             return self
         moved = LowRank.__new__(LowRank)
-        moved._parts = parts
+        moved._parts, moved._squares = parts, self._squares
         return moved
 
     @full_precision()
@@ -179,3 +190,9 @@ class LowRank:
         b = q_b @ (u[..., :keep] * root[..., None, :])
         a = root[..., None] * (vh[..., :keep, :] @ transposed(q_a))
         return LowRank(b.to(self.B.dtype).contiguous(), a.to(self.A.dtype).contiguous())
+
+
+def _square(b: Tensor, a: Tensor) -> float:
+    """The sum of the terms' squared norms."""
+    norm = float((a.norm(dim=-1) * b.norm(dim=-2)).norm())
+    return norm * norm

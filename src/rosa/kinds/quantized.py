@@ -67,7 +67,7 @@ class QuantizedWeight(BaseWeight):
     ) -> None:
         super().__init__(name, view, fingerprint)
         self._held: dict[str, LowRank] = {}
-        self._beside: LowRank | None = None
+        self._beside: tuple[dict[str, LowRank], LowRank | None] = self._held, None  # and their sum
 
     @property
     def held(self) -> dict[str, LowRank]:
@@ -93,17 +93,18 @@ class QuantizedWeight(BaseWeight):
 
     def put(self, wanted: Mapping[str, LowRank], several: bool) -> None:
         """Let these be in force, and nothing else."""
-        self._held, self._beside = dict(wanted), None
+        self._held = dict(wanted)
 
     def beside(self, like: Tensor) -> LowRank | None:
         """The sum of what is in force, on the device and in the precision of a factor."""
-        changes = [change for change in self._held.values() if change.rank]
-        if self._beside is None and changes:
-            first, *others = changes
-            self._beside = sum(others, first).joined()
-        if self._beside is not None:
-            self._beside = self._beside.to(like.device, like.dtype)
-        return self._beside
+        held, (of, total) = self._held, self._beside  # another thread may put others meanwhile
+        if of is not held:
+            changes = [change for change in held.values() if change.rank]
+            total = sum(changes[1:], changes[0]).joined() if changes else None
+        if total is not None:
+            total = total.to(like.device, like.dtype)
+        self._beside = held, total
+        return total
 
     def add(self, name: str, change: LowRank, now: LowRank) -> bool:
         """False: nothing is to be written."""
