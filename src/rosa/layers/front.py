@@ -30,6 +30,7 @@ class Front(nn.Module):
     base_layer: nn.Module
     parameter_name: str
     is_quantized = False
+    has_stand_in = False  # whether its module holds the changed weight, for a backward pass
     _made = False  # whether its own attributes were set, which the module may have too
 
     @property
@@ -115,9 +116,9 @@ def forget_stand_in(layer: Front) -> None:
 
     One that comes here again has, and one that failed; see `call_with`.
     """
-    base = _innermost(layer)
-    if layer.parameter_name in base._parameters:
-        vars(base).pop(layer.parameter_name, None)
+    if layer.has_stand_in:
+        layer.has_stand_in = False
+        vars(_innermost(layer)).pop(layer.parameter_name, None)
 
 
 def call_with(
@@ -150,8 +151,9 @@ def call_with(
     def bring(_: Tensor) -> None:
         stand_in = weight.detach().requires_grad_()
         stand_in.register_hook(pass_on)  # a pass of its own, which may come here several times
+        layer.has_stand_in = True
         inside[name] = stand_in  # it is found before the parameter
-        Variable._execution_engine.queue_callback(partial(inside.pop, name, None))
+        Variable._execution_engine.queue_callback(partial(forget_stand_in, layer))
 
     def pass_on(gradient: Tensor) -> None:
         with torch.enable_grad():
