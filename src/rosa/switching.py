@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 
 from rosa.layers.in_model import rosa_layers
+from rosa.layers.undoing import ask_again, asked_of
 
 _SWITCHED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
@@ -26,7 +27,7 @@ def or_as_before(tuner: BaseTuner, settled: bool = True) -> Iterator[None]:
     """
     layers = [layer for _, layer in rosa_layers(tuner.model)]
     wrappers = [m for m in tuner.model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
-    asked = [layer.asked for layer in layers]
+    asked = [asked_of(layer) for layer in layers]
     of_wrappers = [(each.active_adapters, each.disable_adapters) for each in wrappers]
     trained = [(parameter, parameter.requires_grad) for parameter in tuner.model.parameters()]
     try:
@@ -37,8 +38,7 @@ def or_as_before(tuner: BaseTuner, settled: bool = True) -> Iterator[None]:
         raise
     except BaseException:
         for layer, before in zip(layers, asked, strict=True):
-            if layer.asked != before:
-                layer.ask(before)
+            ask_again(layer, before)
         for wrapper, (active, disabled) in zip(wrappers, of_wrappers, strict=True):
             if wrapper.disable_adapters != disabled:
                 wrapper.enable_adapters(not disabled)

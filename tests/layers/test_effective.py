@@ -241,7 +241,7 @@ def test_a_weight_that_was_asked_for_is_of_one_state():
         torch.testing.assert_close(now - layer.weight, torch.zeros_like(now))  # it is back
         now = layer.weight
         layer.rosa_B["default"].add_(0.3)
-        with pytest.raises(ValueError, match="or the factors stepped"):
+        with pytest.raises(ValueError, match="or the factors stepped or loaded"):
             now.norm()
         read = layer.weight.clone()
         resample(model)

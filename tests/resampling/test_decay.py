@@ -262,6 +262,10 @@ def test_a_training_that_was_interrupted_gives_nothing_back_any_more():
     kept[2].stop()
     step(model, optimizer)
     close(factors(model)[0], drawn[0] * (1 - LR * DECAY))
+    kept.append(DecayTowardDrawn(optimizer, adapters_of(model, optimizer)))
+    for _ in range(20):
+        step(model, optimizer)
+    assert (factors(model)[0] - drawn[0]).norm() < (LR * DECAY) * drawn[0].norm()
 
 
 def test_items_are_counted_by_the_last_training_alone():

@@ -42,13 +42,19 @@ def are_finite(tensors: list[Tensor]) -> bool:
     """Whether no tensor has NaN or infinity."""
     # A norm reads a tensor once and makes no temporaries; that of large numbers can overflow.
     norms: Any = torch._foreach_norm(tensors)  # type: ignore[attr-defined]  # one call for all
-    for device in {norm.device for norm in norms}:
-        here = [(t, n) for t, n in zip(tensors, norms, strict=True) if n.device == device]
-        seen = torch.stack([norm.float() for _, norm in here]).isfinite().tolist()  # waits once
-        suspects = [tensor for (tensor, _), fine in zip(here, seen, strict=True) if not fine]
-        if not all(bool(tensor.isfinite().all()) for tensor in suspects):
-            return False
-    return True
+    plain: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+    suspects = []
+    for tensor, norm in zip(tensors, norms, strict=True):
+        if type(norm) is Tensor:
+            plain.setdefault(norm.device, []).append((tensor, norm))
+        elif not math.isfinite(norm):  # as a tensor in shards is
+            suspects.append(tensor)
+    for pairs in plain.values():
+        fine = torch.stack([norm.float() for _, norm in pairs]).isfinite().tolist()  # waits once
+        suspects += [
+            tensor for (tensor, _), is_fine in zip(pairs, fine, strict=True) if not is_fine
+        ]
+    return all(bool(tensor.isfinite().all()) for tensor in suspects)
 
 
 def transposed(matrix: Tensor) -> Tensor:
@@ -61,6 +67,10 @@ def add_product(matrix: Tensor, b: Tensor, a: Tensor) -> Tensor:
     return matrix.addmm_(b, a) if matrix.dim() == 2 else matrix.baddbmm_(b, a)
 
 
+Part = tuple[Tensor, Tensor, float | None]
+"""B and A of some terms, and the sum of their squared norms where it was asked for."""
+
+
 class LowRank:
     """A matrix kept as a product: ``B @ A`` with ``B`` (out, k) and ``A`` (k, in); k may be 0.
 
@@ -70,8 +80,7 @@ class LowRank:
     """
 
     def __init__(self, B: Tensor, A: Tensor) -> None:
-        self._parts = [(B, A)]
-        self._squares: list[float | None] = [None]  # of the parts, where they were asked for
+        self._parts: list[Part] = [(B, A, None)]
 
     @classmethod
     def zero(cls, shape: Sequence[int], dtype: torch.dtype) -> LowRank:
@@ -98,18 +107,19 @@ class LowRank:
         return self._whole()[1]
 
     def _whole(self) -> tuple[Tensor, Tensor]:
-        if len(self._parts) > 1:
-            lefts, rights = zip(*self._parts, strict=True)
-            # Each in memory of its own: savers take tensors that share some for tied weights.
-            self._parts = [(torch.cat(lefts, dim=-1), torch.cat(rights, dim=-2))]
-            known = [square for square in self._squares if square is not None]
-            self._squares = [sum(known) if len(known) == len(lefts) else None]
-        return self._parts[0]
+        parts = self._parts
+        if len(parts) == 1:
+            return parts[0][:2]
+        lefts, rights, squares = zip(*parts, strict=True)
+        # Each in memory of its own: savers take tensors that share some for tied weights.
+        b, a = torch.cat(lefts, dim=-1), torch.cat(rights, dim=-2)
+        self._parts = [(b, a, None if None in squares else sum(squares))]
+        return b, a
 
     @property
     def rank(self) -> int:
         """The number of terms k (an upper bound of the rank of the matrix)."""
-        return sum(a.shape[-2] for _, a in self._parts)
+        return sum(a.shape[-2] for _, a, _ in self._parts)
 
     @property
     def size(self) -> float:
@@ -117,17 +127,15 @@ class LowRank:
 
         Terms that take each other out count; of a stack that of all.
         """
-        self._squares = [
-            _square(b, a) if known is None else known
-            for (b, a), known in zip(self._parts, self._squares, strict=True)
-        ]
-        return math.sqrt(math.fsum(filter(None, self._squares)))
+        parts = self._parts
+        squares = [_square(b, a) if s is None else s for b, a, s in parts]
+        self._parts = [(b, a, s) for (b, a, _), s in zip(parts, squares, strict=True)]
+        return math.sqrt(sum(squares))
 
     def __add__(self, other: LowRank) -> LowRank:
         """The sum, with the terms of both: exact, nothing is multiplied out."""
         total = LowRank.__new__(LowRank)
         total._parts = self._parts + other._parts
-        total._squares = self._squares + other._squares
         return total
 
     def __getitem__(self, terms: slice) -> LowRank:
@@ -153,11 +161,12 @@ class LowRank:
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> LowRank:
         """The same matrix on a device, or in another precision."""
-        parts = [(b.to(device, dtype), a.to(device, dtype)) for b, a in self._parts]
-        if all(new[0] is old[0] and new[1] is old[1] for new, old in zip(parts, self._parts)):  # noqa: B905
+        before = self._parts
+        parts: list[Part] = [(b.to(device, dtype), a.to(device, dtype), s) for b, a, s in before]
+        if all(new[0] is old[0] and new[1] is old[1] for new, old in zip(parts, before)):  # noqa: B905
             return self
         moved = LowRank.__new__(LowRank)
-        moved._parts, moved._squares = parts, self._squares
+        moved._parts = parts
         return moved
 
     @full_precision()

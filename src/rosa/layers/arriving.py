@@ -123,8 +123,9 @@ def check_of_one_time(
         for value, factor in zip(values, adapter.factors, strict=True)
     )
     # It is a state dict as the model gave it: a loader has written into the count, or has its own.
-    untouched = hasattr(draws, offset.BESIDE_LIVE_FACTORS) and draws._version == 0
-    if own and untouched and int(draws) != adapter.draws:
+    given = own and hasattr(draws, offset.BESIDE_LIVE_FACTORS)
+    untouched = given and (draws.is_inference() or draws._version == 0)
+    if untouched and int(draws) != adapter.draws:
         raise UserError(
             f"the state dict was taken before a draw, and its factors of layer {layer} are the "
             "model's own, which have been drawn anew since: with its offset they would be another "

@@ -6,9 +6,8 @@ The weight in memory is ``W_0 + sum of offsets O`` of the adapters in use, and t
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -28,6 +27,7 @@ from rosa.layers.kind import Kind
 from rosa.layers.offset import OffsetDict
 from rosa.layers.replicated import average_gradients
 from rosa.layers.tracing import is_traced
+from rosa.layers.undoing import ask_again, asked_of, or_as_before
 from rosa.pretrained.sharding import check_kept, from_first, is_fully_sharded
 from rosa.pretrained.weight import WRITING, BaseWeight
 from rosa.pretrained.zero3 import is_in_part
@@ -225,32 +225,6 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
                     self.base_weight.put({}, several=False)
             self._forget_merges()
 
-    @property
-    def asked(self) -> tuple[tuple[str, ...], bool, str | list[str]]:
-        """What the state asks for: what is merged, whether it is disabled, what is active."""
-        return tuple(self.merged_adapters), self._disable_adapters, self._active_adapter
-
-    def ask(self, for_: tuple[tuple[str, ...], bool, str | list[str]]) -> None:
-        """Ask for this again, after an error: now, or if it cannot be now, at the next use."""
-        merged, self._disable_adapters, self._active_adapter = for_
-        self.merged_adapters[:] = [name for name in merged if name in self.adapters]
-        self.is_behind = True
-        if not is_in_part(self._base_weight.parameter):  # else all processes would have to
-            with contextlib.suppress(Exception):  # the first error is told
-                self.synchronize()
-
-    @contextlib.contextmanager
-    def _or_as_before(self) -> Iterator[None]:
-        """Take back what was asked for if the weight cannot be brought to it."""
-        before = self.asked
-        try:
-            yield
-        except GeneratorExit:  # interrupted when all was done, and told at some later time
-            raise
-        except BaseException:
-            self.ask(before)
-            raise
-
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move or cast the layer; a cast is of the pretrained weight, with nothing else in it."""
         parameter = self.base_weight.parameter
@@ -443,7 +417,7 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
         self.settle()
         base, one = self.base_weight, self.adapters[adapter]
         with WRITING, base.at_hand(written=True):
-            before = one.state()
+            asked, before = asked_of(self), one.state()
             try:
                 learned = one.learned()
                 change = (learned + take(one, drawn)).joined()
@@ -453,12 +427,12 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
                     self.synchronize()
             except BaseException:
                 one.restore(before)
-                self.ask(self.asked)
+                ask_again(self, asked)
                 raise
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; nothing of it stays in the weight."""
-        with self._or_as_before():
+        with or_as_before(self):
             if adapter_name in self.merged_adapters:
                 self.merged_adapters.remove(adapter_name)
             self.synchronize(leaving=adapter_name, accept=True)
@@ -467,7 +441,7 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapter(s); their offsets take the place of the others' in the weight."""
-        with self._or_as_before():
+        with or_as_before(self):
             super().set_adapter(adapter_names, inference_mode=inference_mode)
             self.synchronize()
 
@@ -477,7 +451,7 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
             self._disable_adapters, self.is_behind = False, True
             super().enable_adapters(True)
             return
-        with self._or_as_before():
+        with or_as_before(self):
             self.merged_adapters.clear()
             super().enable_adapters(False)
             self.synchronize(accept=True)
@@ -523,7 +497,7 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
                     f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to "
                     f"be broken (layer {self.name}): load an earlier checkpoint"
                 )
-        with self._or_as_before():
+        with or_as_before(self):
             self.merged_adapters.extend(names)
             self.synchronize()
 
@@ -532,7 +506,7 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        with self._or_as_before():
+        with or_as_before(self):
             self.merged_adapters.clear()
             self.synchronize()
 
@@ -542,7 +516,7 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
         """The base layer with the adapters merged, or with the pretrained weight (PEFT's hook)."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        with self._or_as_before():
+        with or_as_before(self):
             if not merge:
                 self.merged_adapters.clear()
             if not self.merged:

@@ -106,8 +106,8 @@ class _Unread(Tensor):
             if self._counts() != self._then:
                 raise UserError(
                     "a layer's weight was asked for, and another adapter made active, merged, "
-                    "disabled or drawn again, or the factors stepped, before a value of it was "
-                    "read: it would be of both. Read it at once: layer.weight.clone()"
+                    "disabled or drawn again, or the factors stepped or loaded, before a value of "
+                    "it was read: it would be of both. Read it at once: layer.weight.clone()"
                 )
             self._note()
             with torch.no_grad(), full_precision():

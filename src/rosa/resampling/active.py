@@ -69,10 +69,10 @@ class Active:
             self.layer.whole(self.adapter.name)
 
     def resample(self, drawn: Factors) -> None:
-        """Merge, go on with new factors, and drop the factors' gradients."""
-        self.layer.resample(self.adapter.name, drawn)
+        """Drop the factors' gradients, merge, and go on with new factors."""
         for factor in self.factors:
             factor.grad = None
+        self.layer.resample(self.adapter.name, drawn)
 
 
 def factors_of(found: list[Active]) -> list[nn.Parameter]:

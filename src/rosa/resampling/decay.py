@@ -69,7 +69,7 @@ class DecayTowardDrawn:
         for adapter in self._adapters:
             before = _SEEN_TO.get(adapter, _nobody)()
             if before is not None:  # of a training that was interrupted
-                before._adapters.remove(adapter)
+                before._adapters = [a for a in before._adapters if a is not adapter]
                 before.refresh()
             _SEEN_TO[adapter] = weakref.ref(self)
         self._hooks = [

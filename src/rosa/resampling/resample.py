@@ -85,10 +85,10 @@ def resample(
         new = drawn(found, team)
         with team.failing_together():
             for active, factors in new:
-                active.resample(factors)
-                if moments == "clear":
+                if moments == "clear":  # first: without them the old subspace could go on
                     for state in states:
                         clear(state, active.factors)
+                active.resample(factors)
         for part in parts:
             part.follow(factors_of(found))
             if moments == "clear":

@@ -27,6 +27,7 @@ from rosa.bench.storage import runs
 from rosa.bench.storage.checkpoints import digest_of
 from rosa.bench.storage.record import best_record, read_record
 from rosa.bench.tasks.chat import usual_length
+from rosa.bench.tasks.files import KINDS
 from rosa.errors import UserError
 
 if TYPE_CHECKING:
@@ -138,10 +139,7 @@ def _after(folder: Path, tried: list[Cell], grid: Grid, widen: bool) -> list[Cel
     if not found:
         return []  # every one failed
     best = best_record(found)
-    # Equals are the pretrained model, kept since no rate was better: a lower one is not either.
-    losses = [record.scores["eval_loss"] for record in found]
-    alone = losses.count(best.scores["eval_loss"]) == 1
-    beyond = rate_beyond([cell.lr for cell in tried], best.lr) if widen and alone else None
+    beyond = rate_beyond([cell.lr for cell in tried], best.lr) if widen else None
     if beyond is not None:
         return [replace(tried[0], lr=beyond)]
     return [replace(tried[0], lr=best.lr, seed=seed) for seed in grid.seeds[1:]]
@@ -165,9 +163,9 @@ def _check_files(base: RunSettings, before: Mapping[str, str] | None) -> dict[st
     """Digests of the data's files; UserError if they are not those that it was begun with."""
     files = {"train": base.train, "validation": base.validation}
     if base.data is not None:
-        names = (path.relative_to(base.data) for path in base.data.rglob("*") if path.is_file())
-        seen = sorted(n for n in names if not any(part.startswith(".") for part in n.parts))
-        files |= {name.as_posix(): base.data / name for name in seen}
+        inside = [path for path in base.data.rglob("*") if path.suffix.lower() in KINDS]
+        inside = [p for p in inside if p.is_file() and base.output not in p.parents]
+        files |= {p.relative_to(base.data).as_posix(): p for p in sorted(inside)}
     found = {name: digest_of(path) for name, path in files.items() if path is not None}
     known = found if before is None else before
     changed = [

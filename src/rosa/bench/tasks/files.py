@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _SEPARATORS = {".csv": ",;\t", ".tsv": "\t"}
 """Of each kind: the first of them that the header has. Spreadsheets write ; in half of Europe."""
 JSON_LINES = (".json", ".jsonl")
+KINDS = (*_SEPARATORS, *JSON_LINES, ".txt")
+"""How the names of files that are read end."""
 
 
 def read_table(path: Path, columns: tuple[str, ...], forms: str = "") -> Dataset:
@@ -60,9 +62,9 @@ def read_columns(path: Path) -> dict[str, list[Any]]:
     """A file's columns, their values as they are; raises as `read_table` does."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there (or not a file): check the path")
-    kind, kinds = path.suffix.lower(), (*_SEPARATORS, *JSON_LINES, ".txt")
-    if kind not in kinds:
-        raise UserError(f"{path}: unknown kind of file; use {', '.join(kinds)}")
+    kind = path.suffix.lower()
+    if kind not in KINDS:
+        raise UserError(f"{path}: unknown kind of file; use {', '.join(KINDS)}")
     try:
         content = path.read_text(encoding="utf-8-sig")  # Excel begins with a byte order mark
     except UnicodeDecodeError as error:
