@@ -27,12 +27,12 @@ def or_as_before(tuner: BaseTuner, settled: bool = True) -> Iterator[None]:
     """
     layers = [layer for _, layer in rosa_layers(tuner.model)]
     wrappers = [m for m in tuner.model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    for layer in layers if settled else ():
+        layer.settle()
     asked = [asked_of(layer) for layer in layers]
     of_wrappers = [(each.active_adapters, each.disable_adapters) for each in wrappers]
     trained = [(parameter, parameter.requires_grad) for parameter in tuner.model.parameters()]
     try:
-        for layer in layers if settled else ():
-            layer.settle()
         yield
     except GeneratorExit:  # interrupted when all was done, and told at some later time
         raise

@@ -223,6 +223,28 @@ def test_of_a_draw_that_cannot_be_made_of_one_layer_none_is_made():
     assert draws == [layer.adapters["default"].draws for _, layer in rosa_layers(model)]
 
 
+@pytest.mark.parametrize("by_layer", [True, False])
+def test_what_a_state_dict_has_brought_is_in_force_after_a_switch_that_failed(
+    by_layer, monkeypatch
+):
+    model, source = adapted(torch.float64), adapted(torch.float64)
+    x = torch.randn(4, 24, dtype=torch.float64)
+    model.load_state_dict({k: v.clone() for k, v in source.state_dict().items()})
+    layers = [layer for _, layer in rosa_layers(model)]
+    put = BaseWeight.put
+
+    def fails(self: BaseWeight, wanted: Any, several: bool) -> None:
+        put(self, wanted, several)
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(BaseWeight, "put", fails)
+    for switched in layers if by_layer else [model]:
+        with pytest.raises(torch.OutOfMemoryError):
+            switched.set_adapter("other")
+    monkeypatch.undo()
+    torch.testing.assert_close(model(x), source(x), rtol=0, atol=1e-9)
+
+
 def test_states_that_cannot_come_back_are_not_held():
     model = adapted(torch.float32)
     layer = next(layer for _, layer in rosa_layers(model))

@@ -20,9 +20,11 @@ class Asking(Protocol):
 
     Attributes:
         is_behind: whether something kept the weight from what is asked for, until the next use.
+        arrived: what state dicts have brought, until then.
     """
 
     adapters: dict[str, Adapter]
+    arrived: Any
     merged_adapters: list[str]
     is_behind: bool
     _disable_adapters: bool
@@ -43,7 +45,7 @@ class Asked:
         active: the active adapters.
         whole: those whose whole change is in force.
         held: the changes that are in force.
-        is_behind: whether these are others than what is asked for.
+        is_behind: whether these are others than what is asked for, as before a state dict is taken.
     """
 
     merged: list[str]
@@ -62,7 +64,7 @@ def asked_of(layer: Asking) -> Asked:
         layer._active_adapter,
         [name for name, adapter in layer.adapters.items() if adapter.merged],
         dict(layer._base_weight.held),
-        layer.is_behind,
+        layer.is_behind or layer.arrived is not None,
     )
 
 
