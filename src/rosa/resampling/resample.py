@@ -85,10 +85,11 @@ def resample(
         new = drawn(found, team)
         with team.failing_together():
             for active, factors in new:
-                if moments == "clear":  # first: without them the old subspace could go on
-                    for state in states:
+                try:
+                    active.resample(factors)
+                finally:  # the old subspace could go on without them, a new one not with them
+                    for state in states if moments == "clear" else ():
                         clear(state, active.factors)
-                active.resample(factors)
         for part in parts:
             part.follow(factors_of(found))
             if moments == "clear":
