@@ -187,10 +187,7 @@ def _check_folder(base: RunSettings) -> None:
         return
     if not (output / runs.COMPARISON).is_file():
         raise UserError(f"{output} holds files that are not a comparison's: name a new folder")
-    before = {
-        **runs.DEFAULTS,
-        **runs.read_json(output / runs.COMPARISON),
-    }  # of a version with fewer
+    before = {**runs.DEFAULTS, **_about(output)}  # of a version with fewer
     differ = [
         f"{name} ({before.get(name)} there, {value} here)"
         for name, value in _shared(base).items()
