@@ -69,9 +69,8 @@ def test_one_message_is_answered_as_in_a_chat(folder, capsys):
     how = [folder / "run", "--max-new-tokens", 6]
     found = printed(capsys, *how, "--message", "good film", "--system", "the book")
     assert found.strip() == expected(folder, "a the book a good film the").strip()
-    ends = expected(folder, "the film", 30).strip()  # what it would write is nothing more
-    how[1:] = ["--max-new-tokens", 1, "--prompt", f"the film {ends}"]
-    run("generate", *how)
+    whole = "film was very good"  # as trained: nothing comes after it
+    run("generate", folder / "run", "--max-new-tokens", 1, "--prompt", whole)
     assert "--message asks as in a chat" in capsys.readouterr().err
 
 
