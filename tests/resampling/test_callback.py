@@ -324,6 +324,33 @@ def test_a_second_training_goes_on(tmp_path, data):
     assert layer.adapters["default"].draws == 1 + 4
 
 
+@pytest.mark.parametrize("best", [6, 12, 18])
+def test_after_the_best_model_a_second_training_has_no_moments_of_another_subspace(
+    tmp_path, data, best, monkeypatch
+):
+    """Where that is of before the draw, at 12; of after it they are its own, and stay."""
+    evaluate, held = Trainer.evaluate, {}
+
+    def scored(trainer, *args, **kwargs):
+        found = evaluate(trainer, *args, **kwargs)
+        return {**found, "eval_loss": abs(trainer.state.global_step - best)}
+
+    class Held(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            (_, layer), *_ = rosa_layers(kwargs["model"])
+            factors, states = layer.adapters["default"].factors, kwargs["optimizer"].state
+            held[state.global_step] = [factor in states for factor in factors]
+
+    monkeypatch.setattr(Trainer, "evaluate", scored)
+    saved = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+    trainer, *_ = train(tmp_path, data, every=12, **saved)
+    assert trainer.state.best_model_checkpoint.endswith(f"-{best}")
+    trainer.add_callback(Held)
+    trainer.train()
+    assert held[0] == [best == 18] * 2
+    assert held[1] == [True] * 2
+
+
 def test_a_resumed_run_draws_by_the_period_that_was_found(tmp_path, data, monkeypatch):
     """Though the steps that it counts itself have other items."""
     monkeypatch.setattr("rosa.resampling.schedule.SHORTEST_ROUND", 2)

@@ -21,7 +21,7 @@ from rosa.resampling.active import active_adapters
 from rosa.resampling.counting import ItemCounter
 from rosa.resampling.decay import DecayTowardDrawn
 from rosa.resampling.moments import check_moments
-from rosa.resampling.resample import resample, states_to_keep
+from rosa.resampling.resample import forget, resample, states_to_keep
 from rosa.resampling.schedule import Schedule, auto_period, period_of, trained_numbers
 from rosa.resampling.seen import FILE, read_seen, recall, recall_count, write_seen
 from rosa.resampling.watching import watch
@@ -92,6 +92,7 @@ class RosaCallback(TrainerCallback, ExportableState):
         self._decay: DecayTowardDrawn | None = None
         self._counter: ItemCounter | None = None
         self._adapters: list[Adapter] = []
+        self._draws: list[int] = []  # of these, when the optimizer last stepped
         self._stepped = 0  # in this process
         self._counted = 0  # steps whose items are counted
         self._seen: dict[str, Tensor] = {}  # before a resumed run's checkpoint
@@ -118,7 +119,10 @@ class RosaCallback(TrainerCallback, ExportableState):
         states_to_keep(self.moments, kwargs.get("optimizer"), found)
         if args.save_strategy != "no":
             _check_saver()
+        if state.global_step == 0 and self._draws != [a.draws for a in self._adapters]:
+            forget(kwargs.get("optimizer"), found)  # `load_best_model_at_end` went back over a draw
         self._adapters = [active.adapter for active in found]
+        self._draws = [adapter.draws for adapter in self._adapters]
         self._stepped = self._counted = 0
         self._last_step, self._draw_at = -1, None
         how, before = self._before(state)
@@ -242,6 +246,7 @@ class RosaCallback(TrainerCallback, ExportableState):
             self.drawn += resample(model, optimizer, moments=self.moments)
             self.seconds += time.perf_counter() - started
             self.drawn_at.append(step)
+            self._draws = [adapter.draws for adapter in self._adapters]
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

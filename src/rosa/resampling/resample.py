@@ -100,6 +100,16 @@ def resample(
     return len(found)
 
 
+def forget(optimizer: Any, found: list[Active]) -> None:
+    """Clear an optimizer's moments of factors that a file has put into another subspace."""
+    states, parts = states_to_keep("clear", optimizer, found)
+    for state in states:
+        clear(state, factors_of(found))
+    for part in parts:
+        part.clear(factors_of(found))
+    forget_curvature(optimizer)
+
+
 def states_to_keep(
     moments: str, optimizer: Any, found: list[Active]
 ) -> tuple[list[State], list[Partitioned]]:
