@@ -41,19 +41,20 @@ from rosa.files.checkpoint import (
     warn_of_another_base,
 )
 from rosa.files.loading import guard
-from rosa.files.restoring import as_before
+from rosa.files.restoring import or_without
 from rosa.kinds.parameter import ParamWrapper
 from rosa.kinds.registry import kind_of
 from rosa.layers.arriving import check_of_one_time
 from rosa.layers.base import RosaLayer
-from rosa.layers.in_model import base_of, layers_of, rosa_layers
+from rosa.layers.in_model import base_of, layers_of, plain_name, rosa_layers
 from rosa.layers.parts import check_not_in_parts
 from rosa.layers.statedict import give_pretrained, is_in_parts
+from rosa.layers.undoing import or_else
 from rosa.packing import keep_order
 from rosa.pretrained.memory import Owners, make_private, owners_of, tenants, weight_owners
 from rosa.pretrained.sharding import check_shards, is_dtensor, is_fully_sharded, reshard, whole
 from rosa.pretrained.zero3 import at_hand
-from rosa.switching import enable_all, or_as_before
+from rosa.switching import all_or_none, enable_all
 from rosa.targeting.held import check_not_held, give_own, held_outside
 from rosa.targeting.matching import has_embeddings, is_target, resolve_all_linear
 from rosa.targeting.names import COMPILED, check_adapter_name, check_modules_to_save
@@ -106,7 +107,7 @@ class RosaModel(BaseTuner):
         self._remove_adapter(model, adapter_name)  # an untouched one, as a failed load leaves
         wanted = config.target_modules
         try:
-            with as_before(model, adapter_name):
+            with or_without(model, adapter_name):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
             said = str(error)[:_LONGEST]
@@ -205,7 +206,7 @@ class RosaModel(BaseTuner):
                 "model's embeddings with it, and there are none. Train it in full "
                 f"(modules_to_save=[{name!r}]), or leave it out of target_modules"
             )
-        names = (n.replace(".base_layer", "") for n in owners_of(target.weight, owners))
+        names = (plain_name(n) for n in owners_of(target.weight, owners))
         if shared := [n.removesuffix(".weight") for n in names if n != target.place]:
             raise UserError(
                 f"the weight of {name} is shared with {', '.join(shared)} (tied weights, or a "
@@ -297,7 +298,7 @@ class RosaModel(BaseTuner):
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapter(s), in all layers or, on an error, in none."""
         reshard(self.model)
-        with or_as_before(self):
+        with all_or_none(self):
             super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
@@ -305,7 +306,7 @@ class RosaModel(BaseTuner):
         if enabled:
             enable_all(self)
             return
-        with or_as_before(self, settled=False):
+        with all_or_none(self, settled=False):
             super()._enable_adapter_layers(False)
 
     def merge_adapter(
@@ -313,7 +314,7 @@ class RosaModel(BaseTuner):
     ) -> None:
         """Put adapters' whole change into the weights; see `RosaLayer.merge`."""
         reshard(self.model)
-        with or_as_before(self):
+        with all_or_none(self):
             super().merge_adapter(adapter_names, safe_merge)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -328,7 +329,7 @@ class RosaModel(BaseTuner):
     def unmerge_adapter(self) -> None:
         """Take what is merged out of the weights."""
         reshard(self.model)
-        with or_as_before(self):
+        with all_or_none(self):
             super().unmerge_adapter()
 
     @contextlib.contextmanager
@@ -371,13 +372,14 @@ class RosaModel(BaseTuner):
             if any(adapter in layer.adapters for adapter in adapters)
         }
         self.peft_config[adapter_name] = weighted_config(self, adapters, layers)
-        try:
-            self.inject_adapter(self.model, adapter_name)
-            put_sum(layers, adapters, weights, adapter_name)
-        except BaseException:
+
+        def undo() -> None:
             self._remove_adapter(self.model, adapter_name)
             self.peft_config.pop(adapter_name, None)
-            raise
+
+        with or_else(undo):
+            self.inject_adapter(self.model, adapter_name)
+            put_sum(layers, adapters, weights, adapter_name)
 
     # -- saving and loading --------------------------------------------------------------------
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 
 from rosa.layers.in_model import rosa_layers
-from rosa.layers.undoing import ask_again, asked_of
+from rosa.layers.undoing import ask_again, asked_of, or_else
 
 _SWITCHED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
-@contextlib.contextmanager
-def or_as_before(tuner: BaseTuner, settled: bool = True) -> Iterator[None]:
+def all_or_none(tuner: BaseTuner, settled: bool = True) -> AbstractContextManager[None]:
     """Let all layers be asked for what they were before if not all can be brought to another state.
 
     Args:
@@ -32,11 +31,8 @@ def or_as_before(tuner: BaseTuner, settled: bool = True) -> Iterator[None]:
     asked = [asked_of(layer) for layer in layers]
     of_wrappers = [(each.active_adapters, each.disable_adapters) for each in wrappers]
     trained = [(parameter, parameter.requires_grad) for parameter in tuner.model.parameters()]
-    try:
-        yield
-    except GeneratorExit:  # interrupted when all was done, and told at some later time
-        raise
-    except BaseException:
+
+    def undo() -> None:
         for layer, before in zip(layers, asked, strict=True):
             ask_again(layer, before)
         for wrapper, (active, disabled) in zip(wrappers, of_wrappers, strict=True):
@@ -48,7 +44,8 @@ def or_as_before(tuner: BaseTuner, settled: bool = True) -> Iterator[None]:
         for parameter, was_trained in trained:
             if parameter.requires_grad != was_trained:
                 parameter.requires_grad_(was_trained)
-        raise
+
+    return or_else(undo)
 
 
 def enable_all(tuner: BaseTuner) -> None:

@@ -6,11 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 
+from rosa.bench.setup.settings import RunSettings
+from rosa.bench.storage import runs
+from rosa.bench.storage.saving import _command
 from tests.helpers import write_csv
 from tests.hub import Hub, hub
 from tests.models import save_with_tokenizer, tiny_bert
@@ -117,3 +121,18 @@ def test_what_cannot_be_pushed_is_not_lost(there: Hub, encoder, tmp_path):
     assert "adapter is whole, but could not be pushed" in said
     assert f"`hf upload me/reviews {tmp_path}/run/adapter` tries that again" in said
     assert (tmp_path / "run/metrics.json").is_file()
+
+
+@pytest.mark.parametrize("setting", fields(RunSettings), ids=lambda setting: setting.name)
+def test_a_card_names_every_setting_that_is_another_than_usual(setting):
+    """Zero too, where that is not what is usual."""
+    usual = runs.DEFAULTS.get(setting.name)
+    option = f"--{(setting.metadata['option'] or setting.name).replace('_', '-')}"
+    if setting.type.startswith("bool"):
+        assert _command({setting.name: not usual}).split()[2:] == [option]
+    elif setting.type.startswith("tuple"):
+        assert _command({setting.name: ["a", "b"]}).split()[2:] == [option, "a", option, "b"]
+    else:
+        for other in {0, 7, "x"} - {usual}:
+            assert _command({setting.name: other}).split()[2:] == [option, str(other)]
+    assert _command({setting.name: usual}).split()[2:] == []

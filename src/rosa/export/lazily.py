@@ -23,7 +23,7 @@ from rosa.errors import UserError
 from rosa.export.checking import load_on_meta
 from rosa.files.checkpoint import warn_of_another_base
 from rosa.layers.base import RosaLayer
-from rosa.layers.in_model import layers_of, rosa_layers
+from rosa.layers.in_model import layers_of, plain_name, rosa_layers
 from rosa.pretrained.weight import with_change
 
 Weights = Mapping[str, Callable[[], Tensor]]
@@ -113,7 +113,7 @@ def _check_tokens_apart(model: PeftModel, adapter: str) -> None:
 
 def _plain(key: str) -> str:
     """The name of a weight in the plain model."""
-    return key.removeprefix("base_model.model.").replace(".base_layer", "")
+    return plain_name(key.removeprefix("base_model.model."))
 
 
 @torch.no_grad()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import os
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import peft
@@ -29,9 +31,10 @@ from rosa.files.checking import (
     folder_of,
 )
 from rosa.files.plain import guarded_plain
-from rosa.files.restoring import as_before
+from rosa.files.restoring import or_without
 from rosa.layers.drawing import from_file
 from rosa.layers.in_model import rosa_layers
+from rosa.layers.undoing import or_else
 from rosa.registration import ROSA
 
 
@@ -63,7 +66,7 @@ def _guarded_pretrained(load: Any) -> Any:
         elif isinstance(config, RosaConfig):
             check_weights(model_id, kwargs)
         by_config = GIVEN_CONFIG.set(config is not None)
-        with as_before(model, adapter_name), from_file():
+        with or_without(model, adapter_name), from_file():
             try:
                 return load(cls, model, model_id, adapter_name, is_trainable, config, **kwargs)
             except AttributeError as error:
@@ -97,7 +100,7 @@ def _guarded_adapter(load: Any) -> Any:
         known = self.peft_config.get(adapter_name)
         if isinstance(known, RosaConfig) and (args[:1] == (True,) or kwargs.get("is_trainable")):
             check_trained(folder_of(model_id, kwargs), known)
-        with as_before(self, adapter_name), from_file():
+        with or_without(self, adapter_name), from_file():
             return load(self, model_id, adapter_name, *args, **kwargs)
 
     return load_adapter
@@ -125,13 +128,10 @@ def _guarded_save(save: Any) -> Any:
 def _guarded_switch(switch: Any) -> Any:
     @functools.wraps(switch)
     def set_adapter(self: PeftModel, *args: Any, **kwargs: Any) -> None:
-        before, is_rosa = self.active_adapter, self.peft_type == ROSA
-        try:
+        # PEFT has taken the new name before it asks for it.
+        undo = partial(setattr, self, "active_adapter", self.active_adapter)
+        with or_else(undo) if self.peft_type == ROSA else nullcontext():
             switch(self, *args, **kwargs)
-        except BaseException:
-            if is_rosa:  # PEFT has taken the new name before it asks for it
-                self.active_adapter = before
-            raise
 
     return set_adapter
 

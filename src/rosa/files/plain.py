@@ -12,6 +12,7 @@ import inspect
 import json
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -27,8 +28,9 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from rosa.config import RosaConfig
 from rosa.errors import UserError
 from rosa.files.checking import check_config, check_weights
-from rosa.files.restoring import as_before
+from rosa.files.restoring import or_without
 from rosa.layers.drawing import from_file
+from rosa.layers.undoing import or_else
 from rosa.registration import ROSA
 
 _PREFIX = "base_model.model."
@@ -48,17 +50,13 @@ def guarded_plain(load: Any) -> Any:
         asked = signature.bind(self, *args, **kwargs).arguments
         more = asked.pop("kwargs", {})
         name = asked.get("adapter_name") or "default"
-        before = self._hf_peft_config_loaded
-        try:
-            with as_before(self, name):
-                if _is_rosa({**more, **asked}):
-                    if unknown := more.keys() - _OPTIONS:
-                        raise TypeError(f"load_adapter has no argument {', '.join(unknown)}")
-                    return _load(self, name, {**more, **asked})
-                return load(self, *args, **kwargs)
-        except BaseException:
-            self._hf_peft_config_loaded = before
-            raise
+        undo = partial(setattr, self, "_hf_peft_config_loaded", self._hf_peft_config_loaded)
+        with or_else(undo), or_without(self, name):
+            if _is_rosa({**more, **asked}):
+                if unknown := more.keys() - _OPTIONS:
+                    raise TypeError(f"load_adapter has no argument {', '.join(unknown)}")
+                return _load(self, name, {**more, **asked})
+            return load(self, *args, **kwargs)
 
     return load_adapter
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from weakref import ref
 
@@ -12,10 +12,10 @@ from torch import nn
 
 from rosa.config import RosaConfig
 from rosa.layers.in_model import rosa_layers
+from rosa.layers.undoing import or_else
 
 
-@contextlib.contextmanager
-def as_before(model: nn.Module, adapter_name: str) -> Iterator[None]:
+def or_without(model: nn.Module, adapter_name: str) -> AbstractContextManager[None]:
     """Let a model be what it was before, where adding one of ROSA's adapters to it fails.
 
     Its modules are those that they were, so are what is trained of them and the other adapters. An
@@ -26,8 +26,7 @@ def as_before(model: nn.Module, adapter_name: str) -> Iterator[None]:
         adapter_name: of the new one.
     """
     if any(adapter_name in layer.adapters for _, layer in rosa_layers(model)):
-        yield
-        return
+        return nullcontext()
     configured = hasattr(model, "peft_config")
     # Weakly: whoever holds a module or a parameter shares it, and the adapter would get a copy.
     held = [(ref(m), _weakly(m._modules), _weakly(m._parameters)) for m in model.modules()]
@@ -37,15 +36,12 @@ def as_before(model: nn.Module, adapter_name: str) -> Iterator[None]:
         for module in model.modules()
         if isinstance(module, AuxiliaryTrainingWrapper)
     ]
-    try:
-        yield
-    except GeneratorExit:  # interrupted when all was done, and told at some later time
-        raise
-    except BaseException:
+
+    def undo() -> None:
         ours = [layer for _, layer in rosa_layers(model) if adapter_name in layer.adapters]
         known: Any = getattr(model, "peft_config", None) or {}
         if not ours and not isinstance(known.get(adapter_name), RosaConfig):
-            raise
+            return
         for layer in reversed(ours):  # what lies inside first
             layer.delete_adapter(adapter_name)
         for wrapper, adapters, active in wrappers:
@@ -64,7 +60,8 @@ def as_before(model: nn.Module, adapter_name: str) -> Iterator[None]:
         known.pop(adapter_name, None)
         if not configured and "peft_config" in vars(model):
             del model.peft_config
-        raise
+
+    return or_else(undo)
 
 
 def _weakly(parameters: Mapping[str, Any]) -> dict[str, ref[Any] | None]:

@@ -27,7 +27,7 @@ from rosa.layers.kind import Kind
 from rosa.layers.offset import OffsetDict
 from rosa.layers.replicated import average_gradients
 from rosa.layers.tracing import is_traced
-from rosa.layers.undoing import ask_again, asked_of, or_as_before
+from rosa.layers.undoing import or_as_before, or_else
 from rosa.pretrained.sharding import check_kept, from_first, is_fully_sharded
 from rosa.pretrained.weight import WRITING, BaseWeight
 from rosa.pretrained.zero3 import is_in_part
@@ -417,18 +417,14 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
         self.settle()
         base, one = self.base_weight, self.adapters[adapter]
         with WRITING, base.at_hand(written=True):
-            asked, before = asked_of(self), one.state()
-            try:
+            before = one.state()
+            with or_as_before(self), or_else(lambda: one.restore(before)):
                 learned = one.learned()
                 change = (learned + take(one, drawn)).joined()
                 one.terms = one.next_terms(change.to("cpu"), *base.bounds())
                 # In one pass over the weight: cheaper than the old offset out and the new one in.
                 if not base.add(adapter, change, one.terms):
                     self.synchronize()
-            except BaseException:
-                one.restore(before)
-                ask_again(self, asked)
-                raise
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; nothing of it stays in the weight."""

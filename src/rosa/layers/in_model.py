@@ -9,6 +9,11 @@ from torch import nn
 from rosa.layers.base import RosaLayer
 
 
+def plain_name(name: str) -> str:
+    """The name of a module or parameter in the model without adapters."""
+    return ".".join(part for part in name.split(".") if part != "base_layer")
+
+
 def base_of(module: nn.Module) -> nn.Module:
     """A module without the adapters around it."""
     return module.get_base_layer() if isinstance(module, RosaLayer) else module

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from peft.tuners.tuners_utils import onload_layer
@@ -88,13 +90,17 @@ def ask_again(layer: Asking, asked: Asked) -> None:
 
 
 @contextlib.contextmanager
-def or_as_before(layer: Asking) -> Iterator[None]:
-    """Take back what is asked for if the weight cannot be brought to it."""
-    before = asked_of(layer)
+def or_else(undo: Callable[[], object]) -> Iterator[None]:
+    """Undo what was done where it ends early, by an error or by Ctrl-C."""
     try:
         yield
     except GeneratorExit:  # interrupted when all was done, and told at some later time
         raise
     except BaseException:
-        ask_again(layer, before)
+        undo()
         raise
+
+
+def or_as_before(layer: Asking) -> AbstractContextManager[None]:
+    """Take back what is asked for if the weight cannot be brought to it."""
+    return or_else(partial(ask_again, layer, asked_of(layer)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -21,7 +21,7 @@ from rosa.config import RosaConfig, as_rosa_config
 from rosa.kinds.linear import RosaLinear
 from rosa.kinds.parameter import ParamWrapper
 from rosa.kinds.registry import kind_of
-from rosa.layers.in_model import base_of, rosa_layers
+from rosa.layers.in_model import base_of, plain_name, rosa_layers
 from rosa.targeting.held import held_elsewhere
 from rosa.targeting.names import COMPILED
 
@@ -39,6 +39,11 @@ def is_target(config: RosaConfig, name: str) -> bool | re.Match[str] | None:
     if is_trained_in_full(config, name):
         return _ExcludedModule()  # type: ignore[return-value]
     return BaseTuner._check_target_module_exists(config, name)
+
+
+def names_parameter(wanted: Iterable[str], key: str) -> bool:
+    """Whether one of `target_parameters` names a parameter of the model, as PEFT matches them."""
+    return any(key == name or key.endswith(f".{name}") for name in wanted)
 
 
 def resolve_all_linear(config: RosaConfig, model: nn.Module) -> None:
@@ -73,7 +78,7 @@ def resolve_all_linear(config: RosaConfig, model: nn.Module) -> None:
 
 def _whole(model: nn.Module, name: str) -> str:
     """The name of the module that a linear layer is adapted with, or its own."""
-    parent, _, child = name.replace(".base_layer", "").rpartition(".")
+    parent, _, child = plain_name(name).rpartition(".")
     base = base_of(model.get_submodule(parent))
     kind = kind_of(base)
     return name if kind is None or child not in kind.inner(base) else parent
@@ -83,7 +88,7 @@ def _out_of_reach(model: nn.Module) -> Iterator[str]:
     """Linear layers inside modules that carry an adapter of a parameter, where PEFT finds none."""
     for name, layer in rosa_layers(model):
         if type(layer) is ParamWrapper:
-            bare, base = name.replace(".base_layer", ""), layer.get_base_layer()
+            bare, base = plain_name(name), layer.get_base_layer()
             inside = ((n, kind_of(m)) for n, m in base.named_modules() if n)
             yield from (f"{bare}.{n}" for n, kind in inside if kind is RosaLinear)
 

@@ -17,8 +17,8 @@ from rosa.errors import UserError
 from rosa.kinds.parameter import ParamWrapper
 from rosa.kinds.registry import kind_of
 from rosa.layers.base import RosaLayer
-from rosa.layers.in_model import base_of
-from rosa.targeting.matching import is_target, is_trained_in_full
+from rosa.layers.in_model import base_of, plain_name
+from rosa.targeting.matching import is_target, is_trained_in_full, names_parameter
 
 
 def check_nesting(config: RosaConfig, model: nn.Module) -> None:
@@ -35,14 +35,12 @@ def check_nesting(config: RosaConfig, model: nn.Module) -> None:
 
 
 def _names_parameter(config: RosaConfig, module: str, parameter: str) -> bool:
-    key = f"{module.replace('.base_layer', '')}.{parameter}"
-    wanted = config.target_parameters or ()
-    return any(key == name or key.endswith(f".{name}") for name in wanted)
+    return names_parameter(config.target_parameters or (), f"{plain_name(module)}.{parameter}")
 
 
 def _inside(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules inside one, by the names that they have in a plain model."""
-    bare = name.replace(".base_layer", "")
+    bare = plain_name(name)
     for child, inner in module.named_modules():
         yield f"{bare}.{child}" if child else bare, inner
 
@@ -61,13 +59,13 @@ def _check_inside_trained(config: RosaConfig, name: str, wrapper: AuxiliaryTrain
 
 def _check_inside_adapted(config: RosaConfig, name: str, layer: RosaLayer) -> None:
     base = layer.get_base_layer()
-    if type(layer) is not ParamWrapper and is_target(config, name.replace(".base_layer", "")):
+    if type(layer) is not ParamWrapper and is_target(config, plain_name(name)):
         return  # what it holds goes with it
     for inner, module in _inside(name, base):
         full = is_trained_in_full(config, inner)
         if module is not base and (full or (kind_of(base_of(module)) and is_target(config, inner))):
             raise UserError(
-                f"{inner} lies in {name.replace('.base_layer', '')}, which another adapter adapts "
+                f"{inner} lies in {plain_name(name)}, which another adapter adapts "
                 f"({layer.parameter_name}), so that it has another name in this model: name the "
                 "same target_modules and target_parameters for both adapters, or leave it out"
             )

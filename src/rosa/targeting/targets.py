@@ -26,7 +26,7 @@ from rosa.errors import UserError
 from rosa.kinds.parameter import ParamWrapper
 from rosa.kinds.registry import KINDS, kind_of
 from rosa.layers.base import RosaLayer
-from rosa.layers.in_model import base_of, rosa_layers
+from rosa.layers.in_model import base_of, plain_name, rosa_layers
 from rosa.pretrained.memory import check_in_memory
 from rosa.pretrained.sharding import (
     cut_dim,
@@ -39,7 +39,7 @@ from rosa.pretrained.sharding import (
 from rosa.pretrained.views import MatrixView
 from rosa.pretrained.weight import SUPPORTED_DTYPES
 from rosa.pretrained.zero3 import is_in_part
-from rosa.targeting.matching import is_target, is_trained_in_full
+from rosa.targeting.matching import is_target, is_trained_in_full, names_parameter
 
 
 def check_full_training(config: RosaConfig, model: nn.Module) -> None:
@@ -261,10 +261,9 @@ def _parameters(config: RosaConfig, model: nn.Module) -> Iterator[Target]:
     wanted = config.target_parameters
     if not wanted:
         return
-    endings = tuple(f".{name}" for name in wanted)
-    known = [n.replace(".base_layer", "") for n, _ in model.named_parameters()]
+    known = [plain_name(n) for n, _ in model.named_parameters()]
     for name in wanted:
-        if not any(key == name or key.endswith(f".{name}") for key in known):
+        if not any(names_parameter([name], key) for key in known):
             ends = {".".join(key.split(".")[-1 - name.count(".") :]) for key in known}
             near = difflib.get_close_matches(name, sorted(ends))
             raise UserError(
@@ -272,11 +271,11 @@ def _parameters(config: RosaConfig, model: nn.Module) -> Iterator[Target]:
                 + (f" Did you mean {', '.join(near)}?" if near else "")
             )
     for name, module in model.named_modules():
-        bare = name.replace(".base_layer", "")
+        bare = plain_name(name)
         around = model.get_submodule(bare)
         for parameter, _ in module.named_parameters(recurse=False):
             key = f"{bare}.{parameter}"
-            if key not in wanted and not key.endswith(endings):
+            if not names_parameter(wanted, key):
                 continue
             wrapped = isinstance(around, BaseTunerLayer) and type(around) is not ParamWrapper
             if wrapped or (name and is_target(config, bare)):

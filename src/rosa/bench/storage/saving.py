@@ -147,7 +147,7 @@ def _command(values: dict[str, Any]) -> str:
     words = [*start, "rosa", "train"]
     for setting in fields(RunSettings):
         name, value = setting.metadata["option"] or setting.name, values.get(setting.name)
-        if value in (None, False) or value == setting.default or value == _plain(setting.default):
+        if value is None or value is False or value == runs.DEFAULTS.get(setting.name):
             continue
         option = f"--{name.replace('_', '-')}"
         if value is True:
@@ -155,7 +155,3 @@ def _command(values: dict[str, Any]) -> str:
         for each in value if isinstance(value, list) else [] if value is True else [value]:
             words += [option, str(each)]
     return shlex.join(words)
-
-
-def _plain(default: Any) -> Any:
-    return list(default) if isinstance(default, tuple) else default
