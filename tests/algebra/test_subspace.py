@@ -129,26 +129,3 @@ def test_a_zero_weight_can_be_drawn_and_learns(directions):
 def test_a_rank_that_does_not_fit_is_refused(rank):
     with pytest.raises(ValueError, match="choose 1 to 5"):
         draw(torch.randn(5, 6), rank)
-
-
-def test_a_fingerprint_survives_a_change_of_precision_and_sees_a_change_of_weight():
-    weight = torch.randn(40, 30)
-    mark = subspace.fingerprint(weight)
-    half = subspace.fingerprint(weight.bfloat16())
-    assert subspace.same_fingerprint(mark, half, torch.finfo(torch.bfloat16).eps)
-    other = subspace.fingerprint(weight + 0.05 * torch.randn(40, 30))
-    assert not subspace.same_fingerprint(mark, other, torch.finfo(torch.float32).eps)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_a_fingerprint_does_not_depend_on_torchs_default_precision(dtype):
-    weight = torch.randn(19, 23)
-    subspace._fixed_vectors.cache_clear()
-    torch.set_default_dtype(dtype)
-    try:
-        found = subspace.fingerprint(weight)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert subspace.fingerprint(weight) == found
-    subspace._fixed_vectors.cache_clear()
-    assert subspace.fingerprint(weight) == found

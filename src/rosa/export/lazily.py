@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, TrainableTokensWrapper, load_peft_weights
 from torch import Tensor, nn
 
-from rosa.algebra import subspace
+from rosa.algebra import fingerprints
 from rosa.config import as_rosa_config
 from rosa.errors import UserError
 from rosa.export.checking import load_on_meta
@@ -71,7 +71,7 @@ def mapped_lazily(base: nn.Module, folder: Path) -> tuple[Any, Weights]:
     for name, layer in layers.items():
         key = _plain(f"{name}.{layer.weight_path}")
         matrix = layer.base_weight.view.as_matrix(pretrained[key])
-        layer.base_weight.recall(subspace.fingerprint(matrix))
+        layer.base_weight.recall(fingerprints.fingerprint(matrix))
         weights[key] = partial(_merged, layer, adapter, partial(pretrained.__getitem__, key))
     tokens = {n: m for n, m in model.named_modules() if isinstance(m, TrainableTokensWrapper)}
     if tokens:  # the file's rows, which PEFT has moved to where the embedding is: the meta device

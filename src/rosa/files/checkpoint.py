@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from rosa.algebra.fingerprints import same_fingerprint
 from rosa.algebra.lowrank import are_finite
-from rosa.algebra.subspace import same_fingerprint
 from rosa.errors import UserError, shown
 from rosa.layers.base import RosaLayer
 from rosa.layers.statedict import PARTS

@@ -126,7 +126,7 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
         return self._base_weight.shape[-1]
 
     def base_fingerprint(self) -> tuple[float, float] | None:
-        """See `subspace.fingerprint`, of the pretrained weight; None on the meta device."""
+        """See `fingerprints.fingerprint`, of the pretrained weight; None on the meta device."""
         self.settle()
         return self.base_weight.fingerprint()
 
@@ -265,6 +265,11 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
 
     # -- what it computes ----------------------------------------------------------------------
 
+    @property
+    def adapters_in_use(self) -> list[Adapter]:
+        """The active adapters that this layer has."""
+        return [self.adapters[name] for name in self.active_adapters if name in self.adapters]
+
     def _in_use(self, x: Tensor, traced: bool) -> list[Adapter]:
         """The adapters whose s B A the forward pass adds, after what has to be done before it."""
         if self.arrived is not None and self.base_weight.is_lent:
@@ -284,7 +289,7 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
             self.unmerge()
         if self._disable_adapters or self.merged:
             return []
-        active = [self.adapters[name] for name in self.active_adapters if name in self.adapters]
+        active = self.adapters_in_use
         self._share_gradients(active)  # a file may have brought other parameters
         for adapter in active:
             if self.rosa_A[adapter.name].is_meta and not x.is_meta:
@@ -323,8 +328,8 @@ class RosaLayer(Front, BaseTunerLayer, Kind):
         weight = self.base_weight.parameter
         if self._disable_adapters or self.merged:
             return weight
-        for adapter in map(self.adapters.get, self.active_adapters):
-            if adapter is not None and not adapter.is_on_meta:
+        for adapter in self.adapters_in_use:
+            if not adapter.is_on_meta:
                 weight = effective_weight(weight, adapter, self.base_weight.view, note)
         return weight
 

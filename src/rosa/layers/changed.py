@@ -25,9 +25,8 @@ def with_changed_weight(layer: RosaLayer, *args: Any, **kwargs: Any) -> Any:
     Raises:
         UserError: an active adapter has dropout.
     """
-    for adapter in map(layer.adapters.get, layer.active_adapters):
-        if adapter is not None:
-            check_no_dropout(layer.name, adapter.config)
+    for adapter in layer.adapters_in_use:
+        check_no_dropout(layer.name, adapter.config)
     if is_in_part(layer.base_weight.parameter):  # which the module's own hooks make whole
         with with_forward(layer.get_base_layer(), partial(_with_the_weight, layer)):
             return layer.base_layer(*args, **kwargs)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from rosa.algebra import subspace
+from rosa.algebra import fingerprints
 from rosa.algebra.lowrank import LowRank, add_product, full_precision
 from rosa.errors import UserError
 from rosa.pretrained.files import WeightFile
@@ -50,7 +50,7 @@ class BaseWeight(WeightMemory):
     Args:
         name: the layer's, for messages.
         view: the weight as a matrix ([n,] out, in).
-        fingerprint: see `subspace.fingerprint`, if it is known.
+        fingerprint: see `fingerprints.fingerprint`, if it is known.
 
     Attributes:
         standing: the changes that stand in the weight in memory, by name.
@@ -113,10 +113,10 @@ class BaseWeight(WeightMemory):
         return torch.float64 if self.parameter.dtype == torch.float64 else torch.float32
 
     def fingerprint(self) -> tuple[float, float] | None:
-        """See `subspace.fingerprint`, of the pretrained weight; None on the meta device."""
+        """See `fingerprints.fingerprint`, of the pretrained weight; None on the meta device."""
         if self._fingerprint is None and not self.parameter.is_meta and self.shard is None:
             weight = self.pretrained() if self.standing else self.matrix
-            self._fingerprint = subspace.fingerprint(weight)
+            self._fingerprint = fingerprints.fingerprint(weight)
         return self._fingerprint
 
     def refresh(self) -> None:
@@ -130,9 +130,9 @@ class BaseWeight(WeightMemory):
         if self.shard is None:
             return
         if self._of_shard is None:
-            self._of_shard = subspace.fingerprint(self._pretrained_here())
+            self._of_shard = fingerprints.fingerprint(self._pretrained_here())
         if self.shard.any(self._fingerprint is None):
-            self._fingerprint = subspace.fingerprint(self.pretrained())
+            self._fingerprint = fingerprints.fingerprint(self.pretrained())
 
     def recall(self, fingerprint: tuple[float, float]) -> None:
         """Take note of the fingerprint of a weight that is on the meta device."""
@@ -349,7 +349,7 @@ class BaseWeight(WeightMemory):
         is_whole = not weight.is_meta and (shard is not None or tuple(weight.shape) == self.shape)
         in_part_or_offloaded = not is_whole or hasattr(self.view.module, "_hf_hook")
         if self.is_newly_sharded():  # and else as it was
-            self._of_shard = subspace.fingerprint(self._without(self.standing))
+            self._of_shard = fingerprints.fingerprint(self._without(self.standing))
         elif not in_part_or_offloaded:
             if self.parameter.requires_grad or not self.standing:
                 self._forget()  # what was written is part of it
@@ -389,15 +389,15 @@ class BaseWeight(WeightMemory):
         known = self._fingerprint if self.shard is None else self._of_shard
         if known is None:
             return bool(standing)  # nobody knows: what was believed
-        found = subspace.fingerprint(self._without(standing))
-        return subspace.same_fingerprint(found, known, 1e-5, 0.0)
+        found = fingerprints.fingerprint(self._without(standing))
+        return fingerprints.same_fingerprint(found, known, 1e-5, 0.0)
 
     @torch.no_grad()
     def holds(self, standing: Mapping[str, LowRank], fingerprint: tuple[float, float]) -> bool:
         """Whether the weight in memory is that of a fingerprint with this in it."""
         with self.at_hand():
             rest = self.gathered(self._without(standing))
-        return subspace.same_fingerprint(subspace.fingerprint(rest), fingerprint, 1e-5, 0.0)
+        return fingerprints.same_fingerprint(fingerprints.fingerprint(rest), fingerprint, 1e-5, 0.0)
 
     # -- the pretrained weight -----------------------------------------------------------------
 

@@ -101,10 +101,7 @@ def active_adapters(model: nn.Module, optimizer: Any = None) -> list[Active]:
     for name, layer in layers:
         _check_layer(name, layer, in_rows)
     found = [
-        Active(name, layer, layer.adapters[adapter])
-        for name, layer in layers
-        for adapter in layer.active_adapters
-        if adapter in layer.adapters
+        Active(name, layer, adapter) for name, layer in layers for adapter in layer.adapters_in_use
     ]
     for active in found:
         _check_factors(active, in_rows)

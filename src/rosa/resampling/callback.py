@@ -21,7 +21,7 @@ from rosa.resampling.active import active_adapters
 from rosa.resampling.counting import ItemCounter
 from rosa.resampling.decay import DecayTowardDrawn
 from rosa.resampling.moments import check_moments
-from rosa.resampling.resample import forget, resample, states_to_keep
+from rosa.resampling.resample import forget, resample, states_to_clear
 from rosa.resampling.schedule import Schedule, auto_period, period_of, trained_numbers
 from rosa.resampling.seen import FILE, read_seen, recall, recall_count, write_seen
 from rosa.resampling.watching import watch
@@ -116,7 +116,7 @@ class RosaCallback(TrainerCallback, ExportableState):
         """Check model and optimizer before any work, and fix the period in steps."""
         self.on_train_end()
         found = active_adapters(kwargs["model"], kwargs.get("optimizer"))
-        states_to_keep(self.moments, kwargs.get("optimizer"), found)
+        states_to_clear(self.moments, kwargs.get("optimizer"), found)
         if args.save_strategy != "no":
             _check_saver()
         if state.global_step == 0 and self._draws != [a.draws for a in self._adapters]:
@@ -271,12 +271,7 @@ class RosaCallback(TrainerCallback, ExportableState):
             steps_of_an_epoch: of them.
             items: that a step shows, as "auto" counts them.
         """
-        adapters = [
-            layer.adapters[name]
-            for _, layer in rosa_layers(model)
-            for name in layer.active_adapters
-            if name in layer.adapters
-        ]
+        adapters = [a for _, layer in rosa_layers(model) for a in layer.adapters_in_use]
         auto = self.every == "auto"
         if auto:
             period: int | None = auto_period(trained_numbers(adapters), items)

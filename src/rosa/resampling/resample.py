@@ -13,7 +13,7 @@ from rosa.errors import UserError
 from rosa.resampling.active import Active, active_adapters, check_finite, check_replicas, factors_of
 from rosa.resampling.moments import check_moments, clear
 from rosa.resampling.optimizers import State, averages, forget_curvature, states_of
-from rosa.resampling.processes import everyone
+from rosa.resampling.processes import Team, everyone
 from rosa.resampling.sharing import drawn, team_of
 from rosa.resampling.watching import look, warn_of_blind
 from rosa.resampling.zero import Partitioned, partitioned
@@ -69,7 +69,7 @@ def resample(
         found = active_adapters(model, optimizer)
         check_finite(found)
         check_replicas(found)
-        states, parts = states_to_keep(moments, optimizer, found)
+        states, parts = states_to_clear(moments, optimizer, found)
         informed = [active for active in found if active.is_informed]
         shown = iter(batches if informed else ())
         if (first := next(shown, None)) is not None:
@@ -82,14 +82,7 @@ def resample(
     with team_of(found) as team:
         team.add_up(a.adapter.sketch.total for a in informed if a.adapter.sketch is not None)
         warn_of_blind(informed)
-        new = drawn(found, team)
-        with team.failing_together():
-            for active, factors in new:
-                try:
-                    active.resample(factors)
-                finally:  # the old subspace could go on without them, a new one not with them
-                    for state in states if moments == "clear" else ():
-                        clear(state, active.factors)
+        _draw_anew(found, team, states)
         for part in parts:
             part.follow(factors_of(found))
             if moments == "clear":
@@ -100,9 +93,21 @@ def resample(
     return len(found)
 
 
+def _draw_anew(found: list[Active], team: Team, states: list[State]) -> None:
+    """Draw in all layers, and clear the moments of each."""
+    new = drawn(found, team)
+    with team.failing_together():
+        for active, factors in new:
+            try:
+                active.resample(factors)
+            finally:  # the old subspace could go on without them, a new one not with them
+                for state in states:
+                    clear(state, active.factors)
+
+
 def forget(optimizer: Any, found: list[Active]) -> None:
     """Clear an optimizer's moments of factors that a file has put into another subspace."""
-    states, parts = states_to_keep("clear", optimizer, found)
+    states, parts = states_to_clear("clear", optimizer, found)
     for state in states:
         clear(state, factors_of(found))
     for part in parts:
@@ -110,10 +115,10 @@ def forget(optimizer: Any, found: list[Active]) -> None:
     forget_curvature(optimizer)
 
 
-def states_to_keep(
+def states_to_clear(
     moments: str, optimizer: Any, found: list[Active]
 ) -> tuple[list[State], list[Partitioned]]:
-    """The states of the optimizers that train these, and those in ZeRO's parts.
+    """The states of the optimizers that a draw clears of these, and those in ZeRO's parts.
 
     Raises:
         ValueError: `moments` cannot be done with them.
@@ -125,4 +130,4 @@ def states_to_keep(
     named = {f: a.name for a in found for f in a.factors}
     for part in parts:
         part.check(named, moments)
-    return states, parts
+    return states if moments == "clear" else [], parts

@@ -19,8 +19,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 
+from rosa.algebra.fingerprints import fingerprint
 from rosa.algebra.lowrank import are_finite
-from rosa.algebra.subspace import fingerprint
 from rosa.config import RosaConfig
 from rosa.errors import UserError
 from rosa.kinds.parameter import ParamWrapper
