@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from rosa import RosaConfig
 from rosa.bench.exporting import export_folder
-from rosa.bench.storage import runs
+from rosa.bench.storage import models
 from rosa.errors import UserError
 from tests.helpers import moved
 from tests.models import save_with_tokenizer, tiny_bert, tiny_gpt2, tiny_llama
@@ -380,7 +380,7 @@ def load_second(kind: Kind, folder: Path) -> PeftModel:
 
 
 def load_by_command(kind: Kind, folder: Path) -> PeftModel:
-    return runs.load_trained(folder)[0]  # type: ignore[return-value]
+    return models.load_trained(folder)[0]  # type: ignore[return-value]
 
 
 def export_by_command(kind: Kind, folder: Path) -> None:

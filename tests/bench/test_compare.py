@@ -22,7 +22,7 @@ from rosa.bench.report.pictures import _spectra
 from rosa.bench.report.results import read_comparison
 from rosa.bench.report.tables import table_rows
 from rosa.bench.setup.settings import RunSettings
-from rosa.bench.storage import runs
+from rosa.bench.storage import models, runs
 from rosa.bench.storage.record import Record, read_record
 from rosa.errors import UserError
 from tests.helpers import Here, fails, run, write_csv
@@ -496,7 +496,7 @@ def test_the_comparisons_records_say_their_variants(comparison):
     ],
 )
 def test_a_models_name_is_for_people(path, name):
-    assert runs.model_name(path) == name
+    assert models.model_name(path) == name
 
 
 def test_a_folder_is_not_called_by_what_it_was_made_from(tmp_path, monkeypatch):
@@ -504,6 +504,6 @@ def test_a_folder_is_not_called_by_what_it_was_made_from(tmp_path, monkeypatch):
     place.mkdir(parents=True)
     (place / "config.json").write_text('{"_name_or_path": "FacebookAI/roberta-large"}')
     (place / "README.md").write_text("---\nbase_model: owner/other\n---\ntext")
-    assert runs.model_name(str(place)) == "abc"
+    assert models.model_name(str(place)) == "abc"
     monkeypatch.chdir(place)
-    assert runs.model_name(".") == "abc"
+    assert models.model_name(".") == "abc"

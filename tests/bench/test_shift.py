@@ -157,16 +157,16 @@ def test_what_is_of_no_use_is_refused_before_any_training(files, world, tmp_path
 
 def test_a_folder_that_is_written_to_is_left_alone(texts, world, cache, tmp_path):
     finished = world.data.parent
-    with FileLock(finished / shift.LOCK):  # by one that begins to compare, as this does
+    with FileLock(finished / runs.LOCK):  # by one that begins to compare, as this does
         assert shift.prepare(texts, cache, CONTEXT, pretraining=SMALL) == world
     begun = tmp_path / finished.name
     begun.mkdir()
     with (
-        FileLock(begun / shift.LOCK),
+        FileLock(begun / runs.LOCK),
         pytest.raises(UserError, match="another process is preparing"),
     ):
         shift.prepare(texts, tmp_path, CONTEXT, pretraining=SMALL)
-    assert [path.name for path in begun.iterdir()] == [shift.LOCK]
+    assert [path.name for path in begun.iterdir()] == [runs.LOCK]
 
 
 def test_a_stopped_pretraining_goes_on(texts, tmp_path, monkeypatch):

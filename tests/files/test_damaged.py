@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rosa import RosaConfig
-from rosa.bench.storage.runs import load_trained
+from rosa.bench.storage.models import load_trained
 from rosa.errors import UserError
 from rosa.export.lazily import mapped_lazily
 from rosa.layers.in_model import rosa_layers

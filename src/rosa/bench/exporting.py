@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from rosa.bench.storage import runs
+from rosa.bench.storage import models, runs
 from rosa.errors import ExportError, UserError
 from rosa.export.compact import write_rosa
 from rosa.export.lazily import mapped_lazily
@@ -69,7 +69,7 @@ def export_folder(
     if low_memory:
         _merge_files(folder, output, model, max_shard_size)
         return None, {}
-    trained, tokenizer = runs.load_trained(folder, model, whole=True)
+    trained, tokenizer = models.load_trained(folder, model, whole=True)
     if not isinstance(trained, PeftModel):
         raise _no_adapter(folder)
     if trained.active_peft_config.is_prompt_learning:
@@ -83,7 +83,7 @@ def export_folder(
         if form != "merged":
             write = {"lora": write_lora, "rosa": write_rosa}[form]
             errors = write(trained, rosa_adapter(trained, None)[1], place, budget)
-            runs.save_config(trained.config, place)
+            models.save_config(trained.config, place)
             written = PeftModel.from_pretrained(trained.unload(), str(place)).eval()
         else:  # merging is the same for every method of PEFT
             written = write_merged(trained, trained.active_adapters[0], place, max_shard_size)
@@ -106,10 +106,10 @@ def _merge_files(folder: Path, output: Path, model: str | None, max_shard_size: 
         raise _no_adapter(folder)
     if (method := runs.read_json(there / "adapter_config.json").get("peft_type")) != "ROSA":
         raise UserError(f"--low-memory merges ROSA adapters; {folder} holds one of {method}'s")
-    base = runs.load_base(there, model, whole=True)
-    tokenizer = runs.own_tokenizer(there)
+    base = models.load_base(there, model, whole=True)
+    tokenizer = models.own_tokenizer(there)
     with staged(output) as place:
-        with runs.fitting(there, base):
+        with models.fitting(there, base):
             plain, weights = mapped_lazily(base, there)
         write_plain(plain, weights, place, max_shard_size)
         if tokenizer is not None:

@@ -20,9 +20,8 @@ from rosa.bench.setup.checking import check, parse_period, schedule
 from rosa.bench.setup.methods import find_method, own_optimizer
 from rosa.bench.setup.quantizing import HEADS
 from rosa.bench.setup.settings import RunSettings, in_bf16
-from rosa.bench.storage import runs
+from rosa.bench.storage import models
 from rosa.bench.train.building import Base, adapt
-from rosa.bench.train.preparing import is_decoder
 from rosa.errors import UserError, blame
 
 if TYPE_CHECKING:
@@ -123,7 +122,7 @@ def plan(
         UserError: the model's config, a setting or a number is of no use.
     """
     settings = check(settings)
-    runs.check_model(settings.model)
+    models.check_model(settings.model)
     for name, value in (
         ("steps", steps),
         ("gpus", gpus),
@@ -152,7 +151,7 @@ def plan(
     operations *= settings.gradient_accumulation
     texts = settings.batch_size * settings.gradient_accumulation * gpus
     tokens = texts * _length(settings)
-    items = tokens if is_decoder(model.config) else texts  # as "auto" counts them
+    items = tokens if models.is_decoder(model.config) else texts  # as "auto" counts them
     draws = _draws(settings, model, steps, items) if settings.method == "rosa" else 0
     rank = settings.rank or 0
     offset = sum(
@@ -192,16 +191,14 @@ def plan(
 def _without_memory(settings: RunSettings) -> Base:
     """The pretrained model by its config, on the meta device."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    config = runs.load_config(settings.model)
-    decoder = is_decoder(config)
-    auto: Any = AutoModelForCausalLM if decoder else AutoModelForSequenceClassification
+    config = models.load_config(settings.model)
+    decoder = models.is_decoder(config)
     half = in_bf16(settings) and find_method(settings.method).config is not None
     dtype = (config.dtype or torch.bfloat16) if half else torch.float32
     what = f"no model can be made of the config of {settings.model}"
     with blame(what), torch.device("meta"):
-        model = auto.from_config(config, dtype=dtype).train()
+        model = models.auto_class(decoder).from_config(config, dtype=dtype).train()
     if model.config.pad_token_id is None:
         model.config.pad_token_id = 0
     return Base(model, [], "CAUSAL_LM" if decoder else "SEQ_CLS")
@@ -273,7 +270,7 @@ def _step(model: Any, settings: RunSettings) -> tuple[int, int]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     ids = torch.zeros(settings.batch_size, _length(settings), dtype=torch.long)
-    labels = ids if is_decoder(model.config) else ids[:, 0]
+    labels = ids if models.is_decoder(model.config) else ids[:, 0]
     with (
         FlopCounterMode(display=False) as counter,
         torch.autocast("cpu", torch.bfloat16, enabled=in_bf16(settings)),

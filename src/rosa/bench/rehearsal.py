@@ -13,7 +13,7 @@ from rosa.bench.processes import join
 from rosa.bench.setup.checking import RESAMPLED, check, schedule
 from rosa.bench.setup.methods import own_optimizer
 from rosa.bench.setup.settings import RunSettings
-from rosa.bench.storage import runs
+from rosa.bench.storage import models, runs
 from rosa.bench.tasks.task import Task
 from rosa.bench.tokens.tokenizing import ANSWER_IDS, lengths
 from rosa.bench.train.preparing import prepare
@@ -29,7 +29,7 @@ def rehearse(settings: RunSettings, resume: bool, overwrite: bool) -> tuple[list
     Nothing is written, and nothing trained; raises as `rosa.bench.train.training.train` does.
     """
     settings = check(settings)
-    runs.check_model(settings.model)
+    models.check_model(settings.model)
     runs.check_output(settings.output, settings.to_json(), resume, overwrite)
     ready = prepare(settings)
     model, rows = ready.model, ready.rows["train"]

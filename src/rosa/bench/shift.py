@@ -18,19 +18,17 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rosa.bench.setup.methods import METHODS
 from rosa.bench.setup.settings import RunSettings
-from rosa.bench.storage import runs
+from rosa.bench.storage import models, runs
 from rosa.bench.tasks.corpus import read_text
 from rosa.errors import UserError
 
-START, LOCK = "start.json", ".lock"
+START = "start.json"
 TARGET_SHARE = 0.05
 """Of the pretraining text: a decoder that never saw the target's words could not read them."""
 HELD_OUT = {"test": 200_000, "validation": 100_000}
@@ -147,7 +145,7 @@ def prepare(
     folder = cache / name
     place = str(folder / "model") if model is None else model
     if not (folder / START).is_file():  # what is finished nobody writes to
-        with _alone_in(folder):
+        with runs.alone_in(folder, "another process is preparing"):
             if not (folder / START).is_file():
                 _write_texts(folder, *parts)
                 if pretraining is not None:
@@ -156,24 +154,6 @@ def prepare(
                 start = _start(place, folder / "adaptation", folder / "start", context)
                 runs.write_json(folder / START, start)
     return World(place, folder / "adaptation", runs.read_json(folder / START))
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    from filelock import FileLock, Timeout
-
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(
-            f"another process is preparing {folder}: wait for it, or name another --cache"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def split(name: str, text: str, context: int) -> dict[str, str]:
@@ -209,12 +189,11 @@ def _write_texts(folder: Path, source: dict[str, str], target: dict[str, str]) -
 
 
 def _check_decoder(model: str, text: str) -> None:
-    from rosa.bench.train.preparing import is_decoder
 
-    runs.check_model(model)
-    if not is_decoder(runs.load_config(model)):
+    models.check_model(model)
+    if not models.is_decoder(models.load_config(model)):
         raise UserError(f"{model} is no decoder: a shift is of a model that writes text, as gpt2")
-    tokenizer = runs.load_tokenizer(model)
+    tokenizer = models.load_tokenizer(model)
     ids = tokenizer(text[:20_000], add_special_tokens=False)["input_ids"]
     unknown = ids.count(tokenizer.unk_token_id) / max(len(ids), 1)
     if not ids or unknown > UNKNOWN:

@@ -11,7 +11,7 @@ import torch
 from jinja2 import TemplateError  # comes with torch
 from transformers import GenerationConfig, TextStreamer, set_seed
 
-from rosa.bench.storage import runs
+from rosa.bench.storage import models
 from rosa.bench.tasks.chat import holds_chats, read_prompts
 from rosa.bench.tasks.files import read_columns
 from rosa.bench.tokens.reading import longest_input
@@ -59,7 +59,7 @@ class Writer:
     """
 
     def __init__(self, folder: Path, model: str | None, sampling: Sampling) -> None:
-        trained, tokenizer = runs.load_trained(folder, model)
+        trained, tokenizer = models.load_trained(folder, model)
         if not trained.can_generate():
             raise UserError(f"{folder} holds a model that writes no text, as a classifier")
         if tokenizer is None:

@@ -21,11 +21,11 @@ GIVEN_CONFIG = ContextVar("GIVEN_CONFIG", default=False)
 """Whether an adapter is loaded by another config than its folder's, which the caller has given."""
 
 
-def check_config(folder: Path) -> None:
-    """Raise UserError if a folder's adapter_config.json cannot be one; nothing if it has none."""
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """A folder's adapter_config.json, None if it has none; UserError if it cannot be one."""
     file = folder / CONFIG_NAME
     if not file.exists():
-        return
+        return None
     if not file.is_file():
         raise UserError(f"{file} is not a file: the adapter's folder is damaged")
     try:
@@ -39,6 +39,7 @@ def check_config(folder: Path) -> None:
             f"{file} is of no adapter that PEFT knows: its peft_type is {shown(method)}. It is "
             "damaged, or of a newer PEFT"
         )
+    return found
 
 
 def check_trained(folder: Path, config: RosaConfig) -> None:
@@ -46,11 +47,10 @@ def check_trained(folder: Path, config: RosaConfig) -> None:
 
     Its optimizer would be of other parameters, as where Trainer resumes.
     """
-    file = folder / CONFIG_NAME
-    if not file.is_file() or GIVEN_CONFIG.get():
+    found = None if GIVEN_CONFIG.get() else read_config(folder)
+    if found is None:
         return
-    check_config(folder)
-    there = json.loads(file.read_text(encoding="utf-8")).get("trained", "both")
+    there = found.get("trained", "both")
     if there != config.trained:
         raise UserError(
             f"{folder} is of a training of factors {shown(there)}, this one is of "

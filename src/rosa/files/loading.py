@@ -25,10 +25,10 @@ from rosa.errors import UserError
 from rosa.files.beside import check_tensors, check_whole_modules, leaving_missized
 from rosa.files.checking import (
     GIVEN_CONFIG,
-    check_config,
     check_trained,
     check_weights,
     folder_of,
+    read_config,
 )
 from rosa.files.plain import guarded_plain
 from rosa.files.restoring import or_without
@@ -62,7 +62,7 @@ def _guarded_pretrained(load: Any) -> Any:
         **kwargs: Any,
     ) -> PeftModel:
         if config is None:
-            check_config(folder_of(model_id, kwargs))
+            read_config(folder_of(model_id, kwargs))
         elif isinstance(config, RosaConfig):
             check_weights(model_id, kwargs)
         by_config = GIVEN_CONFIG.set(config is not None)
@@ -93,7 +93,7 @@ def _guarded_adapter(load: Any) -> Any:
         **kwargs: Any,
     ) -> Any:
         if adapter_name not in self.peft_config:
-            check_config(folder_of(model_id, kwargs))
+            read_config(folder_of(model_id, kwargs))
         if self.peft_type != ROSA:
             return load(self, model_id, adapter_name, *args, **kwargs)
         check_weights(model_id, kwargs)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import json
 import warnings
 from collections.abc import Mapping
 from functools import partial
@@ -27,7 +26,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from rosa.config import RosaConfig
 from rosa.errors import UserError
-from rosa.files.checking import check_config, check_weights
+from rosa.files.checking import check_weights, read_config
 from rosa.files.restoring import or_without
 from rosa.layers.drawing import from_file
 from rosa.layers.undoing import or_else
@@ -71,8 +70,7 @@ def _is_rosa(asked: Mapping[str, Any]) -> bool:
     file = None if place is None else find_adapter_config_file(place, **how)
     if file is None:
         return False
-    check_config(Path(file).parent)
-    return json.loads(Path(file).read_text(encoding="utf-8")).get("peft_type") == ROSA
+    return (read_config(Path(file).parent) or {}).get("peft_type") == ROSA
 
 
 def _source(asked: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:

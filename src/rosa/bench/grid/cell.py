@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from rosa.bench.setup.checking import NOT_RESUMED
 from rosa.bench.setup.settings import RunSettings
-from rosa.bench.storage import runs
+from rosa.bench.storage import models, runs
 from rosa.bench.storage.record import Record
 from rosa.bench.train.preparing import load_task
 from rosa.bench.train.training import train
@@ -22,7 +22,7 @@ Told = Callable[[float], None]
 
 
 def _check_model(base: RunSettings) -> None:
-    runs.check_model(base.model)
+    models.check_model(base.model)
     load_task(base)
 
 

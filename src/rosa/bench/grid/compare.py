@@ -33,7 +33,6 @@ from rosa.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-LOCK = ".lock"
 DIGESTS, PLANNED, TUNED_ON = "digests", "planned", "tuned_on"
 """In that file, beside what all cells share: of the data's files, the cells' names, a seed."""
 
@@ -65,7 +64,6 @@ def compare(
         ValueError, FileNotFoundError: a setting is of no use, or the folder holds something else
             or is written to by another comparison; said before anything is trained.
     """
-    from filelock import FileLock, Timeout
     from rich.console import Console
 
     console = console or Console()
@@ -84,25 +82,9 @@ def compare(
         _settings_of(base, cell)  # checks it
     _check_folder(base)
     kind.check(base)
-    base.output.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(base.output / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(
-            f"another comparison is writing to {base.output}: wait for it, or name another folder"
-        ) from None
-    try:
-        about = _shared(base) if before is None else {**_shared(base), "before": dict(before)}
-        there = _about(base.output)
-        about[DIGESTS] = _check_files(base, there.get(DIGESTS))
-        planned = dict.fromkeys(there.get(PLANNED, ()))
-        about[TUNED_ON] = there.get(TUNED_ON, grid.seeds[0])
-        if about[TUNED_ON] != grid.seeds[0]:
-            raise UserError(
-                f"in {base.output} rates are chosen with seed {about[TUNED_ON]}: give it as the "
-                f"first of the seeds, not {grid.seeds[0]}"
-            )
+    with runs.alone_in(base.output, "another comparison is writing to"):
+        about = _about_all(base, grid, before)
+        planned = dict.fromkeys(_about(base.output).get(PLANNED, ()))
         maker = made_by(jobs)
 
         def train(todo: list[Cell], title: str) -> dict[str, str]:
@@ -129,8 +111,20 @@ def compare(
             todo = [cell for cell in after if cell.name not in begun]
         maker.close()
         return failures
-    finally:
-        lock.release()
+
+
+def _about_all(base: RunSettings, grid: Grid, before: Mapping[str, float] | None) -> dict[str, Any]:
+    """What all cells share; UserError if cells that are there already shared something else."""
+    there = _about(base.output)
+    about = _shared(base) if before is None else {**_shared(base), "before": dict(before)}
+    about[DIGESTS] = _check_files(base, there.get(DIGESTS))
+    about[TUNED_ON] = there.get(TUNED_ON, grid.seeds[0])
+    if about[TUNED_ON] != grid.seeds[0]:
+        raise UserError(
+            f"in {base.output} rates are chosen with seed {about[TUNED_ON]}: give it as the "
+            f"first of the seeds, not {grid.seeds[0]}"
+        )
+    return about
 
 
 def _after(folder: Path, tried: list[Cell], grid: Grid, widen: bool) -> list[Cell]:
@@ -183,7 +177,7 @@ def _check_folder(base: RunSettings) -> None:
     output = base.output
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file: name a folder")
-    if not output.is_dir() or all(p.name == LOCK for p in output.iterdir()):
+    if not output.is_dir() or all(p.name == runs.LOCK for p in output.iterdir()):
         return
     if not (output / runs.COMPARISON).is_file():
         raise UserError(f"{output} holds files that are not a comparison's: name a new folder")

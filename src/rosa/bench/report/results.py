@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 from rosa.bench.grid.cell import ERROR
 from rosa.bench.grid.compare import DIGESTS, PLANNED, TUNED_ON
-from rosa.bench.storage import runs
+from rosa.bench.storage import models, runs
 from rosa.bench.storage.record import Record, best_record, read_record
 from rosa.errors import UserError
 
@@ -106,7 +106,7 @@ def read_comparison(folder: Path) -> Comparison:
     settings = runs.read_json(folder / runs.COMPARISON)
     # A report is for others: not where files lie on this machine.
     if settings.get("model"):
-        settings["model"] = runs.model_name(settings["model"])
+        settings["model"] = models.model_name(settings["model"])
     for name in ("data", "train", "validation"):
         if settings.get(name):
             settings[name] = _without_machine(settings[name])

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from rosa.bench.processes import count, is_first, launched
 from rosa.bench.setup.methods import find_method
 from rosa.bench.setup.settings import RunSettings
-from rosa.bench.storage import runs
+from rosa.bench.storage import models, runs
 from rosa.bench.tasks.task import Task
 
 _BEGINNING = "rosa_beginning"
@@ -50,7 +50,7 @@ def save_trained(
     if (beginning := getattr(model, _BEGINNING, None)) is not None:
         _as_of_the_base(beginning.name, place)
     if adapted:
-        runs.save_config(model.config, place)
+        models.save_config(model.config, place)
     tokenizer.save_pretrained(str(place))
     local = Path(settings.model).exists()
     data = ModelCardData(
@@ -62,7 +62,7 @@ def save_trained(
     for name in ("data", "train", "validation") if local else ("data", "train"):
         if values[name]:  # a card is for others: not where files lie on this machine
             values[name] = Path(values[name]).name
-    values["model"] = runs.model_name(settings.model)
+    values["model"] = models.model_name(settings.model)
     rows = "\n".join(f"| {k} | {v} |" for k, v in values.items() if v is not None)
     scores = "\n".join(f"| {k} | {v:.4f} |" for k, v in metrics.items())
     load = _loading(settings, model, values["model"] if adapted else None)

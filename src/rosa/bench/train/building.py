@@ -11,7 +11,7 @@ from rosa.bench.setup.methods import configure, find_method
 from rosa.bench.setup.quantizing import quantization, quantize, quantized
 from rosa.bench.setup.settings import RunSettings, in_bf16
 from rosa.bench.setup.zero import parts_at_once
-from rosa.bench.storage import runs
+from rosa.bench.storage import models
 from rosa.bench.storage.saving import keep_beginning
 from rosa.bench.tasks.task import Task
 from rosa.errors import UserError, blame
@@ -64,7 +64,7 @@ def load_base(settings: RunSettings, task: Task, pad_token_id: int | None) -> Ba
     # A new head is drawn whole, and what TRL computes is looked at on the whole model.
     parts: AbstractContextManager[None] = nullcontext()
     if settings.deepspeed is not None and task.kind == "language" and not by_trl(settings, task):
-        stored = str(runs.load_config(settings.model).dtype) if as_stored else "float32"
+        stored = str(models.load_config(settings.model).dtype) if as_stored else "float32"
         parts = parts_at_once(settings, stored.removeprefix("torch."))
     with parts, blame(f"the model {settings.model} cannot be loaded for {task.kind}"):
         model, loading = auto.from_pretrained(settings.model, output_loading_info=True, **how)

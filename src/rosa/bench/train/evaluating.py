@@ -13,14 +13,14 @@ from rosa.bench import tasks
 from rosa.bench.processes import is_first, join
 from rosa.bench.setup.checking import check
 from rosa.bench.setup.settings import RunSettings
-from rosa.bench.storage import runs
+from rosa.bench.storage import models, runs
 from rosa.bench.tasks.chat import usual_length
 from rosa.bench.tasks.task import DataSettings, Generation, Task
 from rosa.bench.tasks.templates import give_template
 from rosa.bench.tokens.reading import longest_input
 from rosa.bench.tokens.tokenizing import tokenize
 from rosa.bench.train.building import load_base
-from rosa.bench.train.preparing import Ready, is_decoder, load_task, load_tokenizer
+from rosa.bench.train.preparing import Ready, load_task, load_tokenizer
 from rosa.bench.train.trainer import build_trainer
 from rosa.errors import UserError
 
@@ -40,13 +40,13 @@ def evaluate(
         ValueError, FileNotFoundError: the folder or the data is of no use.
     """
     join()
-    trained, tokenizer = runs.load_trained(folder, model)
+    trained, tokenizer = models.load_trained(folder, model)
     if tokenizer is None:
         raise UserError(f"{folder} has no tokenizer: save it beside the model")
     labels = tuple((trained.config.id2label or {}).values())
     before = runs.run_of(folder)
     data = _named_as_before(data, before)
-    task = tasks.load_validation(data, is_decoder(trained.config), labels)
+    task = tasks.load_validation(data, models.is_decoder(trained.config), labels)
     how = {
         "max_length": max_length or before.get("max_length") or usual_length(data.validation),
         "loss_on": before.get("loss_on", RunSettings.loss_on),

@@ -14,7 +14,7 @@ from rosa.bench.processes import join
 from rosa.bench.setup.checking import RESAMPLED
 from rosa.bench.setup.methods import find_method
 from rosa.bench.setup.settings import RunSettings
-from rosa.bench.storage import runs
+from rosa.bench.storage import models
 from rosa.bench.tasks.task import DataSettings, Task
 from rosa.bench.tasks.templates import give_template
 from rosa.bench.tokens.reading import longest_input
@@ -79,10 +79,10 @@ def prepare(settings: RunSettings) -> Ready:
 
 def load_task(settings: RunSettings) -> Task:
     """The data of a run; raises as `rosa.bench.tasks.load` does."""
-    config = runs.load_config(settings.model)
+    config = models.load_config(settings.model)
     names = [f.name for f in fields(DataSettings)]
     data = DataSettings(**{n: getattr(settings, n) for n in names})
-    task = tasks.load(data, is_decoder(config))
+    task = tasks.load(data, models.is_decoder(config))
     if settings.packing and (task.kind != "language" or task.packed):
         raise UserError(f"--packing is for a decoder's texts: not for the task {task.name}")
     if settings.loss_on != RunSettings.loss_on and not task.is_chat:
@@ -97,7 +97,7 @@ def load_task(settings: RunSettings) -> Task:
 
 def load_tokenizer(settings: RunSettings, task: Task) -> Any:
     """The tokenizer of a run's model, with the chats' template; ValueError if it is of no use."""
-    tokenizer = runs.load_tokenizer(settings.model)
+    tokenizer = models.load_tokenizer(settings.model)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise UserError(f"{settings.model} has no tokenizer: save it beside the model")
     if tokenizer.pad_token is None:
@@ -106,9 +106,3 @@ def load_tokenizer(settings: RunSettings, task: Task) -> Any:
         loss_on = settings.loss_on if task.is_chat else "all"
         give_template(tokenizer, settings.chat_template, loss_on)
     return tokenizer
-
-
-def is_decoder(config: Any) -> bool:
-    """Whether a model's configuration is of one that writes text."""
-    endings = ("ForCausalLM", "LMHeadModel")
-    return any(name.endswith(endings) for name in config.architectures or ())

@@ -21,7 +21,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from rosa.bench.processes import is_first
-from rosa.bench.storage import checkpoints, runs
+from rosa.bench.storage import checkpoints, models
 from rosa.bench.train.averaging import MeanTrainer
 
 _STOPPING = b"\nstopping: the step is ended and saved first (once more stops at once)\n"
@@ -180,7 +180,7 @@ class SurvivingTrainer(MeanTrainer):
             checkpoints.begin(self._checkpoint)
         super()._save_checkpoint(*args, **kwargs)
         if self.args.should_save and isinstance(self.model, PeftModel):  # as beside any adapter
-            runs.save_config(self.model.config, self._checkpoint)
+            models.save_config(self.model.config, self._checkpoint)
 
 
 class _SeededByEpoch(Sampler[int]):

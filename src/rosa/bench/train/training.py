@@ -16,7 +16,7 @@ from rosa.bench.processes import count, is_first, join, launched, peak_memory_mi
 from rosa.bench.setup.checking import NOT_RESUMED, check
 from rosa.bench.setup.settings import RunSettings
 from rosa.bench.setup.zero import zero_config
-from rosa.bench.storage import runs
+from rosa.bench.storage import models, runs
 from rosa.bench.storage.checkpoints import bring_to_disk, settle
 from rosa.bench.storage.record import Record, read_record
 from rosa.bench.storage.saving import save_trained
@@ -62,7 +62,7 @@ def train(
     from accelerate.utils import broadcast_object_list
 
     settings = check(settings)
-    runs.check_model(settings.model)
+    models.check_model(settings.model)
     state = join()
     spread = {"processes": state.num_processes, "zero": zero_config(settings)}
     told = {**settings.to_json(), **spread}
