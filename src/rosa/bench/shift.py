@@ -25,7 +25,7 @@ from typing import Any
 from rosa.bench.setup.methods import METHODS
 from rosa.bench.setup.settings import RunSettings
 from rosa.bench.storage import models, runs
-from rosa.bench.tasks.corpus import read_text
+from rosa.bench.tasks.files import read_text
 from rosa.errors import UserError
 
 START = "start.json"

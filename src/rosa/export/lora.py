@@ -14,10 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper as LoraParamWrapper
-from peft.utils import (
-    SAFETENSORS_WEIGHTS_NAME,
-    get_peft_model_state_dict,
-)
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -216,7 +213,7 @@ def _check_lora(
                 without_weights(_base(model)),
                 str(folder),
                 low_cpu_mem_usage=True,
-                autocast_adapter_dtype=False,  # so that `_same` sees what was rounded
+                autocast_adapter_dtype=False,  # so that `same` sees what was rounded
                 torch_device="cpu",
             )
         except Exception as error:

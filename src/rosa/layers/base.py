@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from rosa.algebra.lowrank import LowRank
@@ -33,7 +33,7 @@ from rosa.pretrained.weight import WRITING, BaseWeight
 from rosa.pretrained.zero3 import is_in_part
 
 
-class RosaLayer(Front, BaseTunerLayer, Kind):
+class RosaLayer(Front, Kind):
     """The adapters of one weight. A kind of layer (`Kind`) is a subclass that computes with it.
 
     Invariant: what stands in the weight in memory (`BaseWeight`) is what the layer's state asks

@@ -7,6 +7,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.func import functional_call
@@ -19,7 +20,7 @@ _OF_ENGINES = ("_", "ds_", "pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_re
 """How names begin of what torch, accelerate and DeepSpeed set on every module, for that alone."""
 
 
-class Front(nn.Module):
+class Front(nn.Module, BaseTunerLayer):
     """What models ask of a module that was adapted they find here, with the changed weight.
 
     Attributes:
@@ -105,12 +106,6 @@ def _call_method(layer: Front, method: Any, *args: Any, **kwargs: Any) -> Any:
     return call_with(layer, layer.weight, layer.weight_path, _Calling(layer.base_layer), given, {})
 
 
-def _innermost(layer: nn.Module) -> nn.Module:
-    while isinstance(layer, Front):
-        layer = layer.base_layer
-    return layer
-
-
 def forget_stand_in(layer: Front) -> None:
     """Take the changed weight out of the module that a backward pass has left it in.
 
@@ -118,7 +113,7 @@ def forget_stand_in(layer: Front) -> None:
     """
     if layer.has_stand_in:
         layer.has_stand_in = False
-        vars(_innermost(layer)).pop(layer.parameter_name, None)
+        vars(layer.get_base_layer()).pop(layer.parameter_name, None)
 
 
 def call_with(
@@ -143,7 +138,7 @@ def call_with(
         kwargs: and those by name.
     """
     forget_stand_in(layer)
-    name, inside = layer.parameter_name, vars(_innermost(layer))
+    name, inside = layer.parameter_name, vars(layer.get_base_layer())
     found = functional_call(module, {path: weight}, args, kwargs, tie_weights=False)
     if is_traced() or not weight.requires_grad:
         return found

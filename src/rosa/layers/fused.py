@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rosa.algebra.sketch import Sketch
 from rosa.errors import UserError
-from rosa.layers.tracing import is_traced
+from rosa.layers.tracing import has_hooks, is_traced
 from rosa.pretrained.versions import unpack
 
 
@@ -27,14 +27,13 @@ def can_fuse(base: nn.Module, x: Tensor, factor: Tensor) -> bool:
     autocast does not make them one, and not under compilation, tracing, export, `torch.func` and
     forward-mode differentiation, which know the plain form only.
     """
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return (
         type(base) in (nn.Linear, Conv1D)
         and type(x) in (Tensor, nn.Parameter)
         and not x.is_nested
         and not is_traced()
         and "forward" not in base.__dict__
-        and not any(getattr(base, name) for name in hooks)
+        and not has_hooks(base)
         and _one_dtype(x, factor, base.weight)  # type: ignore[arg-type]
         and not nn.modules.module._has_any_global_hook()
     )

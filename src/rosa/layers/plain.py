@@ -14,10 +14,8 @@ from torch.nn import functional as F
 from rosa.algebra.sketch import Sketch
 from rosa.layers.adapter import Adapter, watched
 from rosa.layers.base import RosaLayer
-from rosa.layers.tracing import is_traced
+from rosa.layers.tracing import has_hooks, is_traced
 from rosa.pretrained.versions import Unchanged
-
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def within_hooks(
@@ -35,7 +33,7 @@ def within_hooks(
         args: others.
         kwargs: and those by name.
     """
-    if not any(getattr(module, name) for name in _HOOKS):
+    if not has_hooks(module):
         return compute(module, x, *args, **kwargs)
     if is_traced():
         return _between_hooks(module, compute, (x, *args), kwargs)

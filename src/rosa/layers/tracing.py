@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 from torch.autograd import forward_ad
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks of its own, which see or change what its call gives."""
+    return any(getattr(module, name) for name in _HOOKS)
 
 
 def is_traced() -> bool:

@@ -73,10 +73,15 @@ def _rosa(settings: RunSettings, rank: int, shared: dict[str, Any], shapes: Shap
     )
 
 
+def _alpha(settings: RunSettings, usual: int) -> Any:
+    """The run's alpha, or what is usual; PEFT's annotations ask for an int, a float works too."""
+    return usual if settings.alpha is None else settings.alpha
+
+
 def _relora(settings: RunSettings, rank: int, shared: dict[str, Any], shapes: Shapes) -> PeftConfig:
     from rosa import RosaConfig
 
-    alpha = 2 * rank if settings.alpha is None else settings.alpha
+    alpha = _alpha(settings, 2 * rank)
     return RosaConfig(r=rank, alpha=alpha, directions="zero", seed=settings.seed, **shared)
 
 
@@ -91,10 +96,9 @@ def _lora(**options: Any) -> Config:
         # The common choice of alpha: a scale of 2. PiSSA and OLoRA start from the weight itself,
         # at a scale of 1, as in their papers.
         usual = rank if "init_lora_weights" in options else 2 * rank
-        alpha = usual if settings.alpha is None else settings.alpha
         return LoraConfig(
             r=rank,
-            lora_alpha=alpha,  # type: ignore[arg-type]  # a float works too
+            lora_alpha=_alpha(settings, usual),
             lora_dropout=0.0,
             **options,
             **shared,
@@ -106,11 +110,10 @@ def _lora(**options: Any) -> Config:
 def _lora_fa(settings: RunSettings, rank: int, model: Any) -> Optimizer:
     from peft.optimizers import create_lorafa_optimizer
 
-    alpha = 2 * rank if settings.alpha is None else settings.alpha
     return create_lorafa_optimizer(
         model,
         r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # a float works too
+        lora_alpha=_alpha(settings, 2 * rank),
         lr=settings.lr,  # type: ignore[arg-type]  # `check` has chosen one
         weight_decay=settings.weight_decay,
     )
@@ -123,7 +126,7 @@ def _lora_ga(
 
     return LoraConfig(
         r=rank,
-        lora_alpha=2 * rank if settings.alpha is None else settings.alpha,  # type: ignore[arg-type]
+        lora_alpha=_alpha(settings, 2 * rank),
         init_lora_weights="lora_ga",  # type: ignore[arg-type]  # its annotation lacks it
         lora_ga_config=LoraGAConfig(),
         **shared,
@@ -138,7 +141,7 @@ def _adalora(
     return AdaLoraConfig(
         target_r=rank,
         init_r=math.ceil(1.5 * rank),
-        lora_alpha=2 * rank if settings.alpha is None else settings.alpha,  # type: ignore[arg-type]
+        lora_alpha=_alpha(settings, 2 * rank),
         total_step=1,  # set when the number of steps is known; see trainer.py
         **shared,
     )

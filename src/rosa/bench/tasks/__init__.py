@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from rosa.bench.tasks.task import DataSettings, Task, tested
+from rosa.bench.tasks.task import ANSWERS, DataSettings, Task, tested
 from rosa.errors import UserError
 
 
@@ -72,7 +72,6 @@ def load_validation(settings: DataSettings, decoder: bool, labels: tuple[str, ..
         raise UserError("no data: give --validation <file>, or a --task by name")
     if decoder:
         from rosa.bench.tasks.files import read_columns
-        from rosa.bench.tasks.preference import ANSWERS
 
         if {*ANSWERS} <= {*read_columns(settings.validation)}:
             raise UserError(

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rosa.bench.tasks.files import JSON_LINES, read_columns
+from rosa.bench.tasks.task import ANSWERS, MESSAGES
 from rosa.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-COLUMN = "messages"
 FOLLOWED_BY = {
     "system": ("user",),
     "user": ("assistant",),
@@ -28,7 +28,7 @@ USUAL_LENGTH, LENGTH_OF_A_CHAT = 128, 1024
 
 def holds_chats(path: Path) -> bool:
     """Whether a file's first row is a chat; False for a file that cannot be read as one."""
-    return COLUMN in _first_row(path)
+    return MESSAGES in _first_row(path)
 
 
 def _first_row(path: Path) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def _first_row(path: Path) -> dict[str, Any]:
 def usual_length(path: Path | None) -> int:
     """Tokens of the longest text of a file, if the user says nothing of it."""
     first = {} if path is None else _first_row(path)
-    return LENGTH_OF_A_CHAT if COLUMN in first or "chosen" in first else USUAL_LENGTH
+    return LENGTH_OF_A_CHAT if MESSAGES in first or {*ANSWERS} & {*first} else USUAL_LENGTH
 
 
 def read_chats(path: Path) -> Dataset:
@@ -63,14 +63,14 @@ def read_chats(path: Path) -> Dataset:
     from datasets import Dataset
 
     table = read_columns(path)
-    chats = table.get(COLUMN)
+    chats = table.get(MESSAGES)
     if (row := next((n for n, t in enumerate(table.get("tools", ()), 1) if t), None)) is not None:
         raise UserError(
             f"{path}: row {row} has tools, which are not put into the chat's template here: leave "
             "the column out, or describe them in a system message"
         )
     if chats is None:
-        raise UserError(f"{path} has no column {COLUMN!r}, as the other file of chats has")
+        raise UserError(f"{path} has no column {MESSAGES!r}, as the other file of chats has")
     rows = range(1, len(chats) + 1)
     plain = [plain_messages(f"{path}: row {n}", chat) for n, chat in zip(rows, chats, strict=True)]
     for row, chat in zip(rows, plain, strict=True):
@@ -80,7 +80,7 @@ def read_chats(path: Path) -> Dataset:
             )
         check_order(f"{path}: row {row}", chat)
         check_end(f"{path}: row {row}", chat)
-    return Dataset.from_dict({COLUMN: plain, "row": list(rows)})
+    return Dataset.from_dict({MESSAGES: plain, "row": list(rows)})
 
 
 def read_prompts(path: Path) -> list[list[dict[str, str]]]:
@@ -90,7 +90,7 @@ def read_prompts(path: Path) -> list[list[dict[str, str]]]:
         FileNotFoundError, ValueError: the file is of no use, or a row is no chat to answer.
     """
     chats = []
-    for row, chat in enumerate(read_columns(path)[COLUMN], start=1):
+    for row, chat in enumerate(read_columns(path)[MESSAGES], start=1):
         messages = plain_messages(f"{path}: row {row}", chat)
         check_order(f"{path}: row {row}", messages)
         while messages and messages[-1]["role"] == "assistant":

@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rosa.bench.tasks.files import read_text
 from rosa.bench.tasks.task import DataSettings, Task
 from rosa.errors import UserError
 
@@ -51,19 +52,6 @@ def load_corpus(settings: DataSettings) -> Task:
         greater_is_better=False,
         packed=True,
     )
-
-
-def read_text(path: Path) -> str:
-    """A file's text, its line ends as `\\n`; raises for what is missing, empty or no text."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there (or not a file): check the path")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error}): convert it first") from error
-    if not text.strip():
-        raise UserError(f"{path} is empty")
-    return text
 
 
 def _rows(path: Path) -> Dataset:

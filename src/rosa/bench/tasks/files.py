@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rosa.bench.tasks.task import MESSAGES
 from rosa.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def read_table(path: Path, columns: tuple[str, ...], forms: str = "") -> Dataset
     for column in columns:
         if column not in table:
             chats = ""
-            if "messages" in table:
+            if MESSAGES in table:
                 chats = " (chats are JSON lines)" if forms else " (chats are for a decoder)"
             raise UserError(
                 f"{path} has no column {column!r}; there are: {', '.join(table)}{chats}. "
@@ -58,19 +59,25 @@ def read_table(path: Path, columns: tuple[str, ...], forms: str = "") -> Dataset
     return Dataset.from_dict({name: [str(v) for v in table[name]] for name in table})
 
 
-def read_columns(path: Path) -> dict[str, list[Any]]:
-    """A file's columns, their values as they are; raises as `read_table` does."""
+def read_text(path: Path) -> str:
+    """A file's text, its line ends as `\\n`; raises for what is missing, empty or no text."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there (or not a file): check the path")
-    kind = path.suffix.lower()
-    if kind not in KINDS:
-        raise UserError(f"{path}: unknown kind of file; use {', '.join(KINDS)}")
     try:
-        content = path.read_text(encoding="utf-8-sig")  # Excel begins with a byte order mark
+        text = path.read_text(encoding="utf-8-sig")  # Excel begins with a byte order mark
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error}): convert it first") from error
-    if not content.strip():
+    if not text.strip():
         raise UserError(f"{path} is empty")
+    return text
+
+
+def read_columns(path: Path) -> dict[str, list[Any]]:
+    """A file's columns, their values as they are; raises as `read_table` does."""
+    kind = path.suffix.lower()
+    if path.is_file() and kind not in KINDS:
+        raise UserError(f"{path}: unknown kind of file; use {', '.join(KINDS)}")
+    content = read_text(path)
     if kind == ".txt":
         table: dict[str, list[Any]] = {"text": _documents(content)}
     elif kind in JSON_LINES:

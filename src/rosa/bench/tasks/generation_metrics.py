@@ -17,6 +17,8 @@ from importlib.util import find_spec
 from rosa.errors import UserError
 
 Tokens = tuple[str, ...]
+_LONGEST = 5
+"""Words of the longest n-gram that NIST counts, as in mteval-13a."""
 
 
 def e2e_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -61,10 +63,8 @@ def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> flo
     return float(scorer.corpus_score(list(predictions), columns).score)  # type: ignore[arg-type]
 
 
-def nist(
-    predictions: Sequence[str], references: Sequence[Sequence[str]], longest: int = 5
-) -> float:
-    """NIST (Doddington, 2002): n-gram hits weighted by their information, of n up to `longest`.
+def nist(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """NIST (Doddington, 2002): n-gram hits weighted by their information, of n up to 5.
 
     The information of an n-gram is log2 of how often the references hold its first n - 1 words,
     over how often they hold all n. Outputs shorter than the mean reference are penalised.
@@ -72,12 +72,12 @@ def nist(
     outputs = [_tokens(text) for text in predictions]
     answers = [[_tokens(text) for text in texts] for texts in references]
     seen = Counter(
-        g for texts in answers for t in texts for n in range(1, longest + 1) for g in _ngrams(t, n)
+        g for texts in answers for t in texts for n in range(1, _LONGEST + 1) for g in _ngrams(t, n)
     )
     seen[()] = sum(len(t) for texts in answers for t in texts)
 
     score = 0.0
-    for n in range(1, longest + 1):
+    for n in range(1, _LONGEST + 1):
         information = 0.0
         for output, texts in zip(outputs, answers, strict=True):
             most = Counter()  # the clipped count: how often one reference holds it at most

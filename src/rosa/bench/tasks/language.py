@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rosa.bench.processes import say
 from rosa.bench.tasks import chat, preference
 from rosa.bench.tasks.files import read_columns, read_table
-from rosa.bench.tasks.task import DataSettings, Task
+from rosa.bench.tasks.task import ANSWERS, MESSAGES, PREFERENCE, DataSettings, Task
 from rosa.bench.tasks.text import VALIDATION_SHARE
 from rosa.errors import UserError
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 PAIR = ("prompt", "completion")
-NAMES = {(chat.COLUMN,): "chat", preference.COLUMNS: "preference"}
+NAMES = {(MESSAGES,): "chat", PREFERENCE: "preference"}
 FORMS = (
     "A decoder learns rows of text, of prompt and completion, of messages (a chat, with role and "
     "content), or with --preference of prompt, chosen and rejected; a text may be called "
@@ -34,14 +34,14 @@ def load_language(settings: DataSettings) -> Task:
         raise UserError("no training file")
     columns = tuple(settings.text_columns)
     if settings.preference:
-        names, read = preference.COLUMNS, preference.read_preferences
+        names, read = PREFERENCE, preference.read_preferences
     elif columns == ("text",) and chat.holds_chats(settings.train):
-        names, read = (chat.COLUMN,), chat.read_chats
+        names, read = (MESSAGES,), chat.read_chats
     else:
         there = set(read_columns(settings.train))
         if columns == ("text",) and set(PAIR) <= there:
             columns = PAIR
-        elif columns == ("text",) and set(preference.ANSWERS) <= there:
+        elif columns == ("text",) and set(ANSWERS) <= there:
             raise UserError(f"{settings.train} has chosen and rejected answers: add --preference")
         if len(columns) not in (1, 2):
             raise UserError(

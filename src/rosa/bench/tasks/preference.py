@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from rosa.bench.tasks.chat import check_end, check_order, plain_messages
 from rosa.bench.tasks.files import read_columns
+from rosa.bench.tasks.task import ANSWERS, PREFERENCE
 from rosa.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-COLUMNS = ("prompt", "chosen", "rejected")
-ANSWERS = COLUMNS[1:]
 
 
 def read_preferences(path: Path) -> Dataset:
@@ -36,7 +34,7 @@ def read_preferences(path: Path) -> Dataset:
             f"{path} has no column {missing[0]!r}; there are: {', '.join(table)}. --preference "
             "takes rows of prompt, chosen and rejected"
         )
-    names = [name for name in COLUMNS if name in table]
+    names = [name for name in PREFERENCE if name in table]
     values = zip(*(table[name] for name in names), strict=True)
     rows = [
         {**_preference(f"{path}: row {number}", dict(zip(names, each, strict=True))), "row": number}
@@ -98,7 +96,7 @@ def _preference(where: str, given: dict[str, Any]) -> dict[str, Any]:
             )
         check_order(f"{where}, {name} after its prompt", row["prompt"] + row[name])
         check_end(f"{where}, {name},", row[name])
-    return {name: row[name] for name in COLUMNS}
+    return {name: row[name] for name in PREFERENCE}
 
 
 def _after_words(one: str, other: str) -> int:

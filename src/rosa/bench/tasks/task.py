@@ -12,6 +12,12 @@ if TYPE_CHECKING:
     import numpy as np
     from datasets import Dataset
 
+MESSAGES = "messages"
+"""The column of chats."""
+ANSWERS = ("chosen", "rejected")
+PREFERENCE = ("prompt", *ANSWERS)
+"""The columns of preferences."""
+
 Metrics = Callable[["np.ndarray", "np.ndarray"], dict[str, float]]
 
 
@@ -68,12 +74,12 @@ class Task:
     @property
     def is_chat(self) -> bool:
         """Whether its rows are chats."""
-        return self.text_columns == ("messages",)
+        return self.text_columns == (MESSAGES,)
 
     @property
     def is_preference(self) -> bool:
         """Whether its rows are answers of which one is preferred."""
-        return self.text_columns == ("prompt", "chosen", "rejected")
+        return self.text_columns == PREFERENCE
 
     @property
     def has_messages(self) -> bool:

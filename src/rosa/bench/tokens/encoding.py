@@ -7,6 +7,7 @@ from typing import Any
 
 from jinja2 import TemplateError  # comes with torch
 
+from rosa.bench.tasks.task import MESSAGES
 from rosa.bench.tasks.templates import learned_template
 from rosa.errors import UserError
 
@@ -34,7 +35,7 @@ def chat_encoder(tokenizer: Any, loss_on: str) -> Callable[[dict[str, Any]], Enc
 
     def encode(row: dict[str, Any]) -> Encoded:
         how = {"chat_template": template, "return_assistant_tokens_mask": answers}
-        found = _by_template(tokenizer, row, row["messages"], **how)
+        found = _by_template(tokenizer, row, row[MESSAGES], **how)
         ids = found["input_ids"]
         learned = found["assistant_masks"] if answers else [1] * len(ids)
         return ids, [i if own else -100 for i, own in zip(ids, learned, strict=True)]

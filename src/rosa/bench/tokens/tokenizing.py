@@ -13,7 +13,7 @@ from typing import Any
 from rosa.bench.processes import say
 from rosa.bench.setup.settings import RunSettings
 from rosa.bench.tasks.chat import usual_length
-from rosa.bench.tasks.task import Task
+from rosa.bench.tasks.task import ANSWERS, Task
 from rosa.bench.tokens.encoding import (
     Encoded,
     chat_encoder,
@@ -217,7 +217,7 @@ def _tokenize_preferences(tokenizer: Any, way_out: str, rows: Any, longest: int,
 
     def cut(row: dict[str, Any]) -> dict[str, list[int]]:
         (prompt, chosen), (other, rejected) = (
-            encode(tokenizer, row, row[name]) for name in ("chosen", "rejected")
+            encode(tokenizer, row, row[name]) for name in ANSWERS
         )
         # Where an answer's first letters and the prompt's last make one token, it is the answer's.
         same = min(len(prompt), len(other))
