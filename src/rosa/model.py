@@ -54,20 +54,22 @@ from rosa.pretrained.sharding import check_shards, is_dtensor, is_fully_sharded,
 from rosa.pretrained.zero3 import at_hand
 from rosa.switching import all_or_none, enable_all
 from rosa.targeting.held import check_not_held, give_own, held_outside
+from rosa.targeting.in_full import (
+    all_in_full,
+    check_full_training,
+    check_tokens,
+    warn_of_statistics,
+)
 from rosa.targeting.matching import has_embeddings, is_target, resolve_all_linear
 from rosa.targeting.names import COMPILED, check_adapter_name, check_modules_to_save
 from rosa.targeting.nesting import check_nesting
 from rosa.targeting.targets import (
     Target,
-    all_in_full,
     check_adaptable,
-    check_full_training,
     check_same_parameters,
-    check_tokens,
     fingerprint_of_sound,
     near_names,
     targets_of,
-    warn_of_statistics,
 )
 from rosa.weighted import check_weighted, put_sum, weighted_config
 

@@ -71,30 +71,14 @@ def check(settings: RunSettings) -> RunSettings:
     if settings.beta != RunSettings.beta and not settings.preference:
         raise UserError("--beta is of preferences: give --preference, or leave it out")
     if settings.preference:
-        check_trl("--preference")
-        if settings.task is not None:
-            raise UserError("--preference is for a --train file of prompt, chosen and rejected")
-        if settings.packing or settings.group_by_length:
-            raise UserError("--packing and --group-by-length are not for preferences")
-        if settings.loss_on != RunSettings.loss_on:
-            raise UserError("--loss-on is of chats: of preferences the answers are compared")
-        if any(text.startswith("bias=") and text != "bias=none" for text in settings.set):
-            raise UserError(
-                "--set bias: trained biases stay where the adapter is disabled, which is what DPO "
-                "holds the model to: leave it out"
-            )
-        if settings.method == "lora_ga":
-            raise UserError("lora_ga begins with the gradient of a text's loss: not of preferences")
+        _check_preference(settings)
     if settings.packing:
         check_trl("--packing")
         if processes.count() > 1:
             raise UserError("--packing is for one process: leave it out, or run without torchrun")
-    if settings.loss_on not in LOSS_ON:
-        raise UserError(f"loss_on must be one of {', '.join(LOSS_ON)}: {settings.loss_on}")
-    if settings.precision not in PRECISIONS:
-        raise UserError(f"precision must be one of {', '.join(PRECISIONS)}: {settings.precision}")
-    if settings.on_nan not in ON_NAN:
-        raise UserError(f"on_nan must be one of {', '.join(ON_NAN)}: {settings.on_nan}")
+    for name, allowed in {"loss_on": LOSS_ON, "precision": PRECISIONS, "on_nan": ON_NAN}.items():
+        if (value := getattr(settings, name)) not in allowed:
+            raise UserError(f"{name} must be one of {', '.join(allowed)}: {value}")
     check_zero(settings)
     check_fsdp(settings)
     check_load_in(settings.load_in)
@@ -104,6 +88,24 @@ def check(settings: RunSettings) -> RunSettings:
     if settings.method in RESAMPLED or settings.set:
         configure(settings, {}, ())  # checks its own
     return settings
+
+
+def _check_preference(settings: RunSettings) -> None:
+    """Raise UserError for what preferences are not trained with."""
+    check_trl("--preference")
+    if settings.task is not None:
+        raise UserError("--preference is for a --train file of prompt, chosen and rejected")
+    if settings.packing or settings.group_by_length:
+        raise UserError("--packing and --group-by-length are not for preferences")
+    if settings.loss_on != RunSettings.loss_on:
+        raise UserError("--loss-on is of chats: of preferences the answers are compared")
+    if any(text.startswith("bias=") and text != "bias=none" for text in settings.set):
+        raise UserError(
+            "--set bias: trained biases stay where the adapter is disabled, which is what DPO "
+            "holds the model to: leave it out"
+        )
+    if settings.method == "lora_ga":
+        raise UserError("lora_ga begins with the gradient of a text's loss: not of preferences")
 
 
 def _with_options(settings: RunSettings) -> RunSettings:
