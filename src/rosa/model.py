@@ -320,7 +320,9 @@ class RosaModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter from all layers; nothing of it stays."""
         reshard(self.model)
-        super().delete_adapter(adapter_name)
+        configs = dict(self.peft_config)
+        with all_or_none(self, settled=False), or_else(lambda: self.peft_config.update(configs)):
+            super().delete_adapter(adapter_name)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         reshard(self.model)

@@ -210,6 +210,18 @@ def test_a_comparison_goes_on_with_the_same_folder_of_data_alone(tmp_path, how, 
         compare(base, grid, kind=by_distance(1e-3))
 
 
+def test_what_runs_leave_in_a_folder_of_data_is_no_data(tmp_path, monkeypatch):
+    monkeypatch.setitem(EXECUTORS, "processes", Here)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.tsv").write_text("some")
+    grid = make_grid(["full"], [], ["1e-3"], [0])
+    for i, data in enumerate((Path("data"), tmp_path / "data")):
+        for output in (f"data/runs/a{i}", f"data/runs/b{i}", f"data/runs/a{i}"):
+            base = RunSettings(model="m", output=Path(output), task="cola", data=data)
+            assert not compare(base, grid, kind=by_distance(1e-3))
+
+
 @pytest.mark.parametrize(
     "option", ["max_length=10", "loss_on=all", "packing=true", "chat_template=a.jinja", "task=rte"]
 )

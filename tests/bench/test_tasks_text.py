@@ -36,6 +36,8 @@ def csv_of(folder: Path, labels: list[str], name: str = "t.csv") -> Path:
         ("a.CSV", BOM + 'text,label\r\n007,01\r\n"a, ""b""\nc",NA\r\n'),
         ("a.csv", 'text;label\n007;01\n"a, ""b""\nc";NA\n'),
         ("a.csv", BOM + 'text\tlabel\r\n007\t01\r\n"a, ""b""\nc"\tNA\r\n'),
+        ("a.csv", BOM + 'sep=;\r\ntext;label\r\n007;01\r\n"a, ""b""\nc";NA\r\n'),
+        ("a.csv", '"label";"text";"more, or less"\n01;007;1\nNA;"a, ""b""\nc";2\n'),
         ("a.tsv", 'text\tlabel\n007\t01\n"a, ""b""\nc"\tNA\n'),
         ("a.jsonl", '{"text":"007","label":"01"}\n\n{"text":"a, \\"b\\"\\nc","label":"NA"}\n'),
         ("a.json", BOM + '[{"text":"007","label":"01"},{"text":"a, \\"b\\"\\nc","label":"NA"}]'),

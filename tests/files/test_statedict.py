@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator, load_checkpoint_in_model
 from huggingface_hub import save_torch_state_dict
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, load_model, save_model
 from torch import nn
 
 from rosa import RosaConfig, resample
@@ -405,6 +405,40 @@ def test_a_state_dict_of_live_factors_is_refused_after_a_draw(peft, tmp_path):
     torch.testing.assert_close(model(x), now)
     give(kept)
     torch.testing.assert_close(model(x), best)
+
+
+def test_a_state_dict_of_live_factors_is_refused_after_another_file(tmp_path):
+    """Of as many draws."""
+    config = {"r": 2, "target_modules": ["first", "last"]}
+    base = Mlp()
+    get_peft_model(copy.deepcopy(base), RosaConfig(seed=5, **config)).save_pretrained(
+        tmp_path / "a"
+    )
+    model: Any = get_peft_model(base, RosaConfig(seed=7, **config))
+    live = model.state_dict()
+    loaded = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    set_peft_model_state_dict(model, loaded)
+    with pytest.raises(ValueError, match=r"the loading of a file.*deepcopy"):
+        model.save_pretrained(tmp_path / "b", state_dict=live)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_state_dict_may_be_written_into(dtype):
+    """As loaders do that fill what they are given: it holds no offset of the model's own."""
+    model: Any = get_peft_model(Mlp().to(dtype), RosaConfig(r=2, target_modules=["first", "last"]))
+    resample(model)
+    x = torch.randn(4, 7, dtype=dtype)
+    with torch.no_grad():
+        with model.disable_adapter():
+            pretrained = model(x)
+        before = model(x)
+        for state in (model.state_dict(), get_peft_model_state_dict(model)):
+            for name, value in state.items():
+                if "rosa_offset" in name:
+                    value.mul_(0)
+        torch.testing.assert_close(model(x), before)
+        with model.disable_adapter():
+            torch.testing.assert_close(model(x), pretrained)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

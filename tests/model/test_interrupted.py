@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import random
+import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MethodType
 from typing import Any
 
 import pytest
@@ -142,6 +144,133 @@ def test_threads_that_change_one_model_leave_it_whole(dtype):
             torch.testing.assert_close(model(x), pretrained, **near)
 
 
+class Reads(nn.Module):
+    """Computes with its layer's weight, or by a method of the layer, and does not call it."""
+
+    def __init__(self, method: bool) -> None:
+        super().__init__()
+        self.inner, self.method = nn.Linear(16, 16), method
+        self.inner.twice = MethodType(lambda own, x: 2 * x @ own.weight.T, self.inner)  # type: ignore[assignment]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner.twice(x) if self.method else x @ self.inner.weight.T  # type: ignore[operator]
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x, x, x, need_weights=False)[0]
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 16, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("bsi,eio->bso", x, self.up)
+
+
+@pytest.mark.parametrize("kind", ["attention", "experts", "linear", "weight", "method"])
+def test_threads_that_run_one_model_compute_what_one_thread_does(kind):
+    """One of them trains: its passes go backward, and the weights stay."""
+    inner = {"attention": Attends, "experts": Experts, "linear": lambda: nn.Linear(16, 16)}
+    base = nn.Sequential(inner.get(kind, lambda: Reads(kind == "method"))(), nn.Tanh())
+    how: dict[str, Any] = {"target_modules": "0" if kind == "linear" else r".*inner"}
+    if kind == "experts":
+        how = {"target_modules": [], "target_parameters": ["0.up"]}
+    model = get_peft_model(base, rosa.RosaConfig(r=2, directions="orthonormal", **how))  # type: ignore[arg-type]
+    rosa.resample(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad(), model.disable_adapter():
+        pretrained = model(x)
+    wanted = model(x).detach()
+    assert (wanted - pretrained).abs().max() > 1e-2
+
+    def work(trains: bool) -> None:
+        for _ in range(60):
+            with torch.set_grad_enabled(trains):
+                found = model(x)
+            if trains:
+                found.sum().backward()
+            torch.testing.assert_close(found.detach(), wanted)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(3) as threads:
+            done = [threads.submit(work, trains) for trains in (True, False, False)]
+    finally:
+        sys.setswitchinterval(interval)
+    for each in done:
+        each.result()
+    with torch.no_grad(), model.disable_adapter():
+        torch.testing.assert_close(model(x), pretrained)
+
+
+FORKED = """
+import os, threading, time, torch
+from peft import get_peft_model
+import rosa
+from rosa.pretrained.weight import WRITING
+
+config = rosa.RosaConfig(r=1, target_modules=["0"])
+model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), config)
+held, done = threading.Event(), threading.Event()
+
+def hold():
+    with WRITING:  # as who merges into another model
+        held.set()
+        done.wait()
+
+threading.Thread(target=hold, daemon=True).start()
+held.wait()
+if not (child := os.fork()):
+    with model.disable_adapter():
+        os._exit(0)
+for _ in range(600):
+    if os.waitpid(child, os.WNOHANG)[0]:
+        os._exit(0)
+    time.sleep(0.1)
+os.kill(child, 9)
+os._exit(1)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked here")
+def test_a_forked_process_waits_for_no_thread_of_its_parent():
+    """As a worker of a DataLoader, while another thread writes into a weight."""
+    assert (
+        subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], check=False).returncode == 0
+    )
+
+
+def test_a_deletion_that_is_interrupted_leaves_a_model_that_runs():
+    x, count = torch.randn(4, 24, dtype=torch.float64), Lines()
+    with torch.no_grad(), count.watching():
+        adapted(torch.float64).delete_adapter("default")
+    for _ in range(PLACES):
+        model, lines = adapted(torch.float64), Lines(random.randint(1, count.count))
+        with torch.no_grad():
+            with model.disable_adapter():
+                pretrained = model(x)
+            with contextlib.suppress(KeyboardInterrupt), lines.watching():
+                model.delete_adapter("default")
+            model(x)
+            with model.disable_adapter():
+                torch.testing.assert_close(model(x), pretrained, rtol=0, atol=1e-9, msg=lines.place)
+            if "default" in model.peft_config:
+                model.delete_adapter("default")
+            model.set_adapter("other")
+            model(x)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("alone", [True, False])  # of one alone in float64 no copy is kept
 @pytest.mark.parametrize("change", CHANGES)
@@ -243,6 +372,20 @@ def test_what_a_state_dict_has_brought_is_in_force_after_a_switch_that_failed(
             switched.set_adapter("other")
     monkeypatch.undo()
     torch.testing.assert_close(model(x), source(x), rtol=0, atol=1e-9)
+
+
+def test_many_merges_between_forward_and_backward_do_no_harm():
+    model, x = adapted(torch.float64), torch.randn(4, 24, dtype=torch.float64)
+    model(x).sum().backward()
+    wanted = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    loss = model(x).sum()
+    for _ in range(6):
+        model.merge_adapter()
+        model.unmerge_adapter()
+    loss.backward()
+    found = [p.grad for p in model.parameters() if p.grad is not None]
+    torch.testing.assert_close(found, wanted)
 
 
 def test_states_that_cannot_come_back_are_not_held():

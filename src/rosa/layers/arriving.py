@@ -116,19 +116,21 @@ def check_of_one_time(
     layer: str, adapter: Adapter, state_dict: dict[str, Any], prefix: str
 ) -> None:
     """Raise UserError if the factors are the adapter's own and the offset is an earlier one."""
-    draws: Any = state_dict.get(f"{prefix}rosa_offset.{adapter.name}.draws")
+    rest: list[Any] = [
+        state_dict.get(f"{prefix}rosa_offset.{adapter.name}.{part}") for part in offset.PARTS
+    ]
     values = [state_dict.get(prefix + part.format(adapter.name)) for part in PARTS[:2]]
     own = all(
         value is not None and _same_memory(value, factor)
         for value, factor in zip(values, adapter.factors, strict=True)
     )
-    # It is a state dict as the model gave it: a loader has written into the count, or has its own.
-    given = own and hasattr(draws, offset.BESIDE_LIVE_FACTORS)
-    untouched = given and (draws.is_inference() or draws._version == 0)
-    if untouched and int(draws) != adapter.draws:
+    # It is a state dict as the model gave it: a loader has written into the offset, or has its own.
+    given = own and hasattr(rest[-1], offset.BESIDE_LIVE_FACTORS)
+    untouched = given and all(each.is_inference() or each._version == 0 for each in rest)
+    if untouched and not _has_now(adapter, state_dict, prefix):
         raise UserError(
-            f"the state dict was taken before a draw, and its factors of layer {layer} are the "
-            "model's own, which have been drawn anew since: with its offset they would be another "
+            "the state dict was taken before a draw or the loading of a file, and its factors of "
+            f"layer {layer} are the model's own of now: with its offset they would be another "
             "model. Keep a copy, copy.deepcopy(model.state_dict()), or a saved file"
         )
 

@@ -22,7 +22,7 @@ from rosa.layers.adapter import Adapter
 from rosa.layers.drawing import Factors, draw, take, waits_for_file
 from rosa.layers.dropped import take_out_with
 from rosa.layers.effective import effective_weight
-from rosa.layers.front import Front, forget_stand_in
+from rosa.layers.front import Front, forget_stand_in, in_turn
 from rosa.layers.kind import Kind
 from rosa.layers.offset import OffsetDict
 from rosa.layers.replicated import average_gradients
@@ -272,6 +272,10 @@ class RosaLayer(Front, Kind):
 
     def _in_use(self, x: Tensor, traced: bool) -> list[Adapter]:
         """The adapters whose s B A the forward pass adds, after what has to be done before it."""
+        with in_turn():
+            return self._settled(x, traced)
+
+    def _settled(self, x: Tensor, traced: bool) -> list[Adapter]:
         if self.arrived is not None and self.base_weight.is_lent:
             raise UserError(
                 f"a state dict has come to layer {self.name}, and is not in its weight yet: call "
@@ -323,15 +327,16 @@ class RosaLayer(Front, Kind):
 
     def changed_weight(self, note: Callable[[], None] | None = None) -> Tensor:
         """W_0 + O + s B A, in the base weight's own shape; gradients reach the factors."""
-        if not is_traced():
-            self.settle(looks=False)
-        weight = self.base_weight.parameter
-        if self._disable_adapters or self.merged:
+        with in_turn():
+            if not is_traced():
+                self.settle(looks=False)
+            weight = self.base_weight.parameter
+            if self._disable_adapters or self.merged:
+                return weight
+            for adapter in self.adapters_in_use:
+                if not adapter.is_on_meta:
+                    weight = effective_weight(weight, adapter, self.base_weight.view, note)
             return weight
-        for adapter in self.adapters_in_use:
-            if not adapter.is_on_meta:
-                weight = effective_weight(weight, adapter, self.base_weight.view, note)
-        return weight
 
     def _note_read(self) -> None:
         self.was_read = True

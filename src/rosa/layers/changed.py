@@ -11,7 +11,7 @@ from torch import nn
 from rosa.config import RosaConfig
 from rosa.errors import UserError
 from rosa.layers.base import RosaLayer
-from rosa.layers.front import call_with
+from rosa.layers.front import call_with, in_turn
 from rosa.layers.plain import with_forward
 from rosa.pretrained.zero3 import is_in_part
 
@@ -31,7 +31,8 @@ def with_changed_weight(layer: RosaLayer, *args: Any, **kwargs: Any) -> Any:
         with with_forward(layer.get_base_layer(), partial(_with_the_weight, layer)):
             return layer.base_layer(*args, **kwargs)
     path = layer.weight_path.removeprefix("base_layer.")
-    return call_with(layer, layer.changed_weight(), path, layer.base_layer, args, kwargs)
+    with in_turn():
+        return call_with(layer, layer.changed_weight(), path, layer.base_layer, args, kwargs)
 
 
 def _with_the_weight(

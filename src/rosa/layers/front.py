@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from rosa.errors import UserError
 from rosa.layers.tracing import is_traced
+from rosa.pretrained.weight import WRITING
 
 _OF_ENGINES = ("_", "ds_", "pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt")
 """How names begin of what torch, accelerate and DeepSpeed set on every module, for that alone."""
@@ -102,8 +104,14 @@ def _is_method(found: Any) -> bool:
 
 def _call_method(layer: Front, method: Any, *args: Any, **kwargs: Any) -> Any:
     """What a method of a layer's module gives with the changed weight in its place."""
-    given = method, args, kwargs
-    return call_with(layer, layer.weight, layer.weight_path, _Calling(layer.base_layer), given, {})
+    given, module = (method, args, kwargs), _Calling(layer.base_layer)
+    with in_turn():
+        return call_with(layer, layer.weight, layer.weight_path, module, given, {})
+
+
+def in_turn() -> AbstractContextManager[Any]:
+    """While the weight in the module is this thread's: see `WRITING`. Traces have no threads."""
+    return nullcontext() if is_traced() else WRITING
 
 
 def forget_stand_in(layer: Front) -> None:

@@ -127,11 +127,9 @@ class OffsetDict(nn.Module):
     ) -> None:
         for name, adapter in self.adapters.items():
             key = f"{prefix}{name}."
-            terms = adapter.terms
-            if any(
-                map(is_dtensor, adapter.factors)
-            ):  # their loaders write into what they are given
-                terms = LowRank(terms.B.clone(), terms.A.clone())
+            terms = LowRank(
+                adapter.terms.B.clone(), adapter.terms.A.clone()
+            )  # loaders write into it
             destination[f"{key}A"], destination[f"{key}B"] = terms.A, terms.B
             destination[f"{key}draws"] = draws = torch.tensor(adapter.draws)
             setattr(draws, BESIDE_LIVE_FACTORS, True)

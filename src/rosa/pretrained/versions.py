@@ -109,6 +109,7 @@ class Versions:
         return self._of is not None and self._of() is weight
 
     def _remember(self, state: State, version: int) -> None:
+        self._states = deque(filter(_can_come_back, self._states), self._states.maxlen)
         self._states.append(({name: weakref.ref(each) for name, each in state.items()}, version))
 
     def _version_of(self, state: State) -> int | None:
@@ -116,6 +117,10 @@ class Versions:
             if same_state({name: each() for name, each in known.items()}, state):
                 return version
         return None
+
+
+def _can_come_back(remembered: tuple[dict[str, weakref.ref[object]], int]) -> bool:
+    return all(each() is not None for each in remembered[0].values())
 
 
 def same_state(one: State, other: State) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,6 +32,8 @@ SUPPORTED_DTYPES = (*HALF, torch.float32, torch.float64)
 
 WRITING = threading.RLock()
 """Is held by who writes into weights: of several threads with one model, one at a time."""
+if hasattr(os, "register_at_fork"):  # a forked process has none of the threads that may hold it
+    os.register_at_fork(after_in_child=WRITING._at_fork_reinit)  # type: ignore[attr-defined]
 
 Step = Callable[[int], object]
 """Writes into a weight once, given +1; given -1, takes back what it wrote."""

@@ -12,7 +12,7 @@ was chosen on. A finished cell is never trained again, so a stopped comparison g
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,9 +157,7 @@ def _check_files(base: RunSettings, before: Mapping[str, str] | None) -> dict[st
     """Digests of the data's files; UserError if they are not those that it was begun with."""
     files = {"train": base.train, "validation": base.validation}
     if base.data is not None:
-        inside = [path for path in base.data.rglob("*") if path.suffix.lower() in KINDS]
-        inside = [p for p in inside if p.is_file() and base.output not in p.parents]
-        files |= {p.relative_to(base.data).as_posix(): p for p in sorted(inside)}
+        files |= {p.relative_to(base.data).as_posix(): p for p in _data_below(base.data)}
     found = {name: digest_of(path) for name, path in files.items() if path is not None}
     known = found if before is None else before
     changed = [
@@ -171,6 +169,17 @@ def _check_files(base: RunSettings, before: Mapping[str, str] | None) -> dict[st
             "come or gone since it was begun. Put it back, or name a new folder"
         )
     return found
+
+
+def _data_below(folder: Path) -> Iterator[Path]:
+    """Files of data in a folder and those in it, but in what runs and comparisons have left."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not any(
+            (path / n).is_file() for n in (runs.COMPARISON, runs.SETTINGS)
+        ):
+            yield from _data_below(path)
+        elif path.is_file() and path.suffix.lower() in KINDS:
+            yield path
 
 
 def _check_folder(base: RunSettings) -> None:

@@ -5,6 +5,7 @@ Every value is taken as the text that it is: a label `01` or a text `1e5` is not
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -83,9 +84,7 @@ def read_columns(path: Path) -> dict[str, list[Any]]:
     elif kind in JSON_LINES:
         table = _objects(path, content)
     else:
-        header = content.lstrip().split("\n", 1)[0]
-        separator = next((sign for sign in _SEPARATORS[kind] if sign in header), ",")
-        table = _cells(path, content, separator)
+        table = _cells(path, *_separated(content, _SEPARATORS[kind]))
     if not any(table.values()):
         raise UserError(f"{path} has no rows")
     return table
@@ -113,6 +112,18 @@ def _cells(path: Path, content: str, separator: str) -> dict[str, list[str]]:
     if twice := [name for name, times in Counter(header).items() if name.strip() and times > 1]:
         raise UserError(f"{path} has two columns of the name {twice[0]!r}: rename one of them")
     return {name: [row[i] for row in rows] for i, name in enumerate(header)}
+
+
+def _separated(content: str, signs: str) -> tuple[str, str]:
+    """A table without the line that may say its separator (Excel's "sep=;"), and the separator."""
+    header, _, rest = content.lstrip().partition("\n")
+    if said := re.fullmatch(r"sep=(\S|\t)\s*", header):
+        return rest, said[1]
+    for sign in signs:
+        with contextlib.suppress(csv.Error):  # it stands inside quotation marks
+            if len(next(csv.reader([header], delimiter=sign, strict=True))) > 1:
+                return content, sign
+    return content, next((sign for sign in signs if sign in header), signs[0])
 
 
 def _parse(content: str, separator: str, quoting: Any) -> list[list[str]]:
