@@ -1,28 +1,31 @@
-"""What MkDocs calls while it builds the site: formulas to MathML, the commands' reference."""
+"""What MkDocs calls as it builds the site: formulas to MathML, what the code tells of itself."""
 
 from __future__ import annotations
 
+import ast
 import re
 from dataclasses import MISSING, Field, fields
 from html import unescape
+from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
 from typer.main import get_command
 
+import rosa
 from rosa import RosaConfig
 from rosa.bench.setup.methods import METHODS
 from rosa.cli.commands import app
 
-COMMANDS, SETTINGS, METHODS_MARK = "<!-- commands -->", "<!-- settings -->", "<!-- methods -->"
+SOURCES = Path(rosa.__file__).parent
 WRITTEN_ON_SAVING = ("base_fingerprint", "loading")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.S)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """The page, with the commands' or the settings' reference where it asks for that."""
-    for mark, made in ((COMMANDS, commands), (SETTINGS, settings), (METHODS_MARK, methods)):
-        if mark in markdown:
+    """The page, with the commands, settings, methods or files where it asks for them."""
+    for made in (commands, settings, methods, files):
+        if (mark := f"<!-- {made.__name__} -->") in markdown:
             markdown = markdown.replace(mark, made())
     return markdown
 
@@ -55,6 +58,16 @@ def methods() -> str:
     """What `--method` can be."""
     rows = [f"| `{name}` | {_cell(row.about)} | {row.lr:g} |" for name, row in METHODS.items()]
     return "\n".join(["| method | what is trained | `--lr` |", "| --- | --- | --- |", *rows])
+
+
+def files() -> str:
+    """The files of the source, with the first line of each."""
+    rows = []
+    for path in sorted(SOURCES.rglob("*.py")):
+        said = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+        if not path.name.startswith("__"):
+            rows.append(f"| `{path.relative_to(SOURCES)}` | {_cell(said.splitlines()[0])} |")
+    return "\n".join(["| file | what it is for |", "| --- | --- |", *rows])
 
 
 def commands() -> str:
