@@ -145,7 +145,8 @@ def prepare(
     folder = cache / name
     place = str(folder / "model") if model is None else model
     if not (folder / START).is_file():  # what is finished nobody writes to
-        with runs.alone_in(folder, "another process is preparing"):
+        taken = f"another process is preparing {folder}: wait for it, or name another --cache"
+        with runs.alone_in(folder, taken):
             if not (folder / START).is_file():
                 _write_texts(folder, *parts)
                 if pretraining is not None:

@@ -82,7 +82,8 @@ def compare(
         _settings_of(base, cell)  # checks it
     _check_folder(base)
     kind.check(base)
-    with runs.alone_in(base.output, "another comparison is writing to"):
+    taken = f"another comparison is writing to {base.output}: wait for it, or name another folder"
+    with runs.alone_in(base.output, taken):
         about = _about_all(base, grid, before)
         planned = dict.fromkeys(_about(base.output).get(PLANNED, ()))
         maker = made_by(jobs)

@@ -43,12 +43,11 @@ _SPLIT = ("batch_size", "gradient_accumulation", "processes")
 
 
 @contextmanager
-def alone_in(folder: Path, other: str) -> Iterator[None]:
+def alone_in(folder: Path, taken: str) -> Iterator[None]:
     """Keep other processes out of a folder, which is made.
 
     Raises:
-        UserError: one is there; `other` says what such a one does, such as "another process is
-            training in".
+        UserError: one is there, with the message `taken`.
     """
     from filelock import FileLock, Timeout
 
@@ -56,9 +55,7 @@ def alone_in(folder: Path, other: str) -> Iterator[None]:
     try:
         lock = FileLock(folder / LOCK).acquire(timeout=0)
     except Timeout:
-        raise UserError(
-            f"{other} {folder}: wait for it or stop it, or name another folder"
-        ) from None
+        raise UserError(taken) from None
     with lock:
         yield
 
@@ -199,7 +196,10 @@ def begin(
     Raises:
         UserError: another process trains there, or the run was begun on other data.
     """
-    with alone_in(output, "another process is training in"):
+    taken = (
+        f"another process is training in {output}: wait for it or stop it, or name another folder"
+    )
+    with alone_in(output, taken):
         before = settings_of(output).get(_DIGEST, digest)
         if resume and before != digest:
             raise UserError(
