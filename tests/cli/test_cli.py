@@ -125,10 +125,11 @@ def test_what_was_trained_is_what_is_loaded(basics, tmp_path, capsys, method, pr
     metrics = json.loads((out / "metrics.json").read_text())
     expected = metrics["eval_loss"], metrics["accuracy"]
     rounding = 2e-4 if precision == "fp32" else 2e-2
-    # AdaLoRA adds to its loss what depends on the ranks that it had.
-    compared = slice(1, 2) if method == "adalora" else slice(2)
+    row = rounding if precision == "fp32" else 0.051  # one of the twenty, of two classes alike
+    has_loss = method != "adalora"  # which adds to it what depends on the ranks that it had
     found = evaluated(capsys, out, data)
-    assert found[compared] == pytest.approx(expected[compared], abs=rounding)
+    assert found[1] == pytest.approx(expected[1], abs=row)
+    assert not has_loss or found[0] == pytest.approx(expected[0], abs=rounding)
     if METHODS[method].config is None:
         return
     merged = ["export", out, "--to", "merged", "--output", tmp_path / "merged"]
@@ -137,7 +138,8 @@ def test_what_was_trained_is_what_is_loaded(basics, tmp_path, capsys, method, pr
     elif precision == "fp32":
         run(*merged)
         found = evaluated(capsys, tmp_path / "merged", data)
-        assert found[compared] == pytest.approx(expected[compared], abs=rounding)
+        assert found[1] == pytest.approx(expected[1], abs=rounding)
+        assert not has_loss or found[0] == pytest.approx(expected[0], abs=rounding)
 
 
 @pytest.mark.parametrize("method", ["lora_ga", "adalora", "ptuning"])
