@@ -27,7 +27,7 @@ from rosa.layers.kind import Kind
 from rosa.layers.offset import OffsetDict
 from rosa.layers.replicated import average_gradients
 from rosa.layers.tracing import is_traced
-from rosa.layers.undoing import or_as_before, or_else
+from rosa.layers.undoing import ask_again, asked_of, or_as_before, or_else
 from rosa.pretrained.sharding import check_kept, from_first, is_fully_sharded
 from rosa.pretrained.weight import WRITING, BaseWeight
 from rosa.pretrained.zero3 import is_in_part
@@ -427,8 +427,13 @@ class RosaLayer(Front, Kind):
         self.settle()
         base, one = self.base_weight, self.adapters[adapter]
         with WRITING, base.at_hand(written=True):
-            before = one.state()
-            with or_as_before(self), or_else(lambda: one.restore(before)):
+            asked, before = asked_of(self), one.state()
+
+            def undo() -> None:
+                one.restore(before)
+                ask_again(self, asked)
+
+            with or_else(undo):  # one, for between two an interrupt would undo the half
                 learned = one.learned()
                 change = (learned + take(one, drawn)).joined()
                 one.terms = one.next_terms(change.to("cpu"), *base.bounds())
