@@ -321,7 +321,14 @@ class RosaModel(BaseTuner):
         """Delete an adapter from all layers; nothing of it stays."""
         reshard(self.model)
         configs = dict(self.peft_config)
-        with all_or_none(self, settled=False), or_else(lambda: self.peft_config.update(configs)):
+        kept = [layer.keep_adapter(adapter_name) for _, layer in rosa_layers(self.model)]
+
+        def undo() -> None:
+            self.peft_config.update(configs)
+            for put_back in kept:
+                put_back()
+
+        with all_or_none(self, settled=False), or_else(undo):
             super().delete_adapter(adapter_name)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:

@@ -257,24 +257,33 @@ def test_a_forked_process_waits_for_no_thread_of_its_parent():
     )
 
 
-def test_a_deletion_that_is_interrupted_leaves_a_model_that_runs():
+def test_a_deletion_that_is_interrupted_is_of_all_layers_or_none():
     x, count = torch.randn(4, 24, dtype=torch.float64), Lines()
+    near = {"rtol": 0, "atol": 1e-9}
     with torch.no_grad(), count.watching():
-        adapted(torch.float64).delete_adapter("default")
-    for _ in range(PLACES):
-        model, lines = adapted(torch.float64), Lines(random.randint(1, count.count))
+        adapted(torch.float64).base_model.delete_adapter("default")
+    for stop in random.sample(range(1, count.count), 2 * PLACES):
+        model, lines = adapted(torch.float64).base_model, Lines(stop)
         with torch.no_grad():
-            with model.disable_adapter():
-                pretrained = model(x)
+            before = model(x)
+            model.set_adapter("other")
+            other = model(x)
+            model.disable_adapter_layers()
+            pretrained = model(x)
+            model.enable_adapter_layers()
+            model.set_adapter("default")
             with contextlib.suppress(KeyboardInterrupt), lines.watching():
                 model.delete_adapter("default")
-            model(x)
-            with model.disable_adapter():
-                torch.testing.assert_close(model(x), pretrained, rtol=0, atol=1e-9, msg=lines.place)
-            if "default" in model.peft_config:
+            stays = "default" in model.peft_config
+            torch.testing.assert_close(
+                model(x), before if stays else other, **near, msg=lines.place
+            )
+            model.disable_adapter_layers()
+            torch.testing.assert_close(model(x), pretrained, **near, msg=lines.place)
+            model.enable_adapter_layers()
+            if stays:
                 model.delete_adapter("default")
-            model.set_adapter("other")
-            model(x)
+            torch.testing.assert_close(model(x), other, **near, msg=lines.place)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

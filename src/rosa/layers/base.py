@@ -441,6 +441,19 @@ class RosaLayer(Front, Kind):
                 if not base.add(adapter, change, one.terms):
                     self.synchronize()
 
+    def keep_adapter(self, adapter_name: str) -> Callable[[], None]:
+        """What puts an adapter back, should its deletion end early."""
+        places: tuple[Any, ...] = (self.adapters, self.rosa_A, self.rosa_B, self.rosa_dropout)
+        places += (self.frozen_peft_weight_names,)
+        held = [(place, place[adapter_name]) for place in places if adapter_name in place]
+
+        def put_back() -> None:
+            for place, part in held:
+                if adapter_name not in place:
+                    place[adapter_name] = part
+
+        return put_back
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; nothing of it stays in the weight."""
         with or_as_before(self):
