@@ -186,13 +186,18 @@ def test_a_comparison_goes_on_with_the_same_data_alone(files, tmp_path, which, m
     assert "no other rate was tried of head" in said
 
 
+@pytest.mark.parametrize("beside", ["", "settings.json", "comparison.json"])
 @pytest.mark.parametrize("how", ["changed", "gone", "come"])
-def test_a_comparison_goes_on_with_the_same_folder_of_data_alone(tmp_path, how, monkeypatch):
+def test_a_comparison_goes_on_with_the_same_folder_of_data_alone(
+    tmp_path, how, beside, monkeypatch
+):
     monkeypatch.setitem(EXECUTORS, "processes", Here)
     data = tmp_path / "data"
     (data / "CoLA").mkdir(parents=True)
     for name in ("CoLA/train.tsv", "CoLA/dev.tsv", "b.txt"):
         (data / name).write_text("some")
+    if beside:  # of another program, by its names and what is in them
+        (data / "CoLA" / beside).write_text('{"colour": "red"}' if how == "gone" else "not JSON")
     base = RunSettings(model="m", output=data / "runs", task="cola", data=data)
     grid = make_grid(["full"], [], ["1e-3"], [0])
     assert not compare(base, grid, kind=by_distance(1e-3))

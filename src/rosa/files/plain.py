@@ -11,7 +11,6 @@ import functools
 import inspect
 import warnings
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -29,7 +28,6 @@ from rosa.errors import UserError
 from rosa.files.checking import check_weights, read_config
 from rosa.files.restoring import or_without
 from rosa.layers.drawing import from_file
-from rosa.layers.undoing import or_else
 from rosa.registration import ROSA
 
 _PREFIX = "base_model.model."
@@ -49,8 +47,7 @@ def guarded_plain(load: Any) -> Any:
         asked = signature.bind(self, *args, **kwargs).arguments
         more = asked.pop("kwargs", {})
         name = asked.get("adapter_name") or "default"
-        undo = partial(setattr, self, "_hf_peft_config_loaded", self._hf_peft_config_loaded)
-        with or_else(undo), or_without(self, name):
+        with or_without(self, name):
             if _is_rosa({**more, **asked}):
                 if unknown := more.keys() - _OPTIONS:
                     raise TypeError(f"load_adapter has no argument {', '.join(unknown)}")

@@ -14,6 +14,9 @@ from rosa.config import RosaConfig
 from rosa.layers.in_model import rosa_layers
 from rosa.layers.undoing import or_else
 
+_LOADED = "_hf_peft_config_loaded"
+"""What a plain transformers model says of itself once it has an adapter."""
+
 
 def or_without(model: nn.Module, adapter_name: str) -> AbstractContextManager[None]:
     """Let a model be what it was before, where adding one of ROSA's adapters to it fails.
@@ -28,6 +31,7 @@ def or_without(model: nn.Module, adapter_name: str) -> AbstractContextManager[No
     if any(adapter_name in layer.adapters for _, layer in rosa_layers(model)):
         return nullcontext()
     configured = hasattr(model, "peft_config")
+    was_loaded = vars(model).get(_LOADED)
     # Weakly: whoever holds a module or a parameter shares it, and the adapter would get a copy.
     held = [(ref(m), _weakly(m._modules), _weakly(m._parameters)) for m in model.modules()]
     trained = [(ref(parameter), parameter.requires_grad) for parameter in model.parameters()]
@@ -38,6 +42,10 @@ def or_without(model: nn.Module, adapter_name: str) -> AbstractContextManager[No
     ]
 
     def undo() -> None:
+        if was_loaded is None:
+            vars(model).pop(_LOADED, None)
+        else:
+            vars(model)[_LOADED] = was_loaded
         ours = [layer for _, layer in rosa_layers(model) if adapter_name in layer.adapters]
         known: Any = getattr(model, "peft_config", None) or {}
         if not ours and not isinstance(known.get(adapter_name), RosaConfig):

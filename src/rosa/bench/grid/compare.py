@@ -175,10 +175,8 @@ def _check_files(base: RunSettings, before: Mapping[str, str] | None) -> dict[st
 def _data_below(folder: Path) -> Iterator[Path]:
     """Files of data in a folder and those in it, but in what runs and comparisons have left."""
     for path in sorted(folder.iterdir()):
-        if path.is_dir() and not any(
-            (path / n).is_file() for n in (runs.COMPARISON, runs.SETTINGS)
-        ):
-            yield from _data_below(path)
+        if path.is_dir():
+            yield from () if runs.is_begun(path) else _data_below(path)
         elif path.is_file() and path.suffix.lower() in KINDS:
             yield path
 

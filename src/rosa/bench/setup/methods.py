@@ -189,7 +189,7 @@ def _randlora(
 
     wanted = _numbers(rank, shapes)
     r = min(range(1, max(sides, default=1) + 1), key=lambda r: abs(count(r) - wanted))
-    scale = 20 if settings.alpha is None else settings.alpha / rank  # the paper's
+    scale = _alpha(settings, 20 * rank) / rank  # the paper's
     return RandLoraConfig(
         r=r,
         randlora_alpha=scale * r,  # type: ignore[arg-type]  # a float works too
@@ -237,7 +237,7 @@ def _lokr(settings: RunSettings, rank: int, shared: dict[str, Any], shapes: Shap
     factor = next(f for f in range(most, 0, -1) if all(side % f == 0 for side in sides))
     left = _numbers(rank, shapes) - len(shapes) * factor**2
     r = max(round(left * factor / sum(map(sum, shapes))), 1) if shapes else rank
-    scale = 1 if settings.alpha is None else settings.alpha / rank
+    scale = _alpha(settings, rank) / rank
     return LoKrConfig(
         r=r,
         decompose_factor=factor,
@@ -259,7 +259,7 @@ def _galore(settings: RunSettings, rank: int) -> dict[str, str]:
 
     torch.serialization.add_safe_globals([GaLoreProjector])  # is in the optimizer's checkpoint
     # The paper's on GLUE: 4 at rank 4, 2 at rank 8; and 0.25 at 64, as where it pretrains.
-    scale = (16 if settings.alpha is None else settings.alpha) / rank
+    scale = _alpha(settings, 16) / rank
     return {"optim": "galore_adamw", "optim_args": f"rank={rank},scale={scale}"}
 
 
@@ -269,7 +269,7 @@ def _apollo(settings: RunSettings, rank: int) -> dict[str, str]:
 
     torch.serialization.add_safe_globals([GradientProjector])  # is in the optimizer's checkpoint
     # The paper's: 128 at rank 1, and 1 (transformers' default) at 128.
-    scale = (128 if settings.alpha is None else settings.alpha) / rank
+    scale = _alpha(settings, 128) / rank
     return {"optim": "apollo_adamw", "optim_args": f"rank={rank},scale={scale}"}
 
 

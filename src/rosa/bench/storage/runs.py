@@ -17,14 +17,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rosa.bench.setup.settings import RunSettings
 from rosa.bench.storage.checkpoints import write_whole
 from rosa.errors import UserError, shown
-
-if TYPE_CHECKING:
-    pass
 
 SETTINGS, METRICS, HISTORY = "settings.json", "metrics.json", "history.json"
 ADAPTER, MODEL, CHECKPOINTS = "adapter", "model", "checkpoints"
@@ -100,6 +97,16 @@ def settings_of(folder: Path) -> dict[str, Any]:
     # Others write a settings.json too; ours names the version of this package.
     ours = isinstance(found, dict) and "rosa-finetune" in (found.get("versions") or {})
     return found if ours else {}
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether a run or a comparison was begun in a folder: others have files of these names too."""
+    with suppress(UserError):
+        if settings_of(folder):
+            return True
+    with suppress(UserError, FileNotFoundError):
+        return {"task", "model"} <= read_json(folder / COMPARISON).keys()
+    return False
 
 
 def run_of(place: Path) -> dict[str, Any]:
