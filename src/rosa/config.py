@@ -57,7 +57,8 @@ class RosaConfig(PeftConfig):
     alpha: float | None = field(
         default=None,
         metadata={
-            "help": "The factors' product is scaled by alpha / r; None means r, a scale of 1."
+            "help": "The factors' product is scaled by alpha / r, with the layer's own r; None "
+            "means r, a scale of 1."
         },
     )
     directions: str = field(

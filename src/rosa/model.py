@@ -53,6 +53,7 @@ from rosa.pretrained.memory import Owners, make_private, owners_of, tenants, wei
 from rosa.pretrained.sharding import check_shards, is_dtensor, is_fully_sharded, reshard, whole
 from rosa.pretrained.zero3 import at_hand
 from rosa.switching import all_or_none, enable_all
+from rosa.targeting.experts import check_experts
 from rosa.targeting.held import check_not_held, give_own, held_outside
 from rosa.targeting.in_full import (
     all_in_full,
@@ -160,6 +161,7 @@ class RosaModel(BaseTuner):
         check_full_training(config, model)
         check_same_parameters(config, self.peft_config)
         resolve_all_linear(config, model)
+        check_experts(config, model)
         check_tokens(config, model, self.peft_config)
         check_nesting(config, model)
         targets, capped = [], []
@@ -357,6 +359,7 @@ class RosaModel(BaseTuner):
         weights: list[float],
         adapter_name: str,
         combination_type: str = "linear",
+        **others: Any,
     ) -> None:
         """Make a new adapter whose change of the weights is a weighted sum of others' changes.
 
@@ -369,12 +372,18 @@ class RosaModel(BaseTuner):
             weights: one for each; may be negative.
             adapter_name: of the new one, whose config is the first one's, with the largest rank.
             combination_type: "linear" or "cat", which are the same here.
+            others: what PEFT's other combinations take; may be None only.
 
         Raises:
             ValueError: an argument is none of these, or an adapter trains whole modules or tokens
                 besides, which are not summed. Nothing has been changed then.
         """
         check_weighted(self, adapters, weights, adapter_name, combination_type)
+        if asked := [name for name, value in others.items() if value is not None]:
+            raise UserError(
+                f"add_weighted_adapter has no {', '.join(asked)}: ROSA's sums are exact, and leave "
+                "no numbers out"
+            )
         layers = {
             name: layer
             for name, layer in rosa_layers(self.model)

@@ -125,6 +125,17 @@ def test_a_zero_weight_can_be_drawn_and_learns(directions):
     assert (a != 0).any() or (b != 0).any()
 
 
+@pytest.mark.parametrize("directions", [d for d in DIRECTIONS if d != "zero"])
+@pytest.mark.parametrize(("side", "stays"), [("left", 1), ("right", 0)])
+@pytest.mark.parametrize("true_rank", [0, 1])
+def test_a_factor_that_stays_is_not_zero(directions, side, stays, true_rank):
+    """The other one would have no gradient: of a weight of less rank than the subspace, too."""
+    weight = torch.randn(5, true_rank) @ torch.randn(true_rank, 6)
+    for _ in range(5):
+        factors = draw(weight, 3, directions=directions, side=side)
+        assert (factors[stays].norm(dim=1 - stays) > 1e-3).all()
+
+
 @pytest.mark.parametrize("rank", [0, 6])
 def test_a_rank_that_does_not_fit_is_refused(rank):
     with pytest.raises(ValueError, match="choose 1 to 5"):

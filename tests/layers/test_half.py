@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -161,3 +162,37 @@ def test_the_copy_of_the_pretrained_weight_costs_what_the_docs_say(dtype):
     with model.disable_adapter():
         for layer in layers(model).values():
             assert layer.base_weight.copy is None
+
+
+class Pixels(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.images, self.linear = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.images(x).mean((-1, -2)))
+
+
+def test_weights_that_hooks_cast_for_each_pass_compute_in_that_precision():
+    """As diffusers' layer-wise casting: they lie in half precision, and inputs are left alone."""
+
+    def cast(module: nn.Module, dtype: torch.dtype) -> None:
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(dtype)
+
+    model: Any = get_peft_model(Pixels(), RosaConfig(r=2, target_modules=["images", "linear"]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        x = torch.randn(6, 3, 5, 5)
+        expected = model(x)
+    model.to(torch.float16)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_pre_hook(lambda m, _: cast(m, torch.float32))
+            module.register_forward_hook(lambda m, *_: cast(m, torch.float16))
+    with torch.no_grad(), disable_input_dtype_casting(model):
+        found = model(x)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.01, atol=0.01)

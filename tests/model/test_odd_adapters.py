@@ -253,6 +253,28 @@ APART = [
 ]
 
 
+def test_tokens_are_those_of_the_embedding_that_a_model_names():
+    """One that is no transformers model may name it too, as PEFT asks."""
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.other = nn.Embedding(20, 8), nn.Embedding(20, 8)
+            self.lin = nn.Linear(8, 4)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.lin(self.words(ids) + self.other(ids))
+
+        def get_input_embeddings(self) -> nn.Module:
+            return self.words
+
+    config = RosaConfig(r=2, target_modules=["lin"], trainable_token_indices=[0, 3])
+    model = get_peft_model(Named(), config)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert sum("words" in name for name in trained) == 1
+    assert not any("other" in name for name in trained)
+
+
 def with_tokens(base: nn.Module, name: str) -> Any:
     return get_peft_model(copy.deepcopy(base), RosaConfig(r=2, **copy.deepcopy(TOKENS[name])))
 

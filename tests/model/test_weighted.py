@@ -128,6 +128,16 @@ def test_what_cannot_be_summed_is_refused_and_nothing_changes(arguments, message
     assert list(model.peft_config) == ["default", "b", "c"]
 
 
+@pytest.mark.parametrize("more", [{"density": 0.5}, {"svd_rank": 2, "density": None}])
+def test_what_other_sums_take_is_refused_in_words(more):
+    model = trained_adapters()
+    name = next(iter(more))
+    with pytest.raises(ValueError, match=f"add_weighted_adapter has no {name}: "):
+        model.add_weighted_adapter(["default"], [1.0], "sum", **more)
+    assert list(model.peft_config) == ["default", "b", "c"]
+    model.add_weighted_adapter(["default"], [1.0], "sum", **dict.fromkeys(more))
+
+
 def test_modules_trained_in_full_are_not_summed():
     config = RosaConfig(r=2, target_modules=["first"], modules_to_save=["last"])
     model = get_peft_model(Mlp(), config)

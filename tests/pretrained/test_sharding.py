@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -74,6 +76,26 @@ def by_fsdp_1(model, mesh):
     wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
     wrapped.sharding_strategy = ShardingStrategy.FULL_SHARD  # a group of one has no need of it
     return wrapped
+
+
+@pytest.mark.parametrize("trains_first", [False, True])
+def test_a_weight_that_fsdp_1_hides_is_refused_in_a_pass(trains_first, mesh):
+    """It stands before the parameter in the module, which would not see the changed one."""
+    model: Any = Attending().eval()
+    model = get_peft_model(model, RosaConfig(r=2, target_modules=["attention"]))
+    wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+    x = torch.randn(3, 4, 6)
+    with torch.set_grad_enabled(trains_first), pytest.raises(ValueError, match="FSDP 1 puts one"):
+        wrapped(x)
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attention(x, x, x)[0]
 
 
 def adapted_layers_in_tensor_parallel(model, mesh):

@@ -165,6 +165,10 @@ def draw(
         whole = weight if change is None else torch.addmm(weight, change.B, change.A)
         chosen = torch.randperm(most, generator=generator)[:rank].sort().values
         u, sizes, v = singular_triplets(whole, chosen)
+        if side == "right":  # of A = 0, which stays, B would learn nothing
+            usual = root_mean_square_size(float(torch.linalg.vector_norm(whole)), whole.shape)
+            least = torch.finfo(sizes.dtype).eps * max(whole.shape) * usual
+            sizes = sizes.where(sizes > least, usual)
         return (sizes / scaling)[:, None] * v, u
     if side is None:
         side = "left" if known is not None or out_features <= in_features else "right"

@@ -14,7 +14,7 @@ from rosa.config import RosaConfig
 from rosa.layers.adapter import Adapter
 from rosa.layers.base import RosaLayer
 from rosa.layers.changed import check_no_dropout, is_patched, with_changed_weight
-from rosa.layers.plain import plain_sum
+from rosa.layers.plain import in_one_precision, plain_sum
 from rosa.layers.tracing import is_traced
 from rosa.pretrained.views import MatrixView
 from rosa.pretrained.zero3 import shape_of
@@ -110,8 +110,8 @@ class RosaConv(RosaLayer):
         return plain_sum(self, active, self._product, x, *args, look=self._look, **kwargs)
 
     def _product(self, adapter: Adapter, x: Tensor) -> Tensor:
-        (a, b), dropout = adapter.factors, self.rosa_dropout[adapter.name]
-        hidden = self._convolved(dropout(self._cast_input_dtype(x, a.dtype)), a)
+        (x, a, b), dropout = in_one_precision(self, adapter, x), self.rosa_dropout[adapter.name]
+        hidden = self._convolved(dropout(x), a)
         return self._mixed(hidden * adapter.scaling, b)
 
     @property

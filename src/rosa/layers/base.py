@@ -22,7 +22,7 @@ from rosa.layers.adapter import Adapter
 from rosa.layers.drawing import Factors, draw, take, waits_for_file
 from rosa.layers.dropped import take_out_with
 from rosa.layers.effective import effective_weight
-from rosa.layers.front import Front, forget_stand_in, in_turn
+from rosa.layers.front import Front, check_seen, forget_stand_in, in_turn
 from rosa.layers.kind import Kind
 from rosa.layers.offset import OffsetDict
 from rosa.layers.replicated import average_gradients
@@ -333,6 +333,8 @@ class RosaLayer(Front, Kind):
             weight = self.base_weight.parameter
             if self._disable_adapters or self.merged:
                 return weight
+            if not is_traced():
+                check_seen(self)
             for adapter in self.adapters_in_use:
                 if not adapter.is_on_meta:
                     weight = effective_weight(weight, adapter, self.base_weight.view, note)

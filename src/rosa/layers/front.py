@@ -114,6 +114,17 @@ def in_turn() -> AbstractContextManager[Any]:
     return nullcontext() if is_traced() else WRITING
 
 
+def check_seen(layer: Front) -> None:
+    """Raise UserError if the module finds another tensor before its parameter of the name."""
+    base, name = layer.get_base_layer(), layer.parameter_name
+    if name in vars(base) and name in base._parameters and not layer.has_stand_in:
+        raise UserError(
+            f"{type(base).__name__} finds another tensor before its own {name}, as FSDP 1 puts one "
+            "there for a pass, and would not see what ROSA changes: use FSDP 2 (fully_shard), or "
+            "leave the layer out with exclude_modules"
+        )
+
+
 def forget_stand_in(layer: Front) -> None:
     """Take the changed weight out of the module that a backward pass has left it in.
 

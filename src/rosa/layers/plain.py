@@ -132,10 +132,24 @@ def guarded(layer: RosaLayer, result: Tensor) -> Tensor:
     return result
 
 
+def in_one_precision(
+    layer: RosaLayer, adapter: Adapter, x: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer's inputs in the precision of an adapter's factors, and these.
+
+    Where `peft.helpers.disable_input_dtype_casting` leaves the inputs as they are, these are cast:
+    hooks that cast each module's own weights for its forward pass do not reach them.
+    """
+    a, b = adapter.factors
+    if not layer.cast_input_dtype_enabled and x.is_floating_point():
+        return x, a.to(x.dtype), b.to(x.dtype)
+    return layer._cast_input_dtype(x, a.dtype), a, b
+
+
 def linear_product(layer: RosaLayer, adapter: Adapter, x: Tensor) -> Tensor:
     """``s B A x`` of an adapter of a linear layer, with dropout: (..., in) to (..., out)."""
-    (a, b), dropout = adapter.factors, layer.rosa_dropout[adapter.name]
-    hidden = F.linear(dropout(layer._cast_input_dtype(x, a.dtype)), a)
+    (x, a, b), dropout = in_one_precision(layer, adapter, x), layer.rosa_dropout[adapter.name]
+    hidden = F.linear(dropout(x), a)
     if adapter.scaling != 1.0:
         hidden = hidden * adapter.scaling  # on r numbers a token, not on the whole output
     return F.linear(hidden, b)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 from peft import PeftConfig
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
-from transformers import PreTrainedModel
 
 from rosa.config import RosaConfig
 from rosa.errors import UserError
@@ -70,7 +70,7 @@ def _tokens_of(config: PeftConfig, model: nn.Module) -> dict[str, list[int]]:
         return {}
     modules = dict(model.named_modules(remove_duplicate=False))
     if not isinstance(named, dict):
-        inputs = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+        inputs: Any = getattr(model, "get_input_embeddings", lambda: None)()
         names = [name for name, module in modules.items() if module is inputs]
         named = {names[0] if names else "embed_tokens": named}
     wrapped = tuple(f"{n}." for n, m in modules.items() if isinstance(m, AuxiliaryTrainingWrapper))
