@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
 from rosa.bench import tasks
-from rosa.bench.tasks.files import read_table
+from rosa.bench.tasks.files import read_columns, read_table
 from rosa.bench.tasks.task import DataSettings
 from rosa.bench.train.evaluating import _named_as_before
 
@@ -90,6 +91,33 @@ def test_a_faulty_file_is_named_with_its_fault(tmp_path, name, content, message)
     assert message in str(caught.value)
 
 
+def test_parquet_is_read_as_the_same_rows_in_json_are(tmp_path):
+    rows = [
+        {"text": "good", "label": 1, "note": None, "messages": [{"role": "user", "content": "a"}]},
+        {"text": "b\u00e4d", "label": 0, "note": "x", "messages": []},
+    ]
+    lines = write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows)))
+    Dataset.from_list(rows).to_parquet(str(tmp_path / "a.parquet"))
+    path = tmp_path / "a.parquet"
+    assert read_columns(path) == read_columns(lines)
+    assert read_table(path, ("text", "label")).to_dict() == (
+        read_table(lines, ("text", "label")).to_dict()
+    )
+    for column, message in (("note", "row 1 has nothing"), ("words", "no column 'words'; there")):
+        with pytest.raises(ValueError, match=message):
+            read_table(path, (column,))
+
+
+@pytest.mark.parametrize("content", [b"", b"text,label", b"PAR1" + b"x" * 30 + b"PAR1"])
+def test_a_file_that_is_no_parquet_is_named_with_its_fault(tmp_path, content):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.parquet cannot be read as Parquet: "):
+        read_table(path, ("text",))
+    with pytest.raises(FileNotFoundError, match=r"b\.parquet is not there"):
+        read_table(tmp_path / "b.parquet", ("text",))
+
+
 def test_text_in_another_encoding_is_a_clear_error(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("café".encode("latin-1"))
@@ -129,6 +157,7 @@ def test_labels_are_numbered_alike_whatever_the_type_in_the_file(tmp_path):
         (["x", "x ", " x"] * 9, None, "one label only"),
         (["x", "y"] * 9, ["x", "z"], "labels that are not learned: z"),
         (["x"] * 9 + ["y"], None, "too few rows to hold some out for validation: 10"),
+        ([str(i / 8) for i in range(40)], None, "each of the 40 labels needs two at least"),
     ],
 )
 def test_labels_of_no_use(tmp_path, labels, validation, message):

@@ -485,6 +485,7 @@ def test_bad_training_files(encoder, tmp_path, capsys, content, message):
         (["--directions", "up"], "directions must be one of svd, orthonormal"),
         (["--resample-every", "often"], "resample_every must be auto, epoch, never"),
         (["--target-modules", "qurey"], "Did you mean query"),
+        (["--target-modules", "query,value"], "one name an option: --target-modules query"),
         (["--task", "mnli"], "give a task by name or a training file of your own, not both"),
         (["--lr", 0], "lr must be positive"),
         (["--weight-decay", -1], "weight_decay must not be negative"),

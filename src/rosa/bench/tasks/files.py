@@ -1,4 +1,4 @@
-"""Reading tables of text: CSV, TSV, JSON lines and plain text.
+"""Reading tables of text: CSV, TSV, JSON lines, Parquet and plain text.
 
 Every value is taken as the text that it is: a label `01` or a text `1e5` is not a number here.
 """
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 _SEPARATORS = {".csv": ",;\t", ".tsv": "\t"}
 """Of each kind: the first of them that the header has. Spreadsheets write ; in half of Europe."""
 JSON_LINES = (".json", ".jsonl")
-KINDS = (*_SEPARATORS, *JSON_LINES, ".txt")
+_PARQUET = ".parquet"
+KINDS = (*_SEPARATORS, *JSON_LINES, ".txt", _PARQUET)
 """How the names of files that are read end."""
 
 
@@ -51,6 +52,7 @@ def read_table(path: Path, columns: tuple[str, ...], forms: str = "") -> Dataset
             raise UserError(
                 f"{path} has no column {column!r}; there are: {', '.join(table)}{chats}. "
                 + (forms or "Name yours with --text-column and --label-column")
+                + (", each text column by an option of its own" if "," in column else "")
             )
         for number, value in enumerate(table[column], start=1):
             if value is None or value != value or not str(value).strip():  # NaN is none
@@ -76,11 +78,14 @@ def read_text(path: Path) -> str:
 def read_columns(path: Path) -> dict[str, list[Any]]:
     """A file's columns, their values as they are; raises as `read_table` does."""
     kind = path.suffix.lower()
+    table: dict[str, list[Any]]
     if path.is_file() and kind not in KINDS:
         raise UserError(f"{path}: unknown kind of file; use {', '.join(KINDS)}")
-    content = read_text(path)
-    if kind == ".txt":
-        table: dict[str, list[Any]] = {"text": _documents(content)}
+    content = "" if kind == _PARQUET and path.is_file() else read_text(path)
+    if kind == _PARQUET:
+        table = _parquet(path)
+    elif kind == ".txt":
+        table = {"text": _documents(content)}
     elif kind in JSON_LINES:
         table = _objects(path, content)
     else:
@@ -88,6 +93,16 @@ def read_columns(path: Path) -> dict[str, list[Any]]:
     if not any(table.values()):
         raise UserError(f"{path} has no rows")
     return table
+
+
+def _parquet(path: Path) -> dict[str, list[Any]]:
+    from pyarrow import ArrowException  # comes with datasets
+    from pyarrow.parquet import read_table
+
+    try:
+        return read_table(path).to_pydict()
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{path} cannot be read as Parquet: {error}") from error
 
 
 def _documents(content: str) -> list[str]:

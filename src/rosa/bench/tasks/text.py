@@ -117,7 +117,7 @@ def split_off(rows: Dataset, stratify: bool = True) -> tuple[Dataset, Dataset]:
     if min(counts) < 2 or held > len(rows) - len(counts):
         raise UserError(
             f"too few rows to hold some out for validation: {len(rows)} to train on"
-            + (", and each label needs two at least" if stratify else "")
+            + (f", and each of the {len(counts)} labels needs two at least" if stratify else "")
             + ". Add rows, or give a --validation file if there is none"
         )
     train, validation = train_test_split(

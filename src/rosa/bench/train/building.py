@@ -129,7 +129,9 @@ def adapt(
             adapted = get_peft_model(model, config)
         except NoMatchingPeftModuleError as error:  # ROSA raises it too, as every method of PEFT
             names = " ".join(settings.target_modules)
-            raise UserError(f"--target-modules {names}: {error}") from error
+            one = " (one name an option: --target-modules query --target-modules value)"
+            hint = one if "," in names else ""
+            raise UserError(f"--target-modules {names}{hint}: {error}") from error
     if settings.method == "lora_ga":
         keep_beginning(adapted)
     return adapted, recorder
