@@ -52,5 +52,5 @@ for step in range(120):
 
 held = sum(p.to_local().numel() for p in model.parameters()) / base.num_parameters()
 print(f"process {mesh.get_rank()} holds {held:.0%} of the weights")
-model.save_pretrained("out", is_main_process=first)  # in all processes: the parts are gathered
+model.save_pretrained("runs/fully_sharded", is_main_process=first)  # in all: parts are gathered
 torch.distributed.destroy_process_group()

@@ -50,6 +50,6 @@ here = (p.to_local() if hasattr(p, "to_local") else p for p in model.parameters(
 held = sum(part.numel() for part in here) / model.num_parameters()
 if first:
     print(f"process 0 holds {held:.0%} of the weights")
-model.save_pretrained("out", is_main_process=first)  # in all processes: the shards are gathered
+model.save_pretrained("runs/tensor_parallel", is_main_process=first)  # in all: shards are gathered
 if size > 1:
     torch.distributed.destroy_process_group()

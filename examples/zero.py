@@ -53,7 +53,7 @@ for step in range(120):
     if first and step in (0, 119):
         print(f"step {step}: loss {loss.item():.2f}")
 
-model.save_pretrained("out", is_main_process=first)  # all processes give their parts
+model.save_pretrained("runs/zero", is_main_process=first)  # all give their parts
 if first:
     print("by", get_accelerator().device_name())
 torch.distributed.destroy_process_group()

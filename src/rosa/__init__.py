@@ -33,6 +33,11 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    """The public names, `RosaCallback` too."""
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     """`RosaCallback`, when it is first asked for: it needs transformers' Trainer."""
     if name == "RosaCallback":

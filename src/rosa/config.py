@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -32,6 +33,31 @@ model = PeftModel.from_pretrained(base_model, "this folder")
 """
 
 
+_OF_LORA = {
+    "lora_alpha": "alpha",
+    "lora_dropout": "rosa_dropout",
+    "init_lora_weights": "directions",
+}
+"""What `LoraConfig` calls its fields, and what is in their place here."""
+
+
+def _told_of_lora(config: type[T]) -> type[T]:
+    """Let a dataclass that is given fields of LoRA's say what is in their place."""
+    init = config.__init__
+
+    @functools.wraps(init)
+    def told(self: T, *args: Any, **kwargs: Any) -> None:
+        for name in kwargs.keys() & _OF_LORA.keys():  # PEFT looks for these words in old files
+            raise UserTypeError(
+                f"{config.__name__}.__init__() got an unexpected keyword argument {name!r}, which "
+                f"is LoRA's: its place has {_OF_LORA[name]!r} here"
+            )
+        init(self, *args, **kwargs)
+
+    config.__init__ = told
+    return config
+
+
 def _documented(config: type[T]) -> type[T]:
     """Append the help of a dataclass's own fields to its docstring, as the section Args."""
     own = [f for f in fields(config) if f.name in config.__annotations__]
@@ -41,6 +67,7 @@ def _documented(config: type[T]) -> type[T]:
 
 
 @_documented
+@_told_of_lora
 @dataclass
 class RosaConfig(PeftConfig):
     """Configuration of a ROSA adapter (`RosaModel`); fields are named as in PEFT's `LoraConfig`.

@@ -254,6 +254,7 @@ def test_a_pass_that_overflows_is_left_out():
     ("batches", "loss", "message"),
     [
         ([torch.ones(2, 7).double()], None, "a batch is a Tensor"),
+        ({"input_ids": torch.ones(2, 7)}, None, r"batches is a list of batches: .*\[batch\]"),
         ([torch.ones(2, 7).double()], lambda m, x: None, "gave no loss"),
         ([torch.ones(2, 7).double()], lambda m, x: loss_of(m, x).detach(), "gave no loss"),
     ],

@@ -116,6 +116,8 @@ def test_a_file_that_is_no_parquet_is_named_with_its_fault(tmp_path, content):
         read_table(path, ("text",))
     with pytest.raises(FileNotFoundError, match=r"b\.parquet is not there"):
         read_table(tmp_path / "b.parquet", ("text",))
+    with pytest.raises(ValueError, match="is a folder: give its files"):
+        read_table(tmp_path, ("text",))
 
 
 def test_text_in_another_encoding_is_a_clear_error(tmp_path):

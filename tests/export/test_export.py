@@ -43,6 +43,16 @@ def test_a_lora_export_is_exact(tmp_path, build):
     assert max(lora.peft_config["default"].rank_pattern.values()) <= 12
 
 
+@pytest.mark.parametrize("export", [export_lora, export_rosa])
+@pytest.mark.parametrize("how", ["merge_and_unload", "unload"])
+def test_what_was_merged_is_no_adapter_any_more(tmp_path, export, how):
+    model = learned(tiny_gpt2(), target_modules=["c_attn"])
+    getattr(model, how)()
+    with pytest.raises(ValueError, match="no layer of adapter 'default' any more, as after merge"):
+        export(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_merged_export_is_a_plain_model(tmp_path):
     base, ids = tiny_bert().eval(), torch.randint(50, (3, 9))
     names = set(base.state_dict())

@@ -50,6 +50,24 @@ def test_any_value_in_any_field_is_allowed_or_refused_by_name(field):
 
 
 @pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("lora_alpha", "alpha"),
+        ("lora_dropout", "rosa_dropout"),
+        ("init_lora_weights", "directions"),
+    ],
+)
+def test_loras_names_are_told_what_is_in_their_place(theirs, ours, tmp_path):
+    with pytest.raises(TypeError, match=f"{theirs}', which is LoRA's: its place has '{ours}' here"):
+        RosaConfig(**{theirs: 1})
+    RosaConfig(r=3).save_pretrained(str(tmp_path))  # of a file PEFT leaves out what is unknown
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), theirs: 1}))
+    with pytest.warns(UserWarning, match=f"Unexpected keyword arguments.*{theirs}"):
+        assert RosaConfig.from_pretrained(str(tmp_path)).r == 3
+
+
+@pytest.mark.parametrize(
     ("field", "value", "message"),
     [
         ("r", True, "r must be a positive integer, got True"),

@@ -157,6 +157,11 @@ def named_on_the_page() -> dict[str, set[str]]:
     return {module: set(re.findall(r"`(\w+)`", names)) for module, names in rows}
 
 
+def test_completion_finds_every_public_name():
+    assert {*dir(rosa)} == {*rosa.__all__}
+    assert all(hasattr(rosa, name) for name in dir(rosa))
+
+
 def test_what_of_peft_is_used_is_listed():
     used: dict[str, set[str]] = {}
     for path in (ROOT / "src" / "rosa").rglob("*.py"):

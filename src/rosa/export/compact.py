@@ -16,7 +16,7 @@ from rosa.algebra.lowrank import LowRank
 from rosa.errors import ExportError
 from rosa.export.checking import load_on_meta, same, without_weights
 from rosa.export.ranks import ALL, Budget, changes_within
-from rosa.export.staging import rosa_adapter, staged
+from rosa.export.staging import check_not_merged, rosa_adapter, staged
 from rosa.layers.in_model import layers_of
 
 
@@ -55,6 +55,7 @@ def export_rosa(
     """
     budget = Budget(rank, energy, dtype=dtype)
     model, adapter = rosa_adapter(model, adapter_name)
+    check_not_merged(model, adapter)
     with staged(folder) as place:
         return write_rosa(model, adapter, place, budget)
 

@@ -25,7 +25,7 @@ from rosa.errors import ExportError
 from rosa.export.checking import is_rounding, same, without_weights
 from rosa.export.ranks import ALL, Budget, changes_within
 from rosa.export.running import see_one_run
-from rosa.export.staging import rosa_adapter, staged
+from rosa.export.staging import check_not_merged, rosa_adapter, staged
 from rosa.files.beside import held_twice
 from rosa.files.checkpoint import is_rosa_key
 from rosa.kinds.parameter import ParamWrapper
@@ -72,6 +72,7 @@ def export_lora(
     """
     budget = Budget(rank, energy, uniform_rank, dtype)
     model, adapter = rosa_adapter(model, adapter_name)
+    check_not_merged(model, adapter)
     with staged(folder) as place:
         return write_lora(model, adapter, place, budget)
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from rosa.config import RosaConfig
 from rosa.errors import UserError, UserTypeError
+from rosa.layers.in_model import layers_of
 from rosa.pretrained.sharding import check_unsharded
 
 # What a folder must not hold already: loading would take it for a part of the export.
@@ -89,6 +90,15 @@ def contents(folder: Path) -> list[str]:
 
 def _prefix() -> str:
     return f"{_BEGUN}{socket.gethostname()}-"
+
+
+def check_not_merged(model: PeftModel, adapter: str) -> None:
+    """Raise UserError if nothing in a model is adapted any more."""
+    if not layers_of(model, adapter):
+        raise UserError(
+            f"the model has no layer of adapter {adapter!r} any more, as after merge_and_unload or "
+            "unload: load the adapter again to export it; export_merged writes a merged model"
+        )
 
 
 def rosa_adapter(model: nn.Module, adapter_name: str | None) -> tuple[PeftModel, str]:

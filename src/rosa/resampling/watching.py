@@ -86,6 +86,8 @@ def _statistics(model: nn.Module) -> list[Tensor]:
 
 
 def _own_loss(model: nn.Module, batch: Any) -> Tensor:
+    if isinstance(batch, str):  # a key of one, which was gone through
+        raise UserError("batches is a list of batches: give one of them as [batch]")
     if not isinstance(batch, Mapping):
         raise UserError(
             f"a batch is a {type(batch).__name__}, not the model's arguments by name: give "

@@ -64,6 +64,8 @@ def read_table(path: Path, columns: tuple[str, ...], forms: str = "") -> Dataset
 
 def read_text(path: Path) -> str:
     """A file's text, its line ends as `\\n`; raises for what is missing, empty or no text."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give its files, one of them an option")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there (or not a file): check the path")
     try:
