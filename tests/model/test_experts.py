@@ -92,6 +92,18 @@ def test_other_modules_of_these_names_are_adapted_with_a_warning(make):
         get_peft_model(make(), RosaConfig(target_modules=names, target_parameters=BOTH))
 
 
+@pytest.mark.parametrize("first", [{}, {"target_parameters": BOTH}])
+def test_a_second_adapter_is_told_the_same(first):
+    names = ["gate_proj", "up_proj", "down_proj"]
+    model: Any = get_peft_model(qwen2(), RosaConfig(target_modules=names, **first))
+    with pytest.warns(UserWarning, match="of the experts.*only other modules"):
+        model.add_adapter("second", RosaConfig(target_modules=names))
+    model: Any = get_peft_model(qwen3(), RosaConfig(target_modules=["q_proj"], **first))
+    with pytest.raises(ValueError, match="of the experts"):
+        model.add_adapter("second", RosaConfig(target_modules=["q_proj", "up_proj"]))
+    model.add_adapter("second", RosaConfig(target_modules=["q_proj"], target_parameters=BOTH))
+
+
 @pytest.mark.parametrize(
     ("make", "targets"),
     [

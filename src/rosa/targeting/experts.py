@@ -15,6 +15,7 @@ from rosa.config import RosaConfig
 from rosa.errors import UserError
 from rosa.kinds.registry import kind_of
 from rosa.layers.drawing import waits_for_file
+from rosa.layers.in_model import base_of, plain_name
 from rosa.targeting.matching import is_target, names_parameter
 
 
@@ -39,7 +40,7 @@ def check_experts(config: RosaConfig, model: nn.Module) -> None:
     there = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
-        if kind_of(module) and is_target(config, name)
+        if kind_of(base_of(module)) and is_target(config, name)
     }
     parameters = sorted(set().union(*named.values()))
     said = (
@@ -56,7 +57,7 @@ def _parts_of_experts(model: nn.Module) -> Iterator[tuple[str, str]]:
     """Parameters that hold all experts, with what a part of one was called before."""
     if not any(isinstance(module, PreTrainedModel) for module in model.modules()):
         return
-    names = [name for name, _ in model.named_parameters()]
+    names = [plain_name(name) for name, _ in model.named_parameters()]
     for change in get_model_conversion_mapping(model):  # type: ignore[arg-type]
         if not isinstance(change, WeightConverter):
             continue
