@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
 from collections.abc import Iterator
 
 from torch import nn
@@ -27,14 +26,15 @@ def check_experts(config: RosaConfig, model: nn.Module) -> None:
     """
     if waits_for_file(config):  # it adapts what it was trained on
         return
-    named: dict[str, set[str]] = defaultdict(set)
+    named, parameters = set[str](), set[str]()
     for parameter, part in _parts_of_experts(model):
         if names_parameter(config.target_parameters or (), parameter):
             continue
         container = parameter.rpartition(".")[0]
         keys = (f"{container}.0.{part}", f"{container}.{part}")  # as it was, and as PEFT asks
         if any(is_target(config, key) for key in keys):
-            named[part].add(".".join(parameter.split(".")[-2:]))
+            named.add(part)
+            parameters.add(".".join(parameter.split(".")[-2:]))
     if not named:
         return
     there = {
@@ -42,12 +42,11 @@ def check_experts(config: RosaConfig, model: nn.Module) -> None:
         for name, module in model.named_modules()
         if kind_of(base_of(module)) and is_target(config, name)
     }
-    parameters = sorted(set().union(*named.values()))
     said = (
         f"target_modules names {', '.join(sorted(named))} of the experts, which transformers "
-        f"keeps in single parameters: give target_parameters={parameters} to adapt them"
+        f"keeps in single parameters: give target_parameters={sorted(parameters)} to adapt them"
     )
-    if named.keys() <= there:
+    if named <= there:
         warnings.warn(f"{said}; only other modules of these names are adapted", stacklevel=2)
     else:
         raise UserError(f"{said}, and leave out of target_modules what is no other module's name")

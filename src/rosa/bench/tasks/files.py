@@ -64,10 +64,7 @@ def read_table(path: Path, columns: tuple[str, ...], forms: str = "") -> Dataset
 
 def read_text(path: Path) -> str:
     """A file's text, its line ends as `\\n`; raises for what is missing, empty or no text."""
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: give its files, one of them an option")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there (or not a file): check the path")
+    _check_there(path)
     try:
         text = path.read_text(encoding="utf-8-sig")  # Excel begins with a byte order mark
     except UnicodeDecodeError as error:
@@ -83,24 +80,31 @@ def read_columns(path: Path) -> dict[str, list[Any]]:
     table: dict[str, list[Any]]
     if path.is_file() and kind not in KINDS:
         raise UserError(f"{path}: unknown kind of file; use {', '.join(KINDS)}")
-    content = "" if kind == _PARQUET and path.is_file() else read_text(path)
     if kind == _PARQUET:
         table = _parquet(path)
     elif kind == ".txt":
-        table = {"text": _documents(content)}
+        table = {"text": _documents(read_text(path))}
     elif kind in JSON_LINES:
-        table = _objects(path, content)
+        table = _objects(path, read_text(path))
     else:
-        table = _cells(path, *_separated(content, _SEPARATORS[kind]))
+        table = _cells(path, *_separated(read_text(path), _SEPARATORS[kind]))
     if not any(table.values()):
         raise UserError(f"{path} has no rows")
     return table
+
+
+def _check_there(path: Path) -> None:
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give its files, one of them an option")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there (or not a file): check the path")
 
 
 def _parquet(path: Path) -> dict[str, list[Any]]:
     from pyarrow import ArrowException  # comes with datasets
     from pyarrow.parquet import read_table
 
+    _check_there(path)
     try:
         return read_table(path).to_pydict()
     except (ArrowException, OSError) as error:
